@@ -1,0 +1,39 @@
+# Two commands do all set-up: `make run` (the default recipe) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: run test unit wheel-test micro-base benchmarks clean
+
+run: $(VENV)/.ready
+	$(BIN)/s3ft run s3ft-micro
+
+test: $(VENV)/.ready-dev
+	bash tests/run.sh $(BIN)
+
+unit: $(VENV)/.ready-dev
+	bash tests/run.sh $(BIN) unit
+
+wheel-test: $(VENV)/.ready-dev
+	bash tests/wheel.sh $(BIN)
+
+micro-base: $(VENV)/.ready
+	$(BIN)/s3ft run micro-base
+	cp runs/micro-base/base/model/* data/micro-base/
+
+benchmarks: $(VENV)/.ready
+	$(BIN)/python tests/benchmarks/bench_engine.py
+	$(BIN)/python tests/benchmarks/bench_chain.py
+
+$(VENV)/.ready: settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache

@@ -1,0 +1,1 @@
+"Seed data and the micro base."

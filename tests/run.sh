@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All tests, from a checkout: drift of the generated package, chapters, pytest, and the wheel in an empty environment.
+# usage: tests/run.sh BIN [unit]   (BIN: folder of the environment's programs; unit: without the wheel)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BIN=$(cd "$1" && pwd)
+export PATH="$BIN:$PATH" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+
+echo "== notebooks are clean, and the package is what they export"
+if grep -rlE '^ *"(<<<<<<<|>>>>>>>)' nbs --include='*.ipynb'; then echo "conflict markers in a notebook"; exit 1; fi
+before=$(git status --porcelain)
+nbdev_clean && nbdev_export
+after=$(git status --porcelain)
+test "$before" = "$after" || { git status --short; git diff --stat; echo "run nbdev_clean and nbdev_export, then commit"; exit 1; }
+
+echo "== chapters"
+nbdev_test --n_workers 2 --do_print | tee /tmp/s3ft-chapters-$$.log
+grep -q "Success" /tmp/s3ft-chapters-$$.log
+
+echo "== pytest"
+python -m pytest tests
+
+if [ "${2:-all}" = unit ]; then exit 0; fi
+echo "== the wheel, in an empty environment"
+bash tests/wheel.sh "$BIN"

@@ -1,0 +1,262 @@
+"What the chapters on the chain cannot show: kills, signals, locks, foreign files, full disks."
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from s3ft_nb.chain.kernel import KernelDied, StepFailed
+from s3ft_nb.chain.parameters import small_notebook
+from s3ft_nb.chain.runner import report_of, run_recipe
+from s3ft_nb.core import records
+from s3ft_nb.core.records import InputError, read_json, read_rows, write_bytes, write_json, write_rows
+
+WORLD = ('out = ""  # Folder of this step\nn = 6  # rows\npause = 0.0  # seconds per row', """
+import os, time
+from pathlib import Path
+from s3ft_nb.core.ledger import in_shards
+from s3ft_nb.core.progress import Progress
+from s3ft_nb.core.records import write_rows
+
+Path(out, "..", f"pid-{os.getpid()}").touch()
+def work(rows, seed):
+    time.sleep(pause)
+    return [row | {"seed": seed} for row in rows]
+with Progress(n, label="world") as progress:
+    made = in_shards([{"id": i} for i in range(n)], work, Path(out, "shards"), 1, 0, {}, progress)
+write_rows(Path(out, "rows.jsonl"), made)
+""")
+REPORT = ('out = ""  # Folder of this step\nrows = ""  # Rows to count\nword = "kept"  # A word', """
+from pathlib import Path
+from s3ft_nb.core.records import read_rows, write_json
+write_json(Path(out, "metrics.json"), {"n": len(read_rows(rows)), "word": word})
+Path(out, "index.html").write_text(word)
+""")
+RECIPE = """
+name = "small"
+description = "Two steps."
+[[steps]]
+id = "report"
+notebook = "report.ipynb"
+needs = ["world"]
+params = { rows = "{step:world}/rows.jsonl" }
+[[steps]]
+id = "world"
+notebook = "world.ipynb"
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    write_json(tmp_path / "world.ipynb", small_notebook(*WORLD))
+    write_json(tmp_path / "report.ipynb", small_notebook(*REPORT))
+    return write_bytes(tmp_path / "small.toml", RECIPE.encode())
+
+
+def one_step(folder, code, cell='out = ""'):
+    write_json(folder / "one.ipynb", small_notebook(cell, code))
+    return write_bytes(folder / "one.toml", b'name = "one"\n[[steps]]\nid = "one"\nnotebook = "one.ipynb"\n')
+
+
+def launch(*words, **options):
+    command = [sys.executable, "-c", "from s3ft_nb.cli import app; app()", "run", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def kernels(run):
+    "Kernels that ever started in a run folder and still live."
+    pids = [int(path.name[4:]) for path in run.glob("pid-*")]
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def until(test, seconds=60):
+    end = time.monotonic() + seconds
+    while not test() and time.monotonic() < end: time.sleep(0.05)
+    assert test()
+
+
+def files(run):
+    names = ("world/rows.jsonl", "world/shards/shards.json", "report/metrics.json", "report/index.html")
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def test_killed_at_any_instant_and_resumed(small, tmp_path):
+    whole = files(run_recipe(small, out=tmp_path / "whole"))
+    run, rng = tmp_path / "run", random.Random(0)
+    for _ in range(5):
+        process = launch(small, "world.pause=0.4", "--out", run)
+        started = len(list(run.glob("pid-*"))) if run.is_dir() else 0
+        until(lambda: process.poll() is not None or len(list(run.glob("pid-*"))) > started)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+        until(lambda: not kernels(run), 5)
+    process = launch(small, "world.pause=0.4", "--out", run)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert files(run) == whole
+    assert not list(run.rglob(".*.part"))
+
+
+def test_interrupted_step_keeps_its_shards(small, tmp_path):
+    run = tmp_path / "run"
+    process = launch(small, "world.pause=0.3", "--out", run)
+    shard = run / "world" / "shards" / "shard-00001.jsonl"
+    until(shard.exists)
+    process.kill()
+    process.wait()
+    before = shard.stat().st_mtime_ns
+    until(lambda: not kernels(run), 5)
+    run_recipe(small, ["world.pause=0.3"], out=run)
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_ctrl_c_ends_the_kernel_and_says_how_to_go_on(small, tmp_path):
+    run = tmp_path / "run"
+    process = launch(small, "world.pause=60", "--out", run)
+    until(lambda: list(run.glob("pid-*")))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert time.monotonic() - began < 10
+    words = process.stderr.read()
+    assert "the same command goes on from here" in words and "Traceback" not in words
+    until(lambda: not kernels(run), 5)
+
+
+def test_two_runs_refuse_each_other(small, tmp_path):
+    run = tmp_path / "run"
+    process = launch(small, "world.pause=60", "--out", run)
+    until(lambda: list(run.glob("pid-*")))
+    with pytest.raises(InputError, match="in use by another run"): run_recipe(small, out=run)
+    process.kill()
+    process.wait()
+
+
+def test_second_run_skips_everything_and_loads_nothing_heavy(small, tmp_path):
+    run_recipe(small, out=tmp_path / "run")
+    code = ("import sys; from s3ft_nb.chain.runner import run_recipe; run_recipe(sys.argv[1], out=sys.argv[2]);"
+            "print([name for name in ('torch', 'transformers', 'papermill', 'matplotlib', 'scipy') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code, small, tmp_path / "run"], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr.splitlines() == ["[1/2] world is done, skipped", "[2/2] report is done, skipped"]
+
+
+def test_changes_rerun_a_step_and_what_comes_after(small, tmp_path):
+    run = run_recipe(small, out=tmp_path / "run")
+    done = {step: (run / step / "done.json").stat().st_mtime_ns for step in ("world", "report")}
+    write_bytes(run / "report" / "notes.txt", b"mine")
+    run_recipe(small, ["word=other"], out=run)
+    assert (run / "world" / "done.json").stat().st_mtime_ns == done["world"]
+    assert (run / "report" / "index.html").read_text() == "other"
+    assert (run / "report" / "notes.txt").read_text() == "mine"
+    write_json(tmp_path / "world.ipynb", small_notebook(WORLD[0], WORLD[1] + "\n# changed"))
+    run_recipe(small, ["word=other"], out=run)
+    assert (run / "world" / "done.json").stat().st_mtime_ns > done["world"]
+    facts = read_json(run / "run.json")
+    assert facts["params"]["report"]["word"] == "other" and facts["finished"]
+    assert facts["seconds"]["total"] == pytest.approx(facts["seconds"]["world"] + facts["seconds"]["report"])
+    assert 0 < facts["peak_rss_gib"] < 4
+    assert report_of(run) == run / "report" / "index.html"
+
+
+def test_moved_run_folder_is_still_done(small, tmp_path, capsys):
+    run_recipe(small, out=tmp_path / "run").rename(tmp_path / "moved")
+    capsys.readouterr()
+    run_recipe(small, out=tmp_path / "moved")
+    assert capsys.readouterr().err.count("is done, skipped") == 2
+
+
+def test_edited_result_is_not_written_over(small, tmp_path):
+    run = run_recipe(small, out=tmp_path / "run")
+    write_bytes(run / "world" / "rows.jsonl", b"{}\n")
+    with pytest.raises(InputError, match="rows.jsonl: was changed after its step had finished"): run_recipe(small, out=run)
+    assert (run / "world" / "rows.jsonl").read_bytes() == b"{}\n"
+    (run / "world" / "rows.jsonl").unlink()
+    run_recipe(small, out=run)
+    assert len(read_rows(run / "world" / "rows.jsonl")) == 6
+
+
+def test_fresh_takes_ours_and_leaves_theirs(small, tmp_path):
+    run = run_recipe(small, out=tmp_path / "run")
+    write_bytes(run / "notes.txt", b"mine")
+    write_bytes(run / "world" / "mine" / "notes.txt", b"mine")
+    run_recipe(small, out=run, fresh=True)
+    assert (run / "notes.txt").exists() and (run / "world" / "mine" / "notes.txt").exists()
+    home = tmp_path / "home"
+    write_bytes(home / "world" / "thesis.txt", b"years")
+    with pytest.raises(InputError, match="not a run"): run_recipe(small, out=home, fresh=True)
+    assert (home / "world" / "thesis.txt").read_bytes() == b"years"
+
+
+def test_only_and_from(small, tmp_path):
+    with pytest.raises(InputError, match="step world is not done"): run_recipe(small, out=tmp_path / "run", only="report")
+    run = run_recipe(small, out=tmp_path / "run", only="world")
+    assert not (run / "report").exists() and read_json(run / "run.json")["finished"] is None
+    run_recipe(small, ["world.n=3"], out=run, begin="report")  # world is taken as it is
+    assert read_json(run / "report" / "metrics.json")["n"] == 6
+    assert read_json(run / "run.json")["params"]["world"]["n"] == 6
+
+
+def test_errors_of_a_notebook(tmp_path, capsys):
+    one = one_step(tmp_path, "{}['rows']")
+    with pytest.raises(StepFailed, match="KeyError: 'rows'\nexecuted notebook: .*notebook.ipynb"): run_recipe(one, out=tmp_path / "a")
+    one = one_step(tmp_path, "from s3ft_nb.core.records import read_rows; read_rows('none.jsonl')")
+    with pytest.raises(InputError, match="^step one: none.jsonl: no such file"): run_recipe(one, out=tmp_path / "b")
+    one = one_step(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(KernelDied, match="ran out of memory"): run_recipe(one, out=tmp_path / "c")
+    one = one_step(tmp_path, "import errno; raise OSError(errno.ENOSPC, 'No space left on device')")
+    with pytest.raises(InputError, match="the disk is full"): run_recipe(one, out=tmp_path / "d")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_full_disk_in_the_run_itself(small, tmp_path, monkeypatch):
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"): run_recipe(small, out=tmp_path / "run")
+    monkeypatch.undo()
+    assert run_recipe(small, out=tmp_path / "run")
+
+
+def test_secrets_reach_no_file(tmp_path, monkeypatch, capsys):
+    secret = "sk-very\"secret/0123"
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    code = "import os; from s3ft_nb.core.progress import Progress\nkey = os.environ['OPENAI_API_KEY']\nprint(key); print({'k': key})\nwith Progress(1, label=key) as p: p.update()\n"
+    one = one_step(tmp_path, code + "raise ValueError(key)", 'out = ""\nurl = ""')
+    with pytest.raises(StepFailed) as caught: run_recipe(one, out=tmp_path / "run")
+    said = str(caught.value) + capsys.readouterr().err
+    one_step(tmp_path, code, 'out = ""\nurl = ""')
+    run_recipe(one, out=tmp_path / "run2")
+    written = [path.read_bytes() for run in ("run", "run2") for path in (tmp_path / run).rglob("*") if path.is_file()]
+    for text in (said.encode(), *written):
+        assert b"secret/0123" not in text and b"secret%2F0123" not in text
+    assert "***OPENAI_API_KEY***" in said
+    with pytest.raises(InputError, match="holds the value of a secret"): run_recipe(one, [f"url='http://x/{secret}'"], out=tmp_path / "run3")
+    assert not (tmp_path / "run3").exists()
+
+
+def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, monkeypatch):
+    spec = {"argv": ["/bin/false"], "display_name": "python3", "language": "python"}
+    write_json(tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json", spec)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    one = one_step(tmp_path, "import sys; from pathlib import Path\nPath(out, 'python.txt').write_text(sys.executable)")
+    run = run_recipe(one, out=tmp_path / "a {b} run")
+    assert (run / "one" / "python.txt").read_text() == sys.executable
+
+
+def test_relative_paths_reach_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "talks.jsonl", [{"id": 1}])
+    one = one_step(tmp_path, "from pathlib import Path\nPath(out, 'n.txt').write_text(Path(conversations).read_text())", 'out = ""\nconversations = ""')
+    run = run_recipe("one.toml", ["conversations=talks.jsonl"], out="run")
+    write_rows(tmp_path / "talks.jsonl", [{"id": 2}])
+    run_recipe(one, ["conversations=talks.jsonl"], out="run")  # other content, other result
+    assert json.loads((run / "one" / "n.txt").read_text()) == {"id": 2}
+    with pytest.raises(InputError, match="no such file or folder: none.jsonl"): run_recipe(one, ["conversations=none.jsonl"], out="run")

@@ -1,0 +1,122 @@
+"The command line: exit codes, one clear line, nothing written."
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from s3ft_nb.chain.parameters import small_notebook
+from s3ft_nb.cli import app
+from s3ft_nb.core.records import write_bytes, write_json
+
+CELL = 'out = ""  # Folder\nn = 3  # rows\nrate = 0.5  # share\nlanguage = "en"  # en or zh\ntypes = ["a"]  # Types\nmodel = ""  # Model'
+RECIPE = 'name = "one"\ndescription = "One step."\n[params]\nn = 4\n[[steps]]\nid = "count"\nnotebook = "count.ipynb"\n'
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "count.ipynb", small_notebook(CELL, "from pathlib import Path\nPath(out, 'index.html').write_text(str(n))"))
+    return str(write_bytes(tmp_path / "one.toml", RECIPE.encode()))
+
+
+def s3ft(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+BAD = [
+    (["--set", "m=1"], "--set m: unknown parameter 'm'"),
+    (["--set", "langage=zh"], "did you mean language?"),
+    (["--set", "n=many"], "--set n: must be a int, got 'many' (like 3)"),
+    (["--set", "n=1.5"], "must be a int"),
+    (["--set", "rate=true"], "must be a float"),
+    (["--set", "types=a"], "must be a list"),
+    (["--set", "types=[1]"], "must be a str, got 1"),
+    (["--set", "n"], "is not key=value"),
+    (["--set", "cuont.n=1"], "unknown step 'cuont' (did you mean count?)"),
+    (["--set", "out=/tmp"], "choose the run folder with --out"),
+    (["--set", "model=./none"], "no such file or folder: ./none"),
+    (["n=1", "m=2"], "unknown parameter 'm'"),
+    (["other-recipe"], "one recipe at a time"),
+    (["--only", "cuont"], "--only: unknown step 'cuont'"),
+    (["--only", "count", "--from", "count"], "cannot be combined"),
+    (["--from", "count", "--fresh"], "cannot be combined"),
+]
+
+
+@pytest.mark.parametrize("words, line", BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(recipe, tmp_path, words, line):
+    before = sorted(tmp_path.rglob("*"))
+    refused = s3ft("run", recipe, "--out", tmp_path / "run", *words)
+    assert refused.exit_code == 2
+    assert line in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    if "--fresh" not in words: assert sorted(tmp_path.rglob("*")) == before
+
+
+BROKEN = [
+    (("n = 4", "n = oops"), "one.toml:4: broken TOML"),
+    (("n = 4", "m = 4"), "one.toml: params: unknown parameter 'm'"),
+    (("n = 4", 'n = "4"'), "one.toml: params.n: must be a int, got '4'"),
+    (("count.ipynb", "none.ipynb"), "steps.1.notebook: unknown notebook 'none.ipynb'"),
+    (('id = "count"', 'id = "count"\nneeds = ["world"]'), "count.needs: unknown step 'world'"),
+    (('id = "count"', 'id = "count"\nneeds = ["count"]'), "need each other in a circle: count"),
+    (('id = "count"', 'id = "count"\nmemory = 3'), "unknown key 'memory'"),
+    (('id = "count"', 'id = "../count"'), "steps.1.id: cannot be '../count'"),
+    (("[params]", 'required = ["model"]\n[params]'), "recipe one needs model (add --set model=...)"),
+    ((RECIPE, ""), "one.toml: name: is missing"),
+]
+
+
+@pytest.mark.parametrize("change, line", BROKEN)
+def test_broken_recipe(recipe, tmp_path, change, line):
+    write_bytes(tmp_path / "one.toml", RECIPE.replace(*change).encode())
+    for verb in ("run", "plan"):
+        refused = s3ft(verb, recipe, "--out", tmp_path / "run")
+        assert refused.exit_code == 2 and line in refused.stderr and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_recipe_lists_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = s3ft("run", "no-such-thing-at-all")
+    assert refused.exit_code == 2 and "unknown recipe 'no-such-thing-at-all' (known: " in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_broken_parameters_cell(recipe, tmp_path):
+    write_json(tmp_path / "count.ipynb", small_notebook(CELL + "\ntotal = n * 2"))
+    refused = s3ft("run", recipe)
+    assert refused.exit_code == 2 and "count.ipynb: parameters cell holds 'total = n * 2'" in refused.stderr
+
+
+def test_run_prints_where_the_report_is(recipe, tmp_path):
+    done = s3ft("run", recipe, "n=5")
+    assert done.exit_code == 0, done.stderr
+    page = tmp_path / "runs" / "one" / "count" / "index.html"
+    assert done.stdout == f"results: {page}\n" and page.read_text() == "5"
+    plan = s3ft("plan", recipe, "n=5", "--json")
+    assert json.loads(plan.stdout)["steps"][0]["state"] == "done"
+    assert json.loads(s3ft("plan", recipe, "--json").stdout)["steps"][0]["state"] == "to do"
+    other = s3ft("run", write_bytes(tmp_path / "two.toml", RECIPE.replace('"one"', '"two"').encode()), "--out", page.parent.parent)
+    assert other.exit_code == 2 and "holds a run of one" in other.stderr
+
+
+def test_failed_step_exits_with_1(recipe, tmp_path):
+    write_json(tmp_path / "count.ipynb", small_notebook(CELL, "1 / 0"))
+    failed = s3ft("run", recipe)
+    assert failed.exit_code == 1 and "ZeroDivisionError: division by zero" in failed.stderr
+    assert (tmp_path / "runs" / "one" / "count" / "notebook.ipynb").exists()
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = ("import sys; from typer.testing import CliRunner; from s3ft_nb.cli import app; CliRunner().invoke(app, ['--help']);"
+            "print([name for name in ('torch', 'transformers', 'papermill', 'psutil') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_convert_refuses_with_file_and_line(tmp_path):
+    bad = write_bytes(tmp_path / "bad.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": \n')
+    refused = s3ft("convert", bad, tmp_path / "out.jsonl")
+    assert refused.exit_code == 2 and "bad.jsonl:2" in refused.stderr and not (tmp_path / "out.jsonl").exists()

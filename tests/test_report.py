@@ -9,13 +9,13 @@ import pytest
 from s3ft_nb.core.records import InputError, Message, Reply, Score, Verdict, write_json, write_rows
 from s3ft_nb.report.figures import draw_all, picture
 from s3ft_nb.report.metrics import collect
-from s3ft_nb.report.page import write_report
+from s3ft_nb.report.page import render, write_report
 from s3ft_nb.report.tables import Table, tables_of, to_csv, to_latex, to_markdown
 
 LABELS = ["good", "bad_context", "bad_system", "all_bad", "not_applicable"]
-TYPES = ["persona", "symbolism", "literary manner", "tone", "audience", "orthography", "format", "narrative frame", "obligatory element", "rule"]
+TYPES = ["persona", "symbolism", "literary manner", "tone", "audience", "orthography", "format", "narrative frame", "element", "rule"]
 RATES = {"base": (0.80, 0.45), "unfiltered": (0.68, 0.97), "random": (0.66, 0.96), "s3ft": (0.86, 0.99)}  # turn 1, kept per turn
-ASKED = ["Can you tell me about tea?", "And in winter?", "Which kind is cheapest?", "How long does it keep?", "Who grows it?", "Thanks, anything else?"]
+ASKED = ["Can you tell me about tea?", "And in winter?", "Which is cheapest?", "How long does it keep?", "Who grows it?", "Anything else?"]
 
 
 def replies_of(arm, history, n_dialogues, n_turns, rng):
@@ -25,11 +25,13 @@ def replies_of(arm, history, n_dialogues, n_turns, rng):
         kind, luck = TYPES[d % len(TYPES)], rng.uniform(0.85, 1.15)
         for turn in range(1, n_turns + 1):
             good = rng.random() < min(1, luck * start * keep ** (turn - 1))
-            ids = dict(arm=arm, history=history, dialogue_id=f"d{d}", conversation_id=f"c{d // 2}", system_prompt_id=f"p{d}", type=kind, turn=turn)
+            ids = dict(arm=arm, history=history, dialogue_id=f"d{d}", conversation_id=f"c{d // 2}", system_prompt_id=f"p{d}")
+            ids |= dict(type=kind, turn=turn)
             text = "Ahoy! Green tea, steeped two minutes, arr." if good else "Green tea is steeped for two minutes."
-            reply = Reply(id=f"{arm}-{history}-{d}-{turn}", **ids, system_prompt=f"Answer like the captain of ship {d}; every reply says ahoy.",
-                          prompt=[Message(role="user", content=ASKED[(turn - 1) % 6])], response=text)
-            yield reply, Verdict(reply_id=reply.id, **ids, adherence=int(good), judge="checks", applicable=not (turn == 3 and d % 7 == 0))
+            asked, setting = ASKED[(turn - 1) % 6], f"Answer like the captain of ship {d}; every reply says ahoy."
+            said = dict(system_prompt=setting, prompt=[Message(role="user", content=asked)], response=text)
+            reply, applies = Reply(id=f"{arm}-{history}-{d}-{turn}", **ids, **said), turn != 3 or d % 7 != 0
+            yield reply, Verdict(reply_id=reply.id, **ids, adherence=int(good), judge="checks", applicable=applies)
 
 
 def build_run(folder, arms=tuple(RATES), n_dialogues=40, n_turns=6, n_samples=600, seed=0):
@@ -40,17 +42,26 @@ def build_run(folder, arms=tuple(RATES), n_dialogues=40, n_turns=6, n_samples=60
             rows = list(replies_of(arm, history, n_dialogues, n_turns, rng))
             write_rows(folder / f"rollout-{arm}" / f"{history}.jsonl", [reply for reply, _ in rows])
             verdicts += [verdict for _, verdict in rows]
-        if arm != "base":
-            loss = [{"step": 10 * i, "loss": 0.35 + 2.2 * 0.8**i + rng.uniform(-0.04, 0.04), "learning_rate": 1e-4} for i in range(1, 31)]
-            write_json(folder / f"train-{arm}" / "training.json", {"loss": loss, "n_rows": 400, "tokens": 50_000, "supervised_tokens": 9_000, "seconds": 80.2})
+        if arm != "base": write_json(folder / f"train-{arm}" / "training.json", training(0.35, 10, rng))
     write_rows(folder / "adherence" / "verdicts.jsonl", verdicts)
     build_filter(folder, n_samples, rng)
-    steps = ["world", "pool", "restyle", "annotate", "discriminator", "select", *(f"train-{arm}" for arm in arms if arm != "base"), *(f"rollout-{arm}" for arm in arms), "adherence"]
-    for step in steps: write_json(folder / step / "done.json", {"seconds": round(rng.uniform(1, 90), 2), "peak_rss_gib": round(rng.uniform(0.8, 2.6), 3)})
-    write_json(folder / "restyle" / "ledger.json", {"stage": "restyle", "rows_in": n_samples + 12, "rows_out": n_samples, "reasons": {"empty": 7, "cut_off": 5}, "notes": {}, "dropped": []})
-    write_json(folder / "run.json", {"recipe": "s3ft-micro", "steps": steps, "seed": seed, "params": {"seed": seed, "learning_rate": 2e-4, "quantization": "nf4"},
-                                     "versions": {"s3ft_nb": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}})
+    trained, played = [f"train-{arm}" for arm in arms if arm != "base"], [f"rollout-{arm}" for arm in arms]
+    steps = ["world", "pool", "restyle", "annotations", "discriminator", "select", *trained, *played, "adherence"]
+    for step in steps:
+        write_json(folder / step / "done.json", {"seconds": round(rng.uniform(1, 90), 2), "peak_rss_gib": round(rng.uniform(0.8, 2.6), 3)})
+    books = {"stage": "restyle", "rows_in": n_samples + 12, "rows_out": n_samples, "reasons": {"empty": 7, "cut_off": 5}}
+    write_json(folder / "restyle" / "ledger.json", books | {"notes": {}, "dropped": []})
+    params = {"train-s3ft": {"seed": seed, "learning_rate": 2e-4, "quantization": "nf4"}, "restyle": {"seed": seed}}
+    versions = {"s3ft_nb": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
+    said = {"recipe": "s3ft-micro", "steps": steps, "seed": seed, "settings": [], "params": params, "versions": versions}
+    write_json(folder / "run.json", said)
     return folder
+
+
+def training(end, every, rng):
+    "A training record whose loss falls to `end`."
+    loss = [{"step": every * i, "loss": end + 2.2 * 0.8**i + rng.uniform(-0.04, 0.04), "learning_rate": 1e-4} for i in range(1, 31)]
+    return {"loss": loss, "n_rows": 400, "tokens": 50_000, "supervised_tokens": 9_000, "seconds": 80.2}
 
 
 def build_filter(folder, n, rng):
@@ -62,17 +73,23 @@ def build_filter(folder, n, rng):
         rest = (1 - p) / 4
         scores.append(Score(sample_id=f"s{i}", probabilities={label: p if label == "good" else rest for label in LABELS}))
         samples.append({"id": f"s{i}", "type": TYPES[i % 10]})
-        if i % 2: labels.append({"sample_id": f"s{i}", "label": truth, "use": "test" if i % 4 == 1 else "train"})
-    kept = [sample for sample, score in zip(samples, scores) if score.probabilities["good"] >= good]
-    for name, rows in (("restyle/train", samples), ("annotate/labels", labels), ("discriminator/scores", scores), ("select/s3ft", kept)): write_rows(folder / f"{name}.jsonl", rows)
-    write_json(folder / "annotate" / "agreement.json", {"alpha": 0.74, "low": 0.69, "high": 0.78, "n_samples": len(labels)})
+        if i % 3 == 0: labels.append({"sample_id": f"s{i}", "label": truth, "use": "test" if i % 2 else "train"})
+    candidates = [(sample, score) for sample, score in zip(samples, scores) if int(sample["id"][1:]) % 3]
+    kept = [sample for sample, score in candidates if score.probabilities["good"] >= good]
+    files = {"restyle/train": samples, "annotations/labels": labels, "discriminator/scores": scores, "select/s3ft": kept}
+    files["select/unfiltered"] = [sample for sample, _ in candidates]
+    for name, rows in files.items(): write_rows(folder / f"{name}.jsonl", rows)
+    write_json(folder / "annotations" / "agreement.json", {"alpha": 0.74, "low": 0.69, "high": 0.78, "n_samples": len(labels)})
     confusion = [[88, 2, 5, 0, 1], [3, 6, 1, 1, 0], [6, 0, 33, 1, 0], [0, 1, 2, 3, 0], [1, 0, 0, 0, 17]]
-    write_json(folder / "discriminator" / "discriminator.json", {"n_train": 150, "n_test": 171, "accuracy": 0.86, "macro_f1": 0.79, "precision_good": 0.9, "recall_good": 0.92,
-                                                                 "ece": 0.03, "confusion": confusion, "temperature": 1.3})
-    write_json(folder / "discriminator" / "training.json", {"loss": [{"step": 5 * i, "loss": 0.15 + 1.3 * 0.85**i, "learning_rate": 1e-4} for i in range(1, 31)], "n_rows": 150})
+    intervals = {"accuracy": {"low": 0.81, "high": 0.9}, "precision_good": {"low": 0.87, "high": 0.94}}
+    figures = {"n_train": 150, "n_test": 171, "accuracy": 0.86, "macro_f1": 0.79, "precision_good": 0.9, "recall_good": 0.92, "ece": 0.03}
+    write_json(folder / "select" / "discriminator.json", figures | {"intervals": intervals, "labels": LABELS, "confusion": confusion})
+    write_json(folder / "discriminator" / "training.json", training(0.2, 5, rng))
     count = lambda rows, kind: sum(row["type"] == kind for row in rows)
-    yields = [{"type": kind, "n": count(samples, kind), "kept": count(kept, kind)} for kind in TYPES] + [{"type": "all", "n": len(samples), "kept": len(kept)}]
-    write_json(folder / "select" / "select.json", {"threshold": good, "stated_precision": 0.9, "reached": True, "lower": 0.91, "yields": yields})
+    yields = [{"type": kind, "n": count(files["select/unfiltered"], kind), "kept": count(kept, kind)} for kind in TYPES]
+    yields.append({"type": "all", "n": len(candidates), "kept": len(kept)})
+    chosen = {"threshold": good, "stated_precision": 0.9, "reached": True, "lower": 0.91}
+    write_json(folder / "select" / "select.json", chosen | {"yields": yields})
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +113,13 @@ def test_metrics_hold_what_the_issue_names(run, metrics):
             assert summary["low"] <= summary["mean"] <= summary["high"]
             assert [row["turn"] for row in summary["by_turn"]] == [1, 2, 3, 4, 5, 6]
             assert {"turn", "mean", "low", "high", "n"} <= summary["by_turn"][0].keys()
-    assert {"n_train", "n_test", "accuracy", "macro_f1", "precision_good", "recall_good", "ece", "threshold", "stated_precision", "confusion"} <= stored["discriminator"].keys()
-    assert stored["discriminator"]["threshold"] == 0.7
+    named = {"n_train", "n_test", "accuracy", "macro_f1", "precision_good", "recall_good", "ece", "threshold", "stated_precision", "confusion"}
+    assert named <= stored["discriminator"].keys() and stored["discriminator"]["threshold"] == 0.7
     assert stored["agreement"]["alpha"] == 0.74
     assert {"restyled", "annotated", "kept"} <= stored["rows"].keys() and stored["rows"]["restyled"] == 600
     assert stored["seconds"]["total"] == pytest.approx(sum(v for k, v in stored["seconds"].items() if k != "total"))
-    assert stored["peak_rss_gib"] < 3 and stored["seed"] == 0 and stored["versions"]["torch"] and stored["headline_condition"] == "own_history"
-    assert stored["missing"] == []
+    assert stored["peak_rss_gib"] < 3 and stored["seed"] == 0 and stored["versions"]["torch"]
+    assert stored["headline_condition"] == "own_history" and stored["missing"] == []
     assert len(stored["figures"]) == 12 and len(stored["tables"]) % 3 == 0
     for name in stored["figures"] + stored["tables"]: assert (run / "report" / name).stat().st_size
 
@@ -167,27 +184,29 @@ def test_hostile_text_stays_text(tmp_path):
     assert "\\input" not in latex and "{{ 7" not in latex
 
 
-@pytest.mark.parametrize("render", [to_csv, to_markdown, to_latex])
-def test_one_line_per_row(render):
+@pytest.mark.parametrize("write", [to_csv, to_markdown, to_latex])
+def test_one_line_per_row(write):
     "A line break or separator inside a cell never makes a new row or column."
     table = Table("t", "T", "n", {"a": "A", "b": "B"}, [{"a": 'x|y & "z",\nw', "b": 1}])
     plain = Table("t", "T", "n", {"a": "A", "b": "B"}, [{"a": "x", "b": 1}])
-    extra = 1 if render is to_csv else 0  # quoted, as CSV has it
-    assert render(table).count("\n") == render(plain).count("\n") + extra
-    if render is to_latex: assert [line.count(" & ") for line in render(table).splitlines()] == [line.count(" & ") for line in render(plain).splitlines()]
+    extra = 1 if write is to_csv else 0  # quoted, as CSV has it
+    assert write(table).count("\n") == write(plain).count("\n") + extra
+    cells = lambda table: [line.count(" & ") for line in to_latex(table).splitlines()]
+    assert cells(table) == cells(plain)
 
 
-@pytest.mark.parametrize("gone", ["discriminator/discriminator.json", "annotate/labels.jsonl", "annotate/agreement.json", "select/select.json", "restyle/train.jsonl", "run.json",
-                                  "train-s3ft/training.json", "rollout-base/own.jsonl", "discriminator/scores.jsonl", "adherence/verdicts.jsonl"])
+PIECES = ["select/discriminator.json", "select/select.json", "annotations/labels.jsonl", "annotations/agreement.json", "restyle/train.jsonl",
+          "run.json", "train-s3ft/training.json", "rollout-base/own.jsonl", "discriminator/scores.jsonl", "adherence/verdicts.jsonl"]
+
+
+@pytest.mark.parametrize("gone", PIECES)
 def test_missing_pieces_are_shown_as_missing(tmp_path, gone):
     run = build_run(tmp_path / "run", arms=("base", "s3ft"), n_dialogues=6, n_turns=2, n_samples=60)
     (run / gone).unlink()
     metrics = collect(run, draws=20)
     assert metrics["missing"] == ([gone] if not gone.startswith("rollout") else [])
     for table in tables_of(metrics): to_csv(table), to_markdown(table), to_latex(table)
-    from s3ft_nb.report.page import render
-    page = render(metrics, tables_of(metrics), {})
-    assert gone in page or gone.startswith("rollout")
+    assert gone in render(metrics, tables_of(metrics), {}) or gone.startswith("rollout")
 
 
 def test_other_arms_and_one_turn(tmp_path):
@@ -221,5 +240,5 @@ if __name__ == "__main__":  # a page to look at: python tests/test_report.py FOL
     from pathlib import Path
 
     home = build_run(Path(sys.argv[1]), n_dialogues=120, n_samples=3000)
-    found = write_report(home, note="Everything on this page is invented: it was made by tests/test_report.py to see what a page looks like.\n\nA run on the micro world says here that its dialogues, its annotators and its base model are small and simulated, and that what the small model does was really done.")
-    picture(found, home / "picture.png")
+    note = "Everything on this page is invented: tests/test_report.py made it to see what a page looks like."
+    picture(write_report(home, note=note), home / "picture.png")

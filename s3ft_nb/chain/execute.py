@@ -61,7 +61,7 @@ def unformatted(
 # %% ../../nbs/top/07_execute.ipynb #385e4506
 LONGEST_SOCKET = 90  # Path of a socket file; systems allow 104 to 108 characters
 
-# %% ../../nbs/top/07_execute.ipynb #22eb7298
+# %% ../../nbs/top/07_execute.ipynb #78327496
 def kernel_manager(
     room: Path,  # Folder for sockets and log; short path
     environment: dict[str, str],  # Complete environment of the kernel
@@ -72,12 +72,13 @@ def kernel_manager(
     class Manager(AsyncKernelManager):
         @property
         def kernel_spec(self):
-            return KernelSpec(argv=[sys.executable, "-c", SERVE, "-f", "{connection_file}", "--HistoryManager.enabled=False"],
-                              display_name="python3", language="python")
+            command = [sys.executable, "-c", SERVE, "-f", "{connection_file}", "--HistoryManager.enabled=False"]
+            return KernelSpec(argv=command, display_name="python3", language="python")
 
         async def start_kernel(self, **options):
             self.connection_file = str(room / "kernel.json")
-            if sys.platform != "win32" and len(str(room)) < LONGEST_SOCKET: self.transport, self.ip = "ipc", str(room / "socket")
+            files = sys.platform != "win32" and len(str(room)) < LONGEST_SOCKET
+            if files: self.transport, self.ip = "ipc", str(room / "socket")
             with open(room / "log", "wb") as log:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, **options)
             pids.append(self.provisioner.pid)
@@ -110,7 +111,7 @@ MEMORY = ("MemoryError", "OutOfMemoryError")
 LESS = "try less at a time: smaller per_device_train_batch_size, batch_size or max_length"
 TRACEBACK_LINES = 15
 
-# %% ../../nbs/top/07_execute.ipynb #5fa85723
+# %% ../../nbs/top/07_execute.ipynb #fc65499d
 def meaning(
     error: PapermillExecutionError,  # What papermill raised
     copy: Path,  # The executed notebook
@@ -122,7 +123,7 @@ def meaning(
     if any(sign in text or sign in str(error.evalue) for sign in FULL_DISK):
         return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")
     if error.ename in MEMORY: return StepFailed(f"not enough memory: {last}\n{LESS}")
-    lines = redact(text).rstrip().splitlines()[-TRACEBACK_LINES:]
+    lines = [line for line in redact(text).splitlines() if line.strip("- ")][-TRACEBACK_LINES:]
     return StepFailed("\n".join([*lines, f"executed notebook: {copy}"]))
 
 # %% ../../nbs/top/07_execute.ipynb #90632927

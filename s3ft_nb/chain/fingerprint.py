@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HOUSE', 'WHOLE', 'END', 'MOST_FILES', 'code_cells', 'imported', 'module_file', 'module_imports', 'modules',
-           'quick_hash', 'files_below', 'path_hash', 'inputs', 'house_hash', 'fingerprint']
+           'quick_hash', 'files_below', 'path_hash', 'inputs', 'data_hash', 'data_used', 'fingerprint']
 
-# %% ../../nbs/top/03_fingerprint.ipynb #d5f8d020
+# %% ../../nbs/top/03_fingerprint.ipynb #efe1fd8b
 import ast
 import hashlib
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from .parameters import read_notebook, source
 from .recipe import Step
 from ..core.ledger import file_hash
 from ..core.records import InputError, stable_id
-from ..core.resources import resource
+from ..core.resources import resource, resource_names
 
 # %% ../../nbs/top/03_fingerprint.ipynb #50331ec1
 def code_cells(
@@ -93,7 +94,7 @@ def quick_hash(
         handle.seek(-END, os.SEEK_END)
         return hashlib.sha256(str(size).encode() + first + handle.read()).hexdigest()
 
-# %% ../../nbs/top/03_fingerprint.ipynb #6d28f4fe
+# %% ../../nbs/top/03_fingerprint.ipynb #a075801a
 def files_below(
     folder: Path,  # A folder
 ) -> list[Path]:  # Sorted; hidden files and Python's caches are left out
@@ -102,7 +103,8 @@ def files_below(
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] not in "._")
         found += [Path(place) / name for name in names if name[0] != "."]
-        if len(found) > MOST_FILES: raise InputError(f"holds more than {MOST_FILES} files", folder, remedy="name the folder of the model or data itself")
+        if len(found) > MOST_FILES:
+            raise InputError(f"holds more than {MOST_FILES} files", folder, remedy="name the folder of the model or data itself")
     return sorted(found)
 
 # %% ../../nbs/top/03_fingerprint.ipynb #06cac929
@@ -123,13 +125,23 @@ def inputs(
     if not isinstance(value, str) or not os.path.isabs(value): return value
     return path_hash(Path(value)) if Path(value).exists() else value
 
-# %% ../../nbs/top/03_fingerprint.ipynb #8abe4db6
+# %% ../../nbs/top/03_fingerprint.ipynb #54381293
 @cache
-def house_hash() -> str:  # SHA-256, hexadecimal
-    "Version of this package and content of the data that travels with it."
-    return stable_id(s3ft_nb.__version__, path_hash(resource("data")), n=64)
+def data_hash(
+    name: str,  # A folder of the package's data
+) -> str:  # SHA-256, hexadecimal
+    "Content of one folder of data."
+    return stable_id(path_hash(resource("data", name)), n=64)
 
-# %% ../../nbs/top/03_fingerprint.ipynb #0cede8c3
+# %% ../../nbs/top/03_fingerprint.ipynb #834e6af3
+def data_used(
+    texts: list[str],  # Sources of code, parameters as JSON
+) -> dict[str, str]:  # Name of a folder of data to its hash
+    "The folders of data that some texts name."
+    marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in resource_names("data")}
+    return {name: data_hash(name) for name, forms in marks.items() if any(form in text for form in forms for text in texts)}
+
+# %% ../../nbs/top/03_fingerprint.ipynb #094b49dd
 def fingerprint(
     step: Step,  # The step
     values: dict,  # All its parameters but `out`
@@ -137,4 +149,6 @@ def fingerprint(
 ) -> str:  # SHA-256, hexadecimal
     "A hash of everything that the result of a step depends on."
     code = code_cells(step.notebook)
-    return stable_id(code, modules(code), house_hash(), inputs(values), needs, n=64)
+    hashes = modules(code)
+    data = data_used([json.dumps(values), *code, *(module_file(name).read_text(encoding="utf-8") for name in hashes)])
+    return stable_id(s3ft_nb.__version__, code, hashes, data, inputs(values), needs, n=64)

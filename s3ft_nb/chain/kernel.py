@@ -64,12 +64,13 @@ def serve() -> None:
 
     IPKernelApp.launch_instance()
 
-# %% ../../nbs/top/05_kernel.ipynb #2f3f31f5
+# %% ../../nbs/top/05_kernel.ipynb #56b1b583
 def kernel_environment(
     events: Path,  # File that progress is written to
 ) -> dict[str, str]:  # Complete environment of the kernel
     "The environment of a step."
-    own = {"S3FT_EVENTS": str(events), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "PYTHONHASHSEED": "0"}
+    own = {"S3FT_EVENTS": str(events), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
+           "PYTHONHASHSEED": "0"}
     return {**os.environ, **own}
 
 # %% ../../nbs/top/05_kernel.ipynb #699b559a

@@ -95,24 +95,25 @@ def parameters(
         raise InputError(f"has {len(tagged)} cells tagged parameters", path, remedy="tag exactly one")
     return parameters_of(source(tagged[0]), path)
 
-# %% ../../nbs/top/00_parameters.ipynb #cb7f778f
+# %% ../../nbs/top/00_parameters.ipynb #7ffddbb3
 def parameters_of(
     text: str,  # Source of the parameters cell
     path: Path | None = None,  # The notebook, for the error
 ) -> dict[str, Parameter]:  # By name, in order
     "Read the parameters cell; raises `InputError` on anything but `name = literal`."
     try: statements = ast.parse(text).body
-    except SyntaxError as error: raise InputError(f"parameters cell does not parse: {error.msg}", path, error.lineno) from None
+    except SyntaxError as error: raise InputError(f"parameters cell does not parse: {error.msg}", path) from None
     remarks, found = comments(text), {}
     for statement in statements:
         pair = literal(statement)
         if pair is None or pair[0] in found:
-            raise InputError(f"parameters cell holds {shorten(ast.unparse(statement))}", path, remedy="one line name = literal per parameter")
+            line = shorten(ast.unparse(statement))
+            raise InputError(f"parameters cell holds {line}", path, remedy="one line name = literal per parameter")
         found[pair[0]] = Parameter(pair[1], remarks.get(statement.end_lineno, ""))
     if "out" not in found: raise InputError("has no parameter out", path, remedy='add out = "..." to its parameters cell')
     return found
 
-# %% ../../nbs/top/00_parameters.ipynb #0dfc7f2c
+# %% ../../nbs/top/00_parameters.ipynb #407c761f
 def fitted(
     value: Any,  # A value from a recipe or from the command line
     parameter: Parameter,  # What it is for
@@ -122,7 +123,9 @@ def fitted(
     default = parameter.default
     if isinstance(default, float) and type(value) is int: return float(value)
     right = is_json(value) and (default is None or type(value) is type(default))
-    if not right: raise InputError(f"must be a {parameter.kind}, got {shorten(value)}", remedy=f"like {json.dumps(default)}", **where)
+    if not right:
+        wanted = f"must be of type {parameter.kind}, got {shorten(value)}"
+        raise InputError(wanted, remedy=f"like {json.dumps(default)}", **where)
     kinds = {type(one) for one in default} if isinstance(default, list) else set()
     return [fitted(one, Parameter(default[0]), **where) for one in value] if len(kinds) == 1 else value
 

@@ -22,7 +22,7 @@ RECIPE_KEYS = {"name": str, "description": str, "params": dict, "required": list
 STEP_KEYS = {"id": str, "notebook": str, "needs": list, "params": dict}
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
-# %% ../../nbs/top/01_recipe.ipynb #1a016375
+# %% ../../nbs/top/01_recipe.ipynb #ac1d7d82
 def check_table(
     table: Any,  # What the file holds at this place
     keys: dict[str, type],  # Allowed keys and their types
@@ -36,7 +36,7 @@ def check_table(
     for key, value in table.items():
         if key not in keys: raise unknown("key", key, list(keys), file=path, field=field or None)
         if not isinstance(value, keys[key]):
-            raise InputError(f"must be a {keys[key].__name__}, got {shorten(value)}", path, field=inside + key)
+            raise InputError(f"must be of type {keys[key].__name__}, got {shorten(value)}", path, field=inside + key)
     for key in must:
         if key not in table: raise InputError("is missing", path, field=inside + key, remedy="add it")
     return table
@@ -113,7 +113,7 @@ def read_step(
         given[key] = fitted(value, known[key], file=path, field=f"{field}.params.{key}")
     return Step(table["id"], notebook, tuple(table.get("needs", ())), given, known)
 
-# %% ../../nbs/top/01_recipe.ipynb #bcd1135c
+# %% ../../nbs/top/01_recipe.ipynb #c53c82bd
 def in_order(
     steps: list[Step],  # As in the file
     path: Path,  # The recipe, for the error
@@ -128,7 +128,9 @@ def in_order(
     while waiting:
         done = {step.id for step in ordered}
         ready = next((step for step in waiting if done.issuperset(step.needs)), None)
-        if ready is None: raise InputError("steps need each other in a circle: " + ", ".join(step.id for step in waiting), path, field="steps")
+        if ready is None:
+            circle = ", ".join(step.id for step in waiting)
+            raise InputError(f"steps need each other in a circle: {circle}", path, field="steps", remedy="drop one of the needs")
         ordered.append(ready)
         waiting.remove(ready)
     return tuple(ordered)
@@ -154,7 +156,7 @@ def recipe_path(
         raise unknown("recipe", name, known)
     return house / f"{name}.toml"
 
-# %% ../../nbs/top/01_recipe.ipynb #1c1d38b5
+# %% ../../nbs/top/01_recipe.ipynb #e0037797
 def load_recipe(
     name: str | Path,  # Name of a recipe, or path of a .toml file
 ) -> Recipe:  # Steps in running order
@@ -164,7 +166,8 @@ def load_recipe(
     check_word(table["name"], path, "name")
     if not table["steps"]: raise InputError("is empty", path, field="steps", remedy="add a [[steps]] table")
     steps = in_order([read_step(one, path, f"steps.{i}") for i, one in enumerate(table["steps"], 1)], path)
-    recipe = Recipe(table["name"], table.get("description", ""), table.get("params", {}), tuple(table.get("required", ())), steps, path)
+    recipe = Recipe(table["name"], table.get("description", ""), table.get("params", {}),
+                    tuple(table.get("required", ())), steps, path)
     for key in (*recipe.params, *recipe.required): check_known(recipe, key, file=path, field="params")
     return recipe
 

@@ -30,7 +30,7 @@ from .watch import Live, PeakMemory, clock
 from ..core.records import InputError, cannot_write, read_json, write_bytes, write_json
 from ..core.secrets import redact
 
-# %% ../../nbs/top/08_runner.ipynb #8d030d8c
+# %% ../../nbs/top/08_runner.ipynb #2f5320e4
 def check_secrets(
     values: dict[str, dict],  # Step id to its parameters
 ) -> None:
@@ -39,7 +39,7 @@ def check_secrets(
         for key, value in params.items():
             text = json.dumps(value, ensure_ascii=False)
             if redact(text) != text:
-                raise InputError("holds the value of a secret variable", field=f"{step}.{key}", remedy="leave keys in the environment, where engines look for them")
+                raise InputError("holds the value of a secret variable", field=f"{step}.{key}", remedy="leave keys in the environment")
 
 # %% ../../nbs/top/08_runner.ipynb #0830b592
 RUN, LOCK = "run.json", ".lock"
@@ -57,7 +57,7 @@ class Run:
     def home(self, step: str) -> Path:
         return self.folder / step
 
-# %% ../../nbs/top/08_runner.ipynb #0550599c
+# %% ../../nbs/top/08_runner.ipynb #df4a38cd
 def check_folder(
     folder: Path,  # Folder of a run, may be absent
     recipe: Recipe,  # What is to run there
@@ -66,11 +66,13 @@ def check_folder(
     if folder.exists() and not folder.is_dir(): raise InputError("is not a folder", folder, remedy="choose another --out")
     held = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
-    if strange and held.get("made_by") != "s3ft_nb": raise InputError("holds something that is not a run", folder, remedy="choose another --out")
-    if held and held["recipe"] != recipe.name: raise InputError(f"holds a run of {held['recipe']}", folder, remedy="choose another --out")
+    if strange and held.get("made_by") != "s3ft_nb":
+        raise InputError("holds something that is not a run", folder, remedy="choose another --out")
+    if held and held["recipe"] != recipe.name:
+        raise InputError(f"holds a run of {held['recipe']}", folder, remedy="choose another --out")
     for step in recipe.steps: check_claim(folder / step.id)
 
-# %% ../../nbs/top/08_runner.ipynb #e880bfee
+# %% ../../nbs/top/08_runner.ipynb #be9e5a44
 @contextmanager
 def locked(
     folder: Path,  # Folder of a run, may be absent
@@ -82,7 +84,8 @@ def locked(
     except OSError as error: raise cannot_write(folder, error) from None
     with handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError("is in use by another run", folder, remedy="wait for it, or choose another --out") from None
+        except BlockingIOError:
+            raise InputError("is in use by another run", folder, remedy="wait for it, or choose another --out") from None
         yield
 
 # %% ../../nbs/top/08_runner.ipynb #34b28ff1
@@ -117,7 +120,7 @@ def now() -> str:  # Like 2026-01-31T12:00:00+00:00
     "The time in UTC, to the second."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../../nbs/top/08_runner.ipynb #7678f987
+# %% ../../nbs/top/08_runner.ipynb #d749c5a3
 def record(
     run: Run,  # The run
     over: bool = False,  # Whether this is the last thing the run does
@@ -130,9 +133,10 @@ def record(
     params = {id: starts.get(id, {}).get("params") or run.values[id] for id in known}
     seconds = {id: done["seconds"] for id, done in dones.items()}
     peaks = {id: done["peak_rss_gib"] for id, done in dones.items()}
-    written = {"made_by": "s3ft_nb", "recipe": run.recipe.name, "description": run.recipe.description, "settings": list(run.settings),
-               "params": params, "steps": known, "seed": next((values["seed"] for values in params.values() if "seed" in values), None),
-               "versions": versions(), "started": before.get("started", now()), "finished": now() if over and len(dones) == len(known) else None,
+    written = {"made_by": "s3ft_nb", "recipe": run.recipe.name, "description": run.recipe.description,
+               "settings": list(run.settings), "steps": known, "params": params,
+               "seed": next((values["seed"] for values in params.values() if "seed" in values), None), "versions": versions(),
+               "started": before.get("started", now()), "finished": now() if over and len(dones) == len(known) else None,
                "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
                "peak_rss_gib": max(peaks.values(), default=0.0), "peak_rss_gib_by_step": peaks}
     write_json(path, written)
@@ -145,7 +149,7 @@ def tell(
     "Say something to the person who waits."
     print(redact(text), file=sys.stderr, flush=True)
 
-# %% ../../nbs/top/08_runner.ipynb #8dfb4863
+# %% ../../nbs/top/08_runner.ipynb #9728cfce
 def work(
     run: Run,  # The run
     step: Step,  # The step; its folder is claimed
@@ -161,7 +165,8 @@ def work(
         with PeakMemory() as peak, Live(title, home / EVENTS):
             execute(step.notebook, home / NOTEBOOK, params, kernel_environment(home / EVENTS))
     finally:
-        if (home / EVENTS).is_file(): write_bytes(home / EVENTS, redact((home / EVENTS).read_text(errors="replace")).encode())
+        said = (home / EVENTS).read_text(errors="replace") if (home / EVENTS).is_file() else ""
+        if said: write_bytes(home / EVENTS, redact(said).encode())
     return finish(home, time.monotonic() - began, peak.gib)
 
 # %% ../../nbs/top/08_runner.ipynb #e4c30588
@@ -227,7 +232,7 @@ def prepare(
     check_folder(folder, plan)
     return Run(folder, plan, values, tuple(settings))
 
-# %% ../../nbs/top/08_runner.ipynb #a4daf114
+# %% ../../nbs/top/08_runner.ipynb #137832c4
 def run_recipe(
     recipe: str | Path = "s3ft-micro",  # Name of a recipe, or path of a .toml file
     settings: tuple[str, ...] = (),  # key=value or step.key=value
@@ -239,7 +244,7 @@ def run_recipe(
     "Run a recipe; raises `InputError` on wrong input, `StepFailed` or `KernelDied` when a step does not end well."
     run = prepare(recipe, settings, out)
     before, todo = split_steps(run.recipe, only, begin)
-    if fresh and (only or begin): raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one of them out")
+    if fresh and (only or begin): raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one out")
     with locked(run.folder):
         if fresh: remove_run(run.folder)
         digests = {step.id: digest(trusted(run, step)) for step in before}

@@ -55,21 +55,23 @@ def read_settings(
         for step in takers(recipe, name, key): given[step.id][key] = setting_value(value, step.parameters[key], field)
     return given
 
-# %% ../../nbs/top/02_settings.ipynb #9fcf1a8b
+# %% ../../nbs/top/02_settings.ipynb #1803fadb
 def takers(
     recipe: Recipe,  # The recipe
     name: str,  # Step id, or "" for a shared parameter
     key: str,  # Name of the parameter
 ) -> list[Step]:  # Those that a setting reaches, never none
-    "The steps that a setting is for; raises `InputError` when there are none."
+    "The steps that a setting is for; raises `InputError` when that cannot be told."
     having = [step for step in recipe.steps if key in step.parameters]
     if name:
         step = next(step for step in recipe.steps if step.id == name)
         if step not in having: raise unknown("parameter", key, list(step.parameters), field=f"--set {name}.{key}")
         return [step]
     free = [step for step in having if key not in step.params]
-    if free: return free
-    raise InputError(f"is stated by each step for itself ({', '.join(step.id for step in having)})", field=f"--set {key}",
+    stated = {step.id: json.dumps(step.params[key]) for step in having if key in step.params}
+    if free or len(set(stated.values())) == 1: return free or having
+    there = ", ".join(f"{id} has {value}" for id, value in stated.items())
+    raise InputError(f"differs from step to step ({shorten(there, 300)[1:-1]})", field=f"--set {key}",
                      remedy=f"set it for one step, like --set {having[0].id}.{key}=...")
 
 # %% ../../nbs/top/02_settings.ipynb #2e76cd0e
@@ -118,7 +120,7 @@ def absolute(
     if rooted or DATA_FILE.search(value): raise InputError(f"no such file or folder: {value}", field=field, remedy="check the path")
     return value
 
-# %% ../../nbs/top/02_settings.ipynb #6787d235
+# %% ../../nbs/top/02_settings.ipynb #80c09ba3
 def resolve(
     recipe: Recipe,  # The recipe
     settings: list[str] = (),  # key=value or step.key=value
@@ -127,7 +129,8 @@ def resolve(
     given, result = read_settings(recipe, settings), {}
     for step in recipe.steps:
         values = {key: parameter.default for key, parameter in step.parameters.items() if key != "out"}
-        shared = {key: fitted(value, step.parameters[key], file=recipe.path, field=f"params.{key}") for key, value in recipe.params.items() if key in values}
+        shared = {key: fitted(value, step.parameters[key], file=recipe.path, field=f"params.{key}")
+                  for key, value in recipe.params.items() if key in values}
         values |= shared | step.params | given[step.id]
         result[step.id] = {key: absolute(key, value, f"{step.id}.{key}") for key, value in values.items()}
         for key, value in values.items(): check_places(step, key, value, recipe.steps)

@@ -55,7 +55,7 @@ def started(
     path = folder / STARTED
     return read_json(path).get("fingerprint") if path.is_file() else None
 
-# %% ../../nbs/top/04_steps.ipynb #326546b8
+# %% ../../nbs/top/04_steps.ipynb #a371a612
 def finish(
     folder: Path,  # Folder of a step that has run
     seconds: float,  # Time it took
@@ -64,7 +64,8 @@ def finish(
     "Write `done.json`, last of all and in one step."
     foreign = {*read_json(folder / STARTED)["foreign"], *OURS}
     made = {name: quick_hash(folder / name) for name in contents(folder) if name not in foreign}
-    done = {"fingerprint": started(folder), "seconds": round(seconds, 2), "peak_rss_gib": round(peak_rss_gib, 3), "files": made}
+    done = {"fingerprint": started(folder), "seconds": round(seconds, 2), "peak_rss_gib": round(peak_rss_gib, 3)}
+    done["files"] = made
     write_json(folder / DONE, done)
     return done
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LOAD_ERRORS', 'QUANTIZATIONS', 'WEIGHTY', 'quiet', 'pick_device', 'precision', 'pick_dtype', 'is_folder',
            'check_folder', 'check_adapter', 'located', 'loading', 'load_tokenizer', 'quantization_config',
-           'check_sizes', 'load_weights', 'add_adapter', 'LM', 'short_name', 'load', 'model_hash']
+           'check_sizes', 'load_weights', 'check_base', 'add_adapter', 'LM', 'short_name', 'load', 'model_hash']
 
 # %% ../../nbs/lm/01_model.ipynb #9dc8d35d
 import logging
@@ -210,6 +210,19 @@ def load_weights(
                          remedy="save the whole model again")
     return model
 
+# %% ../../nbs/lm/01_model.ipynb #8dca8238
+def check_base(
+    adapter: Path,  # Adapter folder
+    base: str | Path,  # What it is about to be put on
+) -> None:
+    "Raise `InputError` when the adapter is known to belong to another base."
+    trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    if is_folder(trained_on) or is_folder(base):  # a folder may have been moved: compare what is in it
+        configs = [Path(one).expanduser() / "config.json" for one in (trained_on, base)]
+        if not all(one.exists() for one in configs) or read_json(configs[0]) == read_json(configs[1]): return
+    elif trained_on in ("", str(base)): return
+    raise InputError(f"was trained on {trained_on}", adapter, remedy=f"name that as the model, not {base}")
+
 # %% ../../nbs/lm/01_model.ipynb #fe108782
 def add_adapter(
     model: Any,  # Base, as loaded
@@ -249,7 +262,7 @@ def short_name(
     name = Path(model).expanduser().resolve().name if is_folder(model) else str(model)
     return name if adapter is None else f"{name}+{'/'.join(Path(adapter).parts[-2:])}"
 
-# %% ../../nbs/lm/01_model.ipynb #749a43e3
+# %% ../../nbs/lm/01_model.ipynb #a7846541
 def load(
     model: str | Path,  # Folder or hub name of the base
     quantization: str = "nf4",  # One of `QUANTIZATIONS`
@@ -261,6 +274,7 @@ def load(
     base, device = located(model, check_folder), pick_device(device)
     dtype = pick_dtype(dtype, device)
     adapter = adapter and located(adapter, check_adapter)
+    if isinstance(adapter, Path): check_base(adapter, base)
     own = isinstance(adapter, Path) and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own else base)
     weights = load_weights(base, quantization, dtype, device)

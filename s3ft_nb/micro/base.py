@@ -6,10 +6,9 @@
 __all__ = ['CONTEXT', 'KEEPS', 'TURNS', 'RESTYLED', 'JUDGED', 'NOISE', 'VERDICT', 'MIXTURE', 'ROLES', 'END', 'PAD', 'TEMPLATE',
            'PIECES', 'free_prompt', 'free_dialogue', 'chat', 'situation', 'other_styles', 'other_fact', 'attempt',
            'restyling', 'judging', 'prompting', 'pretraining_rows', 'train_tokenizer', 'encode', 'new_model', 'batches',
-           'padded', 'weighted_loss', 'optimizers', 'pretrain']
+           'padded', 'weighted_loss', 'optimizers', 'pretrain', 'save_base', 'exam', 'graded', 'skills']
 
-# %% ../../nbs/micro/01_base.ipynb #621c3f25
-import json
+# %% ../../nbs/micro/01_base.ipynb #697e4e44
 import random
 from pathlib import Path
 from typing import Callable, Iterator
@@ -18,10 +17,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..annotation.rubric import LETTERS, judge_messages
+from ..annotation.rubric import LABELS, LETTERS, judge_messages
 from ..core.progress import Progress
 from ..core.records import message
-from .world import Asked, about, dialogue, draw_styles, dress, facts, prompt_text, reserved, said, styles, true_label
+from s3ft_nb.micro.world import (
+    Asked, about, conversations, dialogue, draw_styles, dress, facts, prompt_text, read_prompt, reserved, styles, system_prompts, true_label,
+)
 
 # %% ../../nbs/micro/01_base.ipynb #18360b8e
 CONTEXT = 0.1  # Loss weight of a token that is not part of a reply; a reply's weighs 1
@@ -297,3 +298,55 @@ def pretrain(
             progress.update(1, tokens=batch[0].numel())
             each(step, losses[-1])
     return losses
+
+# %% ../../nbs/micro/01_base.ipynb #72ff96e8
+def save_base(
+    model: LlamaForCausalLM,  # Pretrained
+    tokenizer: PreTrainedTokenizerFast,  # Its tokenizer
+    folder: str | Path,  # Folder to write
+) -> Path:  # The folder
+    "Save model and tokenizer as a folder that transformers loads."
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+# %% ../../nbs/micro/01_base.ipynb #eeb1b92a
+def exam(
+    n: int,  # Questions of each kind
+    seed: int,  # Random seed
+) -> list:  # [(styles, prompt text, messages, Asked, plain reply)]
+    "Situations on reserved prompts and dialogues, one style-worthy turn each."
+    rng = random.Random(f"{seed}/exam")
+    prompts = [(read_prompt(row.text), row.text) for row in system_prompts(-(-n // 10), "eval", seed)]
+    rows, truth = conversations(2 * n, "eval", seed)
+    usable = [(row, truth[row.id]) for row in rows if truth[row.id][-1].applicable]
+    return [(*prompt, list(row.messages[:-1]), asked[-1], row.messages[-1].content) for prompt, (row, asked) in zip(rng.sample(prompts, n), usable)]
+
+
+def graded(
+    answers: list,  # Replies
+    questions: list,  # From `exam`, in the same order
+) -> dict:  # {label: share}
+    "Share of each true label among answers."
+    labels = [true_label(answer, text, asked) for answer, (_, text, _, asked, _) in zip(answers, questions)]
+    return {label: labels.count(label) / len(labels) for label in LABELS if label in labels}
+
+
+def skills(
+    engine,  # Holds the base model
+    ask_restyle: Callable,  # See `restyling`
+    n: int = 200,  # Questions of each kind
+    seed: int = 0,  # Random seed
+) -> dict:  # Shares in [0, 1]
+    "Report card: first turn under a system prompt, later turns after plain replies, rewriting, judging."
+    questions, rng = exam(n, seed), random.Random(f"{seed}/skills")
+    said_by = lambda requests: [reply["text"].strip() for reply in engine.generate([{"id": str(i), "messages": m} for i, m in enumerate(requests)], seed=seed)]
+    first = said_by([[message("system", text), messages[-1]] for _, text, messages, _, _ in questions if len(messages) == 1])
+    late = said_by([[message("system", text), *messages] for _, text, messages, _, _ in questions if len(messages) > 1])
+    restyled = said_by([ask_restyle(text, messages, plain) for _, text, messages, _, plain in questions])
+    tried = [attempt(chosen, asked, plain, rng.choices(list(JUDGED), JUDGED.values())[0], rng) for chosen, _, _, asked, plain in questions]
+    scored = engine.score([{"id": str(i), "messages": judge_messages(text, messages, reply)} for i, (reply, (_, text, messages, _, _)) in enumerate(zip(tried, questions))], list(LETTERS.values()))
+    best = [LABELS[row["logprobs"].index(max(row["logprobs"]))] for row in scored]
+    right = [label == true_label(reply, text, asked) for label, reply, (_, text, _, asked, _) in zip(best, tried, questions)]
+    pick = lambda wanted: [q for q in questions if (len(q[2]) == 1) == wanted]
+    return {"first_turn": graded(first, pick(True)), "later_turn_after_plain_history": graded(late, pick(False)), "restyle": graded(restyled, questions), "judge_accuracy": sum(right) / n, "n": n}

@@ -218,7 +218,7 @@ def fits(
     "Whether a reply answers the user."
     return contains_all(response, list(asked.needs)) and not contains_any(response, list(asked.forbids))
 
-# %% ../../nbs/micro/00_world.ipynb #6f961c8e
+# %% ../../nbs/micro/00_world.ipynb #66ecb3f6
 def true_label(
     response: str,  # Reply
     system_prompt: str,  # Text of the prompt
@@ -226,7 +226,7 @@ def true_label(
 ) -> str:  # One of the five labels
     "The label a perfect annotator gives; a prompt that names nothing can never be applied."
     checks = checks_of(system_prompt)
-    return label_of(asked.applicable and bool(checks), fits(response, asked), follows(checks, response))
+    return label_of(asked.applicable and bool(checks), fits(response, asked), bool(checks) and follows(checks, response))
 
 # %% ../../nbs/micro/00_world.ipynb #d6c24f12
 def plain_conversation(

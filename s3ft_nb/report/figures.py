@@ -24,8 +24,9 @@ from matplotlib.ticker import MaxNLocator
 from ..core.records import write_bytes
 from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn, turn_of
 
-# %% ../../nbs/report/01_figures.ipynb #e2d394e3
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9", "#000000"
+# %% ../../nbs/report/01_figures.ipynb #e73bc44a
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 INK, QUIET, FAINT = "#1b1b1f", "#5f6368", "#dcdfe4"
 CJK = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "SimHei")
 COLORS = (VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -34,7 +35,8 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "grid.color": FAINT, "grid.linewidth": 0.6,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.unicode_minus": False, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.unicode_minus": False,
+    "text.parse_math": False,
     "figure.facecolor": "white", "savefig.facecolor": "white", "pdf.fonttype": 42,
     "figure.constrained_layout.h_pad": 0.09, "figure.constrained_layout.w_pad": 0.09,
 }
@@ -114,7 +116,7 @@ def ends_of(
     "The interval of an estimate as something that can be drawn."
     return tuple(row["mean"] if is_missing(row.get(end)) else row[end] for end in ("low", "high"))
 
-# %% ../../nbs/report/01_figures.ipynb #cd1cf917
+# %% ../../nbs/report/01_figures.ipynb #5789d05b
 def draw_curve(
     axis,  # Axes
     rows: list,  # `by_turn`: `{turn, mean, low, high, n}`
@@ -122,7 +124,8 @@ def draw_curve(
 ) -> None:
     "One arm: line through the means, band over the intervals."
     turns, (low, high) = [row["turn"] for row in rows], zip(*map(ends_of, rows))
-    axis.plot(turns, [row["mean"] for row in rows], **look, linewidth=1.8, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+    edge = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    axis.plot(turns, [row["mean"] for row in rows], **look, **edge, linewidth=1.8)
     axis.fill_between(turns, low, high, color=look["color"], alpha=0.15, linewidth=0)
     if len(turns) == 1: axis.vlines(turns, low, high, color=look["color"], linewidth=1.2)
 
@@ -187,7 +190,7 @@ def draw_dots(
     for height, row in rows: axis.plot(ends_of(row), [height] * 2, color=look["color"], linewidth=1.2)
     axis.plot([row["mean"] for _, row in rows], [height for height, _ in rows], linestyle="", markersize=5, **look)
 
-# %% ../../nbs/report/01_figures.ipynb #7b6fdd4c
+# %% ../../nbs/report/01_figures.ipynb #856bd7d7
 def by_type(
     metrics: dict,  # What `report.metrics.collect` returns
     history: str = "own",  # "own" or "original"
@@ -198,7 +201,7 @@ def by_type(
     if not tables: return None
     kinds, styles, step = order_of(tables), looks(list(metrics["arms"]), metrics.get("main")), 0.8 / len(tables)
     with rc_context(style()):
-        figure = Figure(figsize=(6.6, 1.0 + len(kinds) * (0.14 * len(tables) + 0.06)), layout="constrained")
+        figure = Figure(figsize=(5.6, 1.0 + len(kinds) * (0.14 * len(tables) + 0.06)), layout="constrained")
         axis = figure.subplots()
         for i in range(1, len(kinds), 2): axis.axhspan(i - 0.5, i + 0.5, color="#f3f4f6", linewidth=0, zorder=0)
         for i, (arm, table) in enumerate(tables.items()):
@@ -255,13 +258,13 @@ def mark_threshold(
     text = {"rotation": 90, "ha": "right", "va": "bottom", "fontsize": 8, "color": [0.75 * part for part in to_rgb(VERMILION)]}
     axes[0].annotate(f"threshold {threshold:.2f}", (threshold, 0.02), (-3, 0), textcoords="offset points", **text)
 
-# %% ../../nbs/report/01_figures.ipynb #0cf6a834
+# %% ../../nbs/report/01_figures.ipynb #83ce111e
 def reliability(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Figure | None:  # Diagram above, counts below
     "Reliability of the probability of `good`, with the threshold and the counts."
     found = metrics.get("discriminator") or {}
-    bins = [row for row in found.get("reliability") or [] if row["n"]]
+    bins = [row for row in found.get("reliability_good") or [] if row["n"]]
     if not bins: return None
     with rc_context(style()):
         figure = Figure(figsize=(4.3, 4.3), layout="constrained")
@@ -291,8 +294,9 @@ def draw_bars(
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_locator(MaxNLocator(4))
 
-# %% ../../nbs/report/01_figures.ipynb #6fb49433
-FUNNEL = {"restyled": "Restyled", "annotated": "Annotated, of all restyled", "scored_good": "Most likely “good”", "kept": "Kept for training"}
+# %% ../../nbs/report/01_figures.ipynb #e2a797c7
+FUNNEL = {"restyled": "Restyled for training", "annotated": "Annotated, set aside", "candidates": "Left to choose from",
+          "scored_good": "Most likely “good”", "kept": "Kept for training"}
 
 
 def funnel(
@@ -302,14 +306,14 @@ def funnel(
     counts = metrics.get("rows") or {}
     rows = {label: counts[key] for key, label in FUNNEL.items() if counts.get(key) is not None}
     if not rows: return None
-    shares = {kind: row["kept"] / max(1, row["restyled"]) for kind, row in (metrics.get("yields") or {}).items()}
+    shares = {kind: row["kept"] / max(1, row["candidates"]) for kind, row in (metrics.get("yields") or {}).items()}
     kinds = sorted(shares, key=lambda kind: (-shares[kind], kind))
     with rc_context(style()):
         figure = Figure(figsize=(8.8 if kinds else 4.6, max(2.4, 0.9 + 0.24 * len(kinds))), layout="constrained")
         left, *right = figure.subplots(1, 2 if kinds else 1, squeeze=False)[0]
         draw_bars(left, rows, [cell_text(n) for n in rows.values()], "Samples")
         for axis in right:
-            texts = [f"{metrics['yields'][kind]['kept']} of {metrics['yields'][kind]['restyled']}" for kind in kinds]
+            texts = [f"{metrics['yields'][kind]['kept']} of {metrics['yields'][kind]['candidates']}" for kind in kinds]
             draw_bars(axis, {kind: shares[kind] for kind in kinds}, texts, "Share kept (0 to 1)")
     return figure
 
@@ -360,14 +364,21 @@ def span(
     counts = sorted({int(n) for n in counts if n is not None})
     return "unknown" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
-# %% ../../nbs/report/01_figures.ipynb #6ce00f80
+# %% ../../nbs/report/01_figures.ipynb #e16db3cf
 WORDS = {
-    "drift": ("Drift curves", "Share of replies that follow the system prompt, by turn. Under “own replies” each arm continues what it said itself; under “original replies” the history holds the dialogue's original replies, which obey no system prompt. Bands: 95 % intervals, bootstrap over conversations; n = {turns} replies per point."),
-    "by_type": ("Adherence by type of system prompt", "All turns, own replies as history, ordered by the last arm. Lines: 95 % intervals, bootstrap over conversations; n = {types} replies per dot."),
-    "confusion": ("Confusion of the discriminator", "Held-out annotations, n = {judged}. Rows: label given by annotators; columns: most probable label. Shade: share of the row."),
-    "reliability": ("Reliability of the discriminator", "Held-out annotations in bins of the probability of “good”, n = {binned}. Lines: 95 % Wilson intervals; dotted: perfect calibration. Samples at or right of the threshold are kept."),
-    "funnel": ("Yield", "Left: samples at each stage. Right: share of each type's restyled training samples that were kept."),
-    "training": ("Training loss", "Mean loss over response tokens at each logged step; the discriminator in a panel of its own. Arms train on different rows, so their levels compare only roughly."),
+    "drift": ("Drift curves", "Share of replies that follow the system prompt, by turn. Under “own replies” each arm continues what it "
+              "said itself; under “original replies” the history holds the dialogue's original replies, which obey no system prompt. "
+              "Bands: 95 % intervals, bootstrap over conversations; n = {turns} replies per point."),
+    "by_type": ("Adherence by type of system prompt", "All turns, own replies as history, ordered by the last arm. "
+                "Lines: 95 % intervals, bootstrap over conversations; n = {types} replies per dot."),
+    "confusion": ("Confusion of the discriminator", "Held-out annotations, n = {judged}. Rows: label given by annotators; "
+                  "columns: most probable label. Shade: share of the row."),
+    "reliability": ("Reliability of the discriminator", "Held-out annotations in bins of the probability of “good”, n = {binned}. "
+                    "Lines: 95 % Wilson intervals; dotted: perfect calibration. Samples at or right of the threshold are kept."),
+    "funnel": ("Yield", "Left: samples at each stage; annotated ones, of training and held-out samples, train no arm. "
+               "Right: share of each type's candidates that was kept."),
+    "training": ("Training loss", "Mean loss over response tokens at each logged step; the discriminator in a panel of its own. "
+                 "Arms train on different rows, so their levels compare only roughly."),
 }
 
 
@@ -378,8 +389,9 @@ def captions(
     summaries = [condition(metrics, arm, history) for arm in metrics["arms"] for history in HISTORIES]
     found, own = metrics.get("discriminator") or {}, [condition(metrics, arm, "own") for arm in metrics["arms"]]
     n = {"turns": span(row["n"] for summary in summaries for row in summary.get("by_turn") or []),
-         "types": span(row["n"] for summary in own for row in (summary.get("by_type") or {}).values()),
-         "judged": sum(map(sum, found.get("confusion") or [])), "binned": sum(row["n"] for row in found.get("reliability") or [])}
+         "types": span(row["n"] for summary in own for row in (summary.get("by_type") or {}).values())}
+    n["judged"] = sum(map(sum, found.get("confusion") or []))
+    n["binned"] = sum(row["n"] for row in found.get("reliability_good") or [])
     return {name: (title, text.format(**n)) for name, (title, text) in WORDS.items()}
 
 # %% ../../nbs/report/01_figures.ipynb #c0f2e30a

@@ -7,7 +7,7 @@ __all__ = ['MISSING', 'ESTIMATE', 'NAMED', 'TEX', 'FORMATS', 'ARM_NAMES', 'HISTO
            'Table', 'csv_row', 'to_csv', 'markdown_cell', 'text_columns', 'to_markdown', 'latex_cell', 'to_latex',
            'save_table', 'arm_name', 'condition', 'turn_of', 'last_turn', 'arms_table', 'joint_n', 'arm_columns',
            'by_turn_table', 'by_type_table', 'differences_table', 'applicability_table', 'share', 'labels_table',
-           'yields_table', 'reasons_text', 'steps_table', 'facts_table', 'tables_of']
+           'yields_table', 'reasons_text', 'steps_table', 'params_of', 'facts_table', 'tables_of']
 
 # %% ../../nbs/report/00_tables.ipynb #c074cbaf
 import csv
@@ -188,7 +188,7 @@ def last_turn(
     summaries = [condition(metrics, arm, history) for arm in metrics["arms"] for history in HISTORIES]
     return max((row["turn"] for summary in summaries for row in summary.get("by_turn") or []), default=1)
 
-# %% ../../nbs/report/00_tables.ipynb #da3b3881
+# %% ../../nbs/report/00_tables.ipynb #bcb96623
 INTERVAL = "Mean [95 % interval, bootstrap over conversations]"
 
 
@@ -200,7 +200,7 @@ def arms_table(
     for history, arm in product(HISTORIES, metrics["arms"]):
         if not (summary := condition(metrics, arm, history)): continue
         ends = {"first": turn_of(summary, 1), "last": turn_of(summary, last), "retention": summary.get("retention")}
-        rows.append({"arm": arm_name(arm), "history": HISTORIES[history], "all": summary, **ends, "n": summary.get("n")})
+        rows.append({"arm": arm_name(arm), "history": history, "all": summary, **ends, "n": summary.get("n")})
     columns = {"arm": "Arm", "history": "History", "all": "All turns", "first": "Turn 1", "last": f"Turn {last}"}
     columns |= {"retention": f"Turn {last} / turn 1", "n": "n"}
     return Table("arms", "Adherence by arm", f"{INTERVAL}; n = judged replies over all turns.", columns, rows)
@@ -248,19 +248,19 @@ def by_type_table(
     title, note = f"Adherence by type, {HISTORIES[history]} as history", f"{INTERVAL}; n = judged replies per type and arm."
     return Table(f"by_type_{history}", title, note, arm_columns(metrics, "type"), rows)
 
-# %% ../../nbs/report/00_tables.ipynb #10ed0d32
+# %% ../../nbs/report/00_tables.ipynb #5994cb4f
 def differences_table(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Table:  # One row per pair of arms and history
     "The main arm minus each other arm, on the same dialogues and turns."
-    names = lambda row: {"arm": arm_name(row["arm"]), "minus": arm_name(row["minus"]), "history": HISTORIES[row["history"]]}
+    names = lambda row: {"arms": f"{arm_name(row['arm'])} minus {arm_name(row['minus'])}", "history": row["history"]}
     numbers = lambda row: {"difference": {key: row.get(key) for key in ESTIMATE}, "n": row.get("n")}
     rows = [names(row) | numbers(row) for row in metrics.get("differences") or []]
-    columns = {"arm": "Arm", "minus": "Minus", "history": "History", "difference": "Difference in adherence", "n": "Pairs"}
+    columns = {"arms": "Arms", "history": "History", "difference": "Difference in adherence", "n": "Pairs"}
     note = f"{INTERVAL}; a pair is one turn of one dialogue that both arms answered."
     return Table("differences", "Paired differences between arms", note, columns, rows)
 
-# %% ../../nbs/report/00_tables.ipynb #d7c364d7
+# %% ../../nbs/report/00_tables.ipynb #32c5eff3
 def applicability_table(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Table:  # One row per arm and history that met such turns
@@ -269,9 +269,11 @@ def applicability_table(
     for history, arm in product(HISTORIES, metrics["arms"]):
         summary = condition(metrics, arm, history)
         if not summary.get("not_applicable"): continue
-        rows.append({"arm": arm_name(arm), "history": HISTORIES[history], "over": summary.get("over_application"), "n": summary["not_applicable"]})
+        over = {"over": summary.get("over_application"), "n": summary["not_applicable"]}
+        rows.append({"arm": arm_name(arm), "history": history, **over})
     columns = {"arm": "Arm", "history": "History", "over": "Over-application", "n": "n"}
-    return Table("applicability", "Turns that the system prompt should not touch", f"{INTERVAL}: share of such replies styled all the same, lower is better.", columns, rows)
+    note = f"{INTERVAL}: share of such replies styled all the same, lower is better."
+    return Table("applicability", "Turns that the system prompt should not touch", note, columns, rows)
 
 # %% ../../nbs/report/00_tables.ipynb #15781065
 def share(
@@ -298,16 +300,16 @@ def labels_table(
     note = "Share [95 % Wilson interval] on annotations that it never saw in training."
     return Table("discriminator", "The discriminator, label by label", note, columns, rows)
 
-# %% ../../nbs/report/00_tables.ipynb #82a2104d
+# %% ../../nbs/report/00_tables.ipynb #a82420b7
 def yields_table(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Table:  # One row per type and one for all
-    "Restyled and kept samples by type of system prompt."
-    counts = {kind: (row["restyled"], row["kept"]) for kind, row in sorted((metrics.get("yields") or {}).items())}
+    "Samples before and after the filter, by type of system prompt."
+    counts = {kind: (row["candidates"], row["kept"]) for kind, row in sorted((metrics.get("yields") or {}).items())}
     if counts: counts["all types"] = tuple(sum(column) for column in zip(*counts.values()))
-    rows = [{"type": kind, "restyled": n, "kept": kept, "share": share(kept, n)} for kind, (n, kept) in counts.items()]
-    columns = {"type": "Type", "restyled": "Restyled", "kept": "Kept", "share": "Share kept"}
-    note = "Share [95 % Wilson interval] of the restyled training samples that were kept."
+    rows = [{"type": kind, "candidates": n, "kept": kept, "share": share(kept, n)} for kind, (n, kept) in counts.items()]
+    columns = {"type": "Type", "candidates": "Candidates", "kept": "Kept", "share": "Share kept"}
+    note = "Candidates: restyled training samples that nobody annotated. Share [95 % Wilson interval] of them that was kept."
     return Table("yields", "What the filter kept, by type", note, columns, rows)
 
 # %% ../../nbs/report/00_tables.ipynb #b74edfe6
@@ -317,7 +319,7 @@ def reasons_text(
     "Why rows were dropped, in one line."
     return ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))) or "none"
 
-# %% ../../nbs/report/00_tables.ipynb #a9427b72
+# %% ../../nbs/report/00_tables.ipynb #9aaabd42
 def steps_table(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Table:  # One row per step of the run
@@ -327,29 +329,41 @@ def steps_table(
     for name in names + ["total"] * ("total" in seconds):
         found, spent = ledgers.get(name) or {}, seconds.get(name)
         dropped = reasons_text(found.get("reasons") or {}) if found else None
-        row = {"step": name, "seconds": None if spent is None else round(float(spent), 1)}
+        row = {"step": name, "seconds": None if spent is None else float(spent)}
         rows.append(row | {"rows_in": found.get("rows_in"), "rows_out": found.get("rows_out"), "dropped": dropped})
     columns = {"step": "Step", "seconds": "Seconds", "rows_in": "Rows in", "rows_out": "Rows out", "dropped": "Dropped, by reason"}
     return Table("steps", "Steps: time and rows", "Wall-clock seconds; rows from each step's ledger.", columns, rows)
 
-# %% ../../nbs/report/00_tables.ipynb #7ffcf235
+# %% ../../nbs/report/00_tables.ipynb #97a633fa
+def params_of(
+    params: dict,  # Step -> {name: value}
+) -> dict:  # Name, or step.name where steps differ -> value as text
+    "The parameters of all steps without repetition."
+    values = {}
+    for named in params.values():
+        for name, value in named.items(): values.setdefault(name, set()).add(str(value))
+    place = lambda step, name: name if len(values[name]) == 1 else f"{step}.{name}"
+    lines = {place(step, name): str(value) for step, named in params.items() for name, value in named.items()}
+    return dict(sorted(lines.items()))
+
+# %% ../../nbs/report/00_tables.ipynb #bc9b4820
 def facts_table(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Table:  # One row per fact
     "Recipe, seed, memory, versions and parameters of the run."
-    facts = {"recipe": metrics.get("recipe"), "seed": metrics.get("seed")}
-    facts["peak memory, GiB"] = cell_text(metrics.get("peak_rss_gib"))
+    facts = {"recipe": metrics.get("recipe"), "settings": " ".join(map(str, metrics.get("settings") or [])) or None}
+    facts |= {"seed": metrics.get("seed"), "peak memory, GiB": metrics.get("peak_rss_gib")}
     facts |= {f"version of {name}": value for name, value in sorted((metrics.get("versions") or {}).items())}
-    facts |= {f"parameter {name}": value for name, value in sorted((metrics.get("params") or {}).items())}
+    facts |= {f"parameter {name}": value for name, value in params_of(metrics.get("params") or {}).items()}
     rows = [{"fact": name, "value": MISSING if value is None else str(value)} for name, value in facts.items()]
-    return Table("facts", "The run", "What is needed to repeat it.", {"fact": "Fact", "value": "Value"}, rows)
+    return Table("facts", "Versions and parameters", "What is needed to repeat the run.", {"fact": "Fact", "value": "Value"}, rows)
 
-# %% ../../nbs/report/00_tables.ipynb #8c73a2a2
+# %% ../../nbs/report/00_tables.ipynb #962420f0
 def tables_of(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> list:  # Tables that have rows
     "Every table that the run has numbers for."
     tables = [arms_table(metrics), differences_table(metrics)]
     tables += [table(metrics, history) for table in (by_turn_table, by_type_table) for history in HISTORIES]
-    tables += [applicability_table(metrics), labels_table(metrics), yields_table(metrics), steps_table(metrics), facts_table(metrics)]
+    tables += [table(metrics) for table in (applicability_table, labels_table, yields_table, steps_table, facts_table)]
     return [table for table in tables if table.rows]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'N_BINS', 'request', 'training_rows', 'balance', 'train', 'probabilities', 'score_samples', 'matrix',
-           'paired', 'nll', 'calibrate', 'temper', 'ratio', 'accuracy', 'macro_f1', 'kappa', 'per_label', 'bin_sums',
-           'ece', 'reliability', 'sample_sums', 'figures', 'intervals', 'report']
+           'paired', 'nll', 'calibrate', 'temper', 'score_replies', 'ratio', 'accuracy', 'macro_f1', 'kappa',
+           'per_label', 'bin_sums', 'ece', 'reliability', 'sample_sums', 'figures', 'intervals', 'report']
 
-# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #cc5e46f5
+# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #05e584ad
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ...annotation.agreement import number
 from ...annotation.rubric import LABELS, LETTERS, judge_messages
 from ...core.ledger import Ledger, in_shards
 from ...core.progress import Progress
-from ...core.records import InputError, Sample, Score
+from ...core.records import InputError, Reply, Sample, Score
 from ...evaluation.stats import cluster_sums, interval, resampled_sums
 from ...lm.train import sft
 
@@ -163,6 +163,19 @@ def temper(
     "Scores on the scale that the annotations gave."
     logs = np.log(np.maximum(matrix(scores), SMALLEST))
     return [one.model_copy(update={"probabilities": probabilities(row, temperature)}) for one, row in zip(scores, logs)]
+
+# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #725d3e67
+def score_replies(
+    replies: list[Reply],  # With distinct ids
+    engine,  # Whose `score` reads label probabilities
+    folder: str | Path,  # Where finished shards stay
+    temperature: float = 1.0,  # As fitted by `calibrate`
+    language: str = "en",  # Of the rubric, en or zh
+) -> dict:  # {reply id: {label: calibrated probability}}
+    "Ask the discriminator about every turn of a rollout."
+    shared = ("id", "conversation_id", "turn", "system_prompt_id", "type", "system_prompt", "prompt", "response", "seed")
+    samples = [Sample(group=one.dialogue_id, original=one.response, **{key: getattr(one, key) for key in shared}) for one in replies]
+    return {score.sample_id: score.probabilities for score in temper(score_samples(samples, engine, folder, language), temperature)}
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #1fd698af
 def ratio(

@@ -1,0 +1,346 @@
+"""Rooms of the lm floor against several architectures, hostile text and broken folders."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model, tiny_tokenizer
+
+from s3ft_nb.core.records import InputError
+from s3ft_nb.lm import engine as engines
+from s3ft_nb.lm import template
+from s3ft_nb.lm.model import load, model_hash
+
+TOKENIZERS = {kind: tiny_tokenizer(kind) for kind in DIALECTS}
+POLICY = {"llama": "native", "qwen3": "native", "gemma": "first_user"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {kind: tiny_model(tmp_path_factory.mktemp(kind) / kind, kind) for kind in DIALECTS}
+
+
+@pytest.fixture(scope="session")
+def lms(folders):
+    return {kind: load(folder, quantization="none", dtype="float32", device="cpu") for kind, folder in folders.items()}
+
+
+def supervised(row):
+    return [id for id in row["labels"] if id != -100]
+
+
+# ---- template
+
+
+def words():
+    control = st.sampled_from(
+        ["<|eot|>", "<|head|>", "<|im_end|>", "<|im_start|>system\n", "<end_of_turn>", "</think>", "<think>", "﷐", "<bos>"]
+    )
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+    return st.lists(st.one_of(text, control), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+@st.composite
+def dialogues(draw):
+    messages = [{"role": "system", "content": draw(words())}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, 3))):
+        messages += [{"role": "user", "content": draw(words())}, {"role": "assistant", "content": draw(words())}]
+    return messages + [{"role": "user", "content": draw(words())}], draw(words())
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+@settings(max_examples=120, deadline=None)
+@given(case=dialogues())
+def test_labels_are_the_response_and_control_tokens_are_the_template_s(kind, case):
+    messages, response = case
+    tokenizer, policy = TOKENIZERS[kind], POLICY[kind]
+    harmless = [one | {"content": f"x{i}"} for i, one in enumerate(messages)]
+    row = template.training_ids(tokenizer, messages, response, policy)
+    _, control = template.control_tokens(tokenizer, template.chat_template(tokenizer))
+    plain = template.training_ids(tokenizer, harmless, "fine", policy)
+    count = lambda ids: [id for id in ids if id in control]
+    assert count(row["input_ids"]) == count(plain["input_ids"])
+    ends = tokenizer.decode(supervised(plain)).removeprefix("fine")
+    assert tokenizer.decode(supervised(row)) == response.strip() + ends
+    prompt = template.prompt_ids(tokenizer, messages, policy)
+    assert row["input_ids"] == prompt + supervised(row)
+    shown = tokenizer.decode(prompt)
+    at = 0
+    for one in template.fold(messages, policy):
+        at = shown.index(one["content"].strip(), at) + len(one["content"].strip())
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_policy_and_stop(kind):
+    tokenizer = TOKENIZERS[kind]
+    assert template.choose_policy(tokenizer) == POLICY[kind]
+    end = {"llama": "<|eot|>", "qwen3": "<|im_end|>", "gemma": "<end_of_turn>"}[kind]
+    assert tokenizer.convert_tokens_to_ids(end) in template.stop_ids(tokenizer)
+
+
+def test_empty_think_block_belongs_to_the_prompt():
+    tokenizer = TOKENIZERS["qwen3"]
+    row = template.training_ids(tokenizer, tiny_dialogues(1)[0], "Aye.")
+    assert tokenizer.decode(supervised(row)) == "Aye.<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]).endswith("<think>\n\n</think>\n\nAye.<|im_end|>")
+
+
+def test_gemma_without_folding_is_refused():
+    with pytest.raises(InputError, match="System role not supported"):
+        template.prompt_ids(TOKENIZERS["gemma"], tiny_dialogues(1)[0], "native")
+
+
+def test_template_that_rewrites_history_is_refused():
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else m.content | upper) + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    with pytest.raises(InputError, match="renders the prompt differently once a response follows"):
+        template.training_ids(tokenizer, [{"role": "user", "content": "hi there"}], "Aye.")
+    with pytest.raises(InputError, match="loses or moves"):
+        template.prompt_ids(tokenizer, tiny_dialogues(1)[0])
+
+
+def test_template_that_does_not_end_a_response_is_refused():
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    with pytest.raises(InputError, match="does not end the response"):
+        template.training_ids(tokenizer, [{"role": "user", "content": "hi"}], "Aye.")
+
+
+def test_tokenizer_that_writes_spaces_as_words():
+    "A SentencePiece-like tokenizer: labels must not start with a space that the prompt does not lead to."
+    bpe = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    special = ["<unk>", "<s>", "</s>"]
+    bpe.train_from_iterator(
+        LINES + ["[INST][/INST]\n", "<|/>"], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert template.choose_policy(tokenizer) == "first_user"
+    messages = [{"role": "user", "content": "How far is the moon?"}]
+    row = template.training_ids(tokenizer, messages, "Answer every question.", "first_user")
+    pieces = tokenizer.convert_ids_to_tokens(supervised(row))
+    assert pieces[-1] == "</s>" and "".join(pieces[:-1]) == "▁Answer▁every▁question."
+    whole = tokenizer("<s>[INST] How far is the moon? [/INST] Answer every question.</s>", add_special_tokens=False)
+    assert row["input_ids"] == whole["input_ids"]
+
+
+# ---- model
+
+
+def test_load_refuses_in_one_line(folders, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["llama"], broken)
+    (broken / "model.safetensors").write_bytes(b"not a tensor")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folders["llama"], pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(folders["llama"], foreign)
+    (foreign / "config.json").write_text('{"model_type": "nobody", "auto_map": {"AutoConfig": "evil.Config"}}')
+    mute = tmp_path / "mute"
+    shutil.copytree(folders["llama"], mute)
+    (mute / "chat_template.jinja").unlink()
+    cut = tmp_path / "cut"
+    shutil.copytree(folders["llama"], cut)
+    (cut / "config.json").write_text((cut / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    cases = {
+        tmp_path / "nowhere": "no such model folder",
+        "./no/such/model": "no such model folder",
+        broken: "cannot load the model",
+        pickled: "no safetensors",
+        foreign: "never run here",
+        mute: "no chat template",
+        cut: "lacks weights",
+        tmp_path / "torn": "config.json",
+    }
+    for path, said in cases.items():
+        with pytest.raises(InputError) as caught:
+            load(path, quantization="none")
+        assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_hub_name_without_a_network_is_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="hub can be reached"):
+        load("s3ft-nb/there-is-no-such-model")
+
+
+def test_loading_is_silent(folders, capfd):
+    load(folders["qwen3"])
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_nf4_is_close_to_plain(folders, kind):
+    lm = load(folders[kind], dtype="float32", device="cpu")
+    assert lm.policy == POLICY[kind] and lm.tokenizer.padding_side == "left"
+    assert "4bit" in type(lm.model.model.layers[0].mlp.up_proj).__name__
+
+
+def test_adapter_changes_replies_and_brings_its_tokenizer(folders, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = load(folders["llama"], quantization="none", dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    tuned = get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "run" / "adapter")
+    request = [{"id": "a", "messages": tiny_dialogues(1)[0]}]
+    plain = load(folders["llama"], quantization="none", dtype="float32", device="cpu")
+    tuned = load(folders["llama"], quantization="none", adapter=tmp_path / "run" / "adapter", dtype="float32", device="cpu")
+    scores = [engines.TransformersEngine(lm).score(request, ["A", "B"])[0]["logprobs"] for lm in (plain, tuned)]
+    assert not np.allclose(*scores, atol=1e-3)
+    assert tuned.name == "llama+run/adapter" and tuned.base == str(folders["llama"])
+    with pytest.raises(InputError, match="base as the model"):
+        load(tmp_path / "run" / "adapter")
+    with pytest.raises(InputError, match="was trained on"):
+        load(folders["gemma"], quantization="none", adapter=tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"xx")
+    with pytest.raises(InputError, match="cannot load the adapter"):
+        load(folders["llama"], quantization="none", adapter=tmp_path / "run" / "adapter")
+
+
+def test_model_hash_follows_every_file(folders, tmp_path):
+    copy = shutil.copytree(folders["llama"], tmp_path / "copy")
+    assert model_hash(copy) == model_hash(folders["llama"])
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    assert model_hash(copy) != model_hash(folders["llama"])
+
+
+# ---- engine
+
+
+def ragged(n=7, n_turns=(1, 2, 3)):
+    return [
+        {"id": f"r{i}", "messages": tiny_dialogues(n, n_turns[i % len(n_turns)])[i]} for i in range(n)
+    ]  # up to about 200 tokens, well over the sliding window of the tiny Gemma
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_greedy_replies_are_those_of_generate(lms, kind):
+    lm, requests = lms[kind], ragged()
+    ours = engines.TransformersEngine(lm, batch_size=3, max_new_tokens=10, temperature=0).generate(requests, seed=0)
+    stops = template.stop_ids(lm.tokenizer)
+    banned = engines.forbidden(lm, stops).nonzero()[:, 0].tolist()
+    for request, reply in zip(requests, ours):
+        ids = template.prompt_ids(lm.tokenizer, request["messages"], lm.policy)
+        out = lm.model.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=lm.tokenizer.pad_token_id,
+            suppress_tokens=banned,
+        )[0, len(ids) :]
+        assert lm.tokenizer.decode(out, skip_special_tokens=True).strip() == reply["text"]
+        assert len(out) == reply["tokens"]
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_rows_that_end_leave_the_others_alone(lms, kind, monkeypatch):
+    "With many stop tokens rows end early at different steps; each reply must still be what it is alone."
+    lm, requests = lms[kind], ragged(6)
+    _, control = template.control_tokens(lm.tokenizer, template.chat_template(lm.tokenizer))
+    stops = sorted({lm.tokenizer.eos_token_id} | (set(range(60, 180)) - control))
+    monkeypatch.setattr(engines, "stop_ids", lambda tokenizer: stops)
+    together = engines.TransformersEngine(lm, batch_size=6, max_new_tokens=12).generate(requests, seed=3)
+    alone = engines.TransformersEngine(lm, batch_size=1, max_new_tokens=12).generate(requests, seed=3)
+    assert together == alone
+    assert len({one["tokens"] for one in together}) > 2
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_scores_are_those_of_a_single_forward_pass(lms, kind):
+    lm, requests, labels = lms[kind], ragged(), ["A", "B", "C", "D", "E"]
+    scores = engines.TransformersEngine(lm, batch_size=4).score(requests, labels)
+    for request, score in zip(requests, scores):
+        ids = template.prompt_ids(lm.tokenizer, request["messages"], lm.policy)
+        with torch.inference_mode():
+            logits = lm.model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        wanted = [lm.tokenizer.convert_tokens_to_ids(label) for label in labels]
+        assert np.allclose(score["logprobs"], logits[wanted], atol=1e-4)
+        assert abs(score["outside"] + np.exp(score["logprobs"]).sum() - 1) < 1e-5
+    assert [one["id"] for one in scores] == [one["id"] for one in requests]
+
+
+def test_order_and_chance_do_not_depend_on_the_list(lms):
+    lm, requests = lms["llama"], ragged(9)
+    engine = engines.TransformersEngine(lm, batch_size=4, max_new_tokens=8, temperature=0.8, top_p=0.9)
+    replies = {one["id"]: one for one in engine.generate(requests, seed=5)}
+    assert list(replies) == [one["id"] for one in requests]
+    for one in engine.generate(requests[3:7], seed=5):
+        assert one == replies[one["id"]]
+    assert engine.generate(requests, seed=6) != list(replies.values())
+
+
+def test_sampling_follows_the_model(lms):
+    "The first tokens of many replies to one prompt are spread as the model's probabilities say."
+    lm = lms["llama"]
+    messages = tiny_dialogues(1, 1)[0]
+    requests = [{"id": str(i), "messages": messages} for i in range(3000)]
+    engine = engines.TransformersEngine(lm, batch_size=500, max_new_tokens=1, temperature=0.7)
+    prompt = template.prompt_ids(lm.tokenizer, messages, lm.policy)
+    with torch.inference_mode():
+        logits = lm.model(torch.tensor([prompt])).logits[0, -1]
+    banned = engines.forbidden(lm, template.stop_ids(lm.tokenizer))
+    expected = (logits.masked_fill(banned, -torch.inf) / 0.7).softmax(-1).numpy()
+    drawn = np.stack([engines.draws(0, one["id"], prompt, 1) for one in requests])
+    first = np.bincount([ids[0] for ids in engines.write(lm, [prompt] * 3000, drawn, 0.7, 1.0)], minlength=len(expected))
+    assert 0.5 * np.abs(first / 3000 - expected).sum() < 0.5 * np.sqrt(2 * len(expected) / np.pi / 3000) * 1.5
+    assert engine.generate(requests[:2])[0]["tokens"] == 1
+
+
+def test_text_holds_no_control_tokens(lms):
+    lm = lms["llama"]
+    replies = engines.TransformersEngine(lm, max_new_tokens=30, temperature=5.0).generate(ragged(20), seed=1)
+    assert not any("<|" in one["text"] for one in replies)
+    assert {one["finish"] for one in replies} <= {"stop", "length"}
+
+
+def test_progress_counts_rows_and_tokens(lms):
+    class Count:
+        rows = tokens = 0
+
+        def update(self, n=1, tokens=0):
+            self.rows, self.tokens = self.rows + n, self.tokens + tokens
+
+    count = Count()
+    replies = engines.TransformersEngine(lms["llama"], batch_size=4, max_new_tokens=5).generate(ragged(10), progress=count)
+    assert (count.rows, count.tokens) == (10, sum(one["tokens"] for one in replies))
+
+
+def test_no_requests_give_no_replies(lms):
+    engine = engines.TransformersEngine(lms["llama"])
+    assert engine.generate([]) == [] and engine.score([], ["A", "B"]) == []

@@ -295,6 +295,23 @@ def test_scores_are_those_of_a_single_forward_pass(lms, kind):
     assert [one["id"] for one in scores] == [one["id"] for one in requests]
 
 
+@pytest.mark.parametrize("kind", DIALECTS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_shared_beginning_changes_nothing(folders, kind, quantization, monkeypatch):
+    lm = load(folders[kind], quantization, dtype="float32", device="cpu")
+    rules = [{"role": "system", "content": " ".join(LINES)}]
+    requests = [{"id": one["id"], "messages": rules + one["messages"][1:]} for one in ragged(5)]
+    prompts = [template.prompt_ids(lm.tokenizer, one["messages"], lm.policy) for one in requests]
+    assert (engines.n_shared(lm, prompts) == 0) == (kind == "gemma")
+    engine = engines.TransformersEngine(lm, max_new_tokens=6, temperature=0)
+    found = engine.score(requests, ["A", "B"]), engine.generate(requests)
+    monkeypatch.setattr(engines, "WORTH_SHARING", 10_000)
+    wanted = engine.score(requests, ["A", "B"]), engine.generate(requests)
+    assert found[1] == wanted[1]
+    for one, other in zip(found[0], wanted[0]):
+        assert np.allclose(one["logprobs"], other["logprobs"], atol=1e-4 if quantization == "none" else 1e-2)
+
+
 def test_order_and_chance_do_not_depend_on_the_list(lms):
     lm, requests = lms["llama"], ragged(9)
     engine = engines.TransformersEngine(lm, batch_size=4, max_new_tokens=8, temperature=0.8, top_p=0.9)

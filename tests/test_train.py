@@ -216,6 +216,14 @@ def test_killed_and_resumed_gives_the_same_bytes(models, tmp_path, settings, kil
     assert sorted(path.name for path in killed.iterdir()) == ["adapter", "training.json"]
 
 
+def test_recomputing_activations_changes_nothing(models, tmp_path):
+    given = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "quantization": "none", "dtype": "float32", "device": "cpu"}
+    plain, recomputed = (
+        sft(models["qwen3"], make_rows(), tmp_path / str(on), gradient_checkpointing=on, **given)["loss"] for on in (False, True)
+    )
+    assert [one["loss"] for one in plain] == pytest.approx([one["loss"] for one in recomputed], abs=1e-6)
+
+
 def test_ledger_accounts_for_every_row(models, tmp_path):
     rows = make_rows(9) + [{"id": "endless", "messages": make_rows(1)[0]["messages"], "response": "word " * 400}]
     books = Ledger("train")

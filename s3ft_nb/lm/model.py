@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LOAD_ERRORS', 'QUANTIZATIONS', 'WEIGHTY', 'quiet', 'pick_device', 'precision', 'pick_dtype', 'is_folder',
            'check_folder', 'check_adapter', 'located', 'loading', 'load_tokenizer', 'quantization_config',
-           'check_sizes', 'load_weights', 'check_base', 'add_adapter', 'LM', 'short_name', 'load', 'model_hash']
+           'check_sizes', 'load_weights', 'check_base', 'add_adapter', 'LM', 'short_name', 'load', 'model_hash',
+           'token_counter', 'context_length']
 
 # %% ../../nbs/lm/01_model.ipynb #9dc8d35d
 import logging
@@ -13,7 +14,7 @@ import logging
 # bitsandbytes, which PEFT imports, recommends an optional kernel by name; it works without.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# %% ../../nbs/lm/01_model.ipynb #fba00940
+# %% ../../nbs/lm/01_model.ipynb #7162cc18
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from ..core.ledger import file_hash
 from ..core.records import InputError, read_json, shorten
-from .template import chat_template, choose_policy, stop_ids
+from .template import chat_template, choose_policy, prompt_ids, stop_ids
 
 # %% ../../nbs/lm/01_model.ipynb #118888a5
 @contextmanager
@@ -298,3 +299,22 @@ def model_hash(
     files = sorted({file for pattern in WEIGHTY for file in folder.glob(pattern)})
     parts = [f"{file.name} {file_hash(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+# %% ../../nbs/lm/01_model.ipynb #21f9d1aa
+def token_counter(
+    model: str | Path,  # Folder or hub name
+) -> Callable:  # messages -> tokens of the rendered prompt
+    "Count the tokens of a prompt without loading the model's weights."
+    tokenizer = load_tokenizer(located(model, check_folder))
+    policy = choose_policy(tokenizer)
+    return lambda messages: len(prompt_ids(tokenizer, messages, policy))
+
+
+def context_length(
+    model: str | Path,  # Folder or hub name
+) -> int:  # Tokens that prompt and reply may have together; a million when the model does not say
+    "The longest text a model was made for."
+    source = located(model, check_folder)
+    with loading("model", source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=is_folder(source))
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**6

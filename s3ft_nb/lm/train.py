@@ -464,7 +464,7 @@ def tell(
         for code, n in result["ledger"]["notes"].items(): ledger.note(code, n)
     return result
 
-# %% ../../nbs/lm/04_train.ipynb #d34b8261
+# %% ../../nbs/lm/04_train.ipynb #925bf782
 def sft(
     model: str | Path,  # Folder or hub name of the base
     rows: list[dict],  # `{"id", "messages", "response"}`; messages are the prompt, the system message included
@@ -487,7 +487,7 @@ def sft(
     check_labels(encoded, stop_ids(lm.tokenizer))
     table = pack(encoded, limit, settings.seed) if settings.packing else encoded
     write_json(out / "checkpoints" / CLAIM, {"claim": claim})
-    facts = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."), "n_rows": len(encoded)}
+    facts = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."), "n_rows": len(encoded), "max_length": limit}
     result = facts | fit(lm, table, settings, out) | {"ledger": books.as_dict(), "seconds": round(time.monotonic() - began, 2)}
     write_json(out / "training.json", result)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -8,12 +8,14 @@ import time
 
 import torch
 
+from s3ft_nb.annotation.rubric import LETTERS, judge_messages
+from s3ft_nb.core.records import Message
 from s3ft_nb.core.resources import resource
 from s3ft_nb.lm.engine import TransformersEngine
 from s3ft_nb.lm.model import load, quiet
 from s3ft_nb.lm.template import prompt_ids, stop_ids
 
-LABELS = ["A", "B", "C", "D", "E"]
+WORDS = 6  # Tokens of a label in words, as the paper's judge writes it ("good response", "context mismatch" …)
 ASK = [
     "What should I cook in winter?",
     "And in summer?",
@@ -36,6 +38,16 @@ def requests(n):
     return rows
 
 
+def judgements(rows):
+    "The requests a discriminator gets for replies to these prompts."
+    made = []
+    for row in rows:
+        system, *prompt = [Message(**one) for one in row["messages"]]
+        asked = judge_messages(system.content, prompt, "Arr, that depends on the weather, my friend.")
+        made.append({"id": row["id"], "messages": asked})
+    return made
+
+
 def timed(work):
     "(result, seconds), the better of two."
     best = float("inf")
@@ -46,7 +58,7 @@ def timed(work):
     return result, best
 
 
-def one_at_a_time(lm, rows, max_new_tokens):
+def one_at_a_time(lm, rows, max_new_tokens, min_new_tokens=0):
     "Tokens written by the library's `generate`, one prompt after the other."
     written, stops = 0, stop_ids(lm.tokenizer)
     for row in rows:
@@ -58,6 +70,7 @@ def one_at_a_time(lm, rows, max_new_tokens):
                 do_sample=True,
                 top_k=0,
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
                 eos_token_id=stops,
                 pad_token_id=lm.tokenizer.pad_token_id,
             )
@@ -75,25 +88,26 @@ def main():
     lm = load(given.model or resource("data", "micro-base"), given.quantization)
     rows = requests(given.rows)
     engine = TransformersEngine(lm, max_new_tokens=given.max_new_tokens)
-    label = TransformersEngine(lm, max_new_tokens=4, temperature=0)
+    label = TransformersEngine(lm, max_new_tokens=2, temperature=0)
+    judged, few = judgements(rows), max(1, given.rows // 8)
     engine.generate(rows[:4], seed=0)  # the first call pays for everything lazy
 
     replies, seconds = timed(lambda: engine.generate(rows, seed=0))
     batched = sum(one["tokens"] for one in replies) / seconds
-    few = rows[: max(1, given.rows // 8)]
-    written, seconds = timed(lambda: one_at_a_time(lm, few, given.max_new_tokens))
+    written, seconds = timed(lambda: one_at_a_time(lm, rows[:few], given.max_new_tokens))
     single = written / seconds
-    _, score_seconds = timed(lambda: label.score(rows, LABELS))
-    _, label_seconds = timed(lambda: label.generate(rows, seed=0))
-    _, alone_seconds = timed(lambda: one_at_a_time(lm, few, 4))
+    scored = given.rows / timed(lambda: label.score(judged, list(LETTERS.values())))[1]
+    written_out = given.rows / timed(lambda: label.generate(judged, seed=0))[1]
+    letter = few / timed(lambda: one_at_a_time(lm, judged[:few], 2, 2))[1]
+    words = few / timed(lambda: one_at_a_time(lm, judged[:few], WORDS, WORDS))[1]
 
-    print(f"model {lm.name}, {given.quantization}, {lm.dtype}, {lm.device}, {torch.get_num_threads()} threads, {given.rows} rows")
-    print(f"generate, batched         {batched:10.0f} tokens/s")
-    print(f"generate, one at a time   {single:10.0f} tokens/s   ratio {batched / single:.1f}")
-    print(f"label, scored             {given.rows / score_seconds:10.1f} rows/s")
-    print(f"label, generated, batched {given.rows / label_seconds:10.1f} rows/s     ratio {label_seconds / score_seconds:.1f}")
-    alone = len(few) / alone_seconds
-    print(f"label, generated, singly  {alone:10.1f} rows/s     ratio {given.rows / score_seconds / alone:.1f}")
+    print(f"{lm.name}, {given.quantization}, {lm.dtype}, {lm.device}, {torch.get_num_threads()} threads, {given.rows} rows")
+    print(f"generate, batched            {batched:9.0f} tokens/s")
+    print(f"generate, one at a time      {single:9.0f} tokens/s   ratio {batched / single:.1f}")
+    print(f"label, scored in batches     {scored:9.1f} rows/s")
+    print(f"label as letter, in batches  {written_out:9.1f} rows/s     ratio {scored / written_out:.1f}")
+    print(f"label as letter, one by one  {letter:9.1f} rows/s     ratio {scored / letter:.1f}")
+    print(f"label in words, one by one   {words:9.1f} rows/s     ratio {scored / words:.1f}")
 
 
 if __name__ == "__main__":

@@ -161,16 +161,15 @@ def replies_of(
 
         return in_shards(requests, work, folder, shard_size, seed, ["restyle", engine.name, fingerprint], progress, fresh)
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #71199e8b
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #b3b325c6
 def lost(
     reply: dict,  # See `replies_of`
 ) -> str | None:  # Reason code, None when it can be used
     "Why a reply cannot become a response."
     if "error" in reply: return "engine_error"
-    if not reply["text"].strip(): return "empty"
-    return "too_long" if reply["finish"] == "length" else None
+    return None if reply["text"].strip() else "empty"
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #1f5e4096
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #bf61a521
 def restyle(
     samples: list[Sample],  # See `build_samples`
     engine,  # Has `name` and `generate(requests, seed)`
@@ -193,7 +192,9 @@ def restyle(
         if reason: continue
         same = text == sample.original.strip()
         if same: ledger.note("unchanged")
-        flags = sample.flags + ["unchanged"] * same
+        cut = reply["finish"] == "length"
+        if cut: ledger.note("cut_off")
+        flags = sample.flags + ["unchanged"] * same + ["cut_off"] * cut
         done.append(sample.model_copy(update={"response": text, "engine": engine.name, "seed": reply["seed"], "flags": flags}))
     return done
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lower_bound', 'checked_pairs', 'threshold_curve', 'choose_threshold', 'likeliest', 'fate', 'score_table', 'plain',
-           'select', 'random_same_size', 'leave_out', 'sft_rows', 'yields']
+           'select', 'random_same_size', 'leave_out', 'set_cut_off_aside', 'relaxed', 'sft_rows', 'yields']
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #eac53d03
 import random
@@ -150,6 +150,31 @@ def leave_out(
     for sample in samples:
         if ledger is not None and sample.id in ids: ledger.drop(sample.id, "annotated")
     return [sample for sample in samples if sample.id not in ids]
+
+# %% ../../../nbs/methods/s3ft/03_select.ipynb #1ca856b3
+def set_cut_off_aside(
+    samples: list[Sample],  # Any
+    ledger: Ledger,  # Told about each that leaves (`cut_off`), or that they stay (note `cut_off_kept`)
+) -> list[Sample]:  # The whole ones; all when fewer than half are whole
+    "Set samples aside whose reply was cut off."
+    cut = [sample for sample in samples if "cut_off" in sample.flags]
+    if 2 * len(cut) > len(samples):
+        ledger.note("cut_off_kept", len(cut))
+        return samples
+    for sample in cut: ledger.drop(sample.id, "cut_off")
+    return [sample for sample in samples if "cut_off" not in sample.flags]
+
+# %% ../../../nbs/methods/s3ft/03_select.ipynb #a87bc707
+def relaxed(
+    threshold: float,  # As chosen
+    samples: list[Sample],  # Candidates
+    scores: list[Score],  # At least one per sample
+    at_least: int,  # Samples to keep, best first
+) -> float:  # The threshold, lowered when too few reach it
+    "Lower a threshold until a few samples reach it."
+    table = score_table(samples, scores)
+    best = sorted((table[sample.id].probabilities["good"] for sample in samples), reverse=True)
+    return min(threshold, best[min(at_least, len(best)) - 1]) if best and at_least > 0 else threshold
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #04c2a389
 def sft_rows(

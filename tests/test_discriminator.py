@@ -1,0 +1,189 @@
+"Discriminator and selection: statistics against plain loops, hostile scores, and the whole way on a tiny model."
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from tiny import tiny_model
+
+from s3ft_nb.annotation import agreement
+from s3ft_nb.annotation.rubric import LABELS
+from s3ft_nb.core.ledger import Ledger
+from s3ft_nb.core.records import InputError, Sample, Score, read_rows, write_rows
+from s3ft_nb.methods.s3ft import discriminator, select
+
+TYPES = ("tone", "rule", "persona")
+
+
+def make_sample(i, response="Aye, it rains."):
+    return Sample(
+        id=f"s{i:03}",
+        group=f"g{i // 4}",
+        conversation_id=f"c{i // 8}",
+        turn=1,
+        system_prompt_id=f"p{i % 3}",
+        type=TYPES[i % 3],
+        system_prompt="Talk like a sailor.",
+        prompt=[{"role": "user", "content": f"Question {i}: will it rain?"}],
+        original="Yes.",
+        response=response,
+    )
+
+
+def make_scores(n, seed=0, sharp=3.0):
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet([1 / sharp] * len(LABELS), size=n)
+    return [
+        Score(sample_id=f"s{i:03}", probabilities=dict(zip(LABELS, row.tolist())), outside=float(rng.uniform(0, 0.1)))
+        for i, row in enumerate(p)
+    ]
+
+
+def make_labels(scores, seed=0):
+    "What people would say if the scores were calibrated."
+    rng = random.Random(seed)
+    return {one.sample_id: rng.choices(LABELS, [one.probabilities[label] for label in LABELS])[0] for one in scores}
+
+
+pairs = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]), st.booleans()), min_size=1, max_size=60)
+
+
+@given(pairs, st.sampled_from([0.3, 0.6, 0.8]))
+@settings(deadline=None, max_examples=80)
+def test_threshold_is_the_smallest_that_keeps_the_promise(rows, precision):
+    p, good = zip(*rows)
+    found = select.choose_threshold(p, good, precision, level=0.9)
+    bounds = {}
+    for threshold in sorted(set(p)):
+        kept = [is_good for value, is_good in rows if value >= threshold]
+        bounds[threshold] = float(select.lower_bound(sum(kept), len(kept), 0.9))
+    reached = [threshold for threshold, low in bounds.items() if low >= precision]
+    assert found["reached"] == bool(reached)
+    assert found["lower"] == pytest.approx(bounds[found["threshold"]])
+    assert found["threshold"] == (min(reached) if reached else found["threshold"])
+    assert reached or found["lower"] == pytest.approx(max(bounds.values()))
+
+
+@given(st.integers(1, 200), st.data(), st.sampled_from([0.8, 0.95, 0.99]))
+@settings(deadline=None, max_examples=60)
+def test_lower_bound_inverts_the_binomial_test(n, data, level):
+    k = data.draw(st.integers(1, n))
+    low = float(select.lower_bound(k, n, level))
+    assert 0 < low <= k / n
+    assert binom.sf(k - 1, n, low) == pytest.approx(1 - level, abs=1e-6)
+
+
+def test_select_ledger_names_every_sample(tmp_path):
+    samples, scores = [make_sample(i) for i in range(120)], make_scores(150)
+    books = Ledger("select", tmp_path)
+    kept = select.select(samples, scores, 0.6, keep_not_applicable=True, ledger=books)
+    by_id = {one.sample_id: one.probabilities for one in scores}
+    for sample in kept:
+        label = max(by_id[sample.id], key=by_id[sample.id].get)
+        assert by_id[sample.id]["good"] >= 0.6 or (label == "not_applicable" and sample.response == "Yes.")
+    assert len(kept) + len(books.dropped) == 120
+    assert sum(books.as_dict()["reasons"].values()) == len(books.dropped)
+    assert all(code.startswith("below_threshold:") for code in books.as_dict()["reasons"])
+    assert sum(row["kept"] for row in select.yields(samples, kept)[:-1]) == len(kept)
+    books.save()
+
+
+def test_random_arm_does_not_depend_on_order_or_content():
+    samples = [make_sample(i) for i in range(50)]
+    drawn = select.random_same_size(samples, 20, seed=4)
+    mixed = random.Random(1).sample(samples, 50)
+    assert {one.id for one in select.random_same_size(mixed, 20, seed=4)} == {one.id for one in drawn}
+    assert {one.id for one in select.random_same_size(samples, 20, seed=5)} != {one.id for one in drawn}
+
+
+def test_report_against_plain_loops():
+    scores = make_scores(200)
+    labels = make_labels(scores) | {"s007": None}
+    found = discriminator.report(scores, labels, threshold=0.5, clusters={one.sample_id: one.sample_id[:3] for one in scores})
+    truth = {key: label for key, label in labels.items() if label is not None}
+    said = {one.sample_id: max(LABELS, key=one.probabilities.get) for one in scores}
+    ids = list(truth)
+    assert found["n_test"] == 199
+    assert found["accuracy"] == pytest.approx(np.mean([truth[i] == said[i] for i in ids]))
+    assert found["kappa"] == pytest.approx(agreement.kappa([truth[i] for i in ids], [said[i] for i in ids]))
+    f1 = []
+    for label in LABELS:
+        both = sum(truth[i] == label == said[i] for i in ids)
+        f1.append(2 * both / (sum(truth[i] == label for i in ids) + sum(said[i] == label for i in ids)))
+        assert found["per_label"][label]["f1"] == pytest.approx(f1[-1])
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    kept = [one.sample_id for one in scores if one.probabilities["good"] >= 0.5 and one.sample_id in truth]
+    assert found["precision_good"] == pytest.approx(np.mean([truth[i] == "good" for i in kept]))
+    assert found["n_kept"] == len(kept)
+    gap = 0.0
+    for i in range(15):
+        inside = [one for one in scores if one.sample_id in truth and i / 15 <= max(one.probabilities.values()) < (i + 1) / 15]
+        if inside:
+            sure = np.mean([max(one.probabilities.values()) for one in inside])
+            right = np.mean([truth[one.sample_id] == said[one.sample_id] for one in inside])
+            gap += len(inside) * abs(sure - right)
+    assert found["ece"] == pytest.approx(gap / 199)
+
+
+def test_temperature_undoes_a_known_distortion():
+    scores = make_scores(4000, sharp=1.0)
+    labels = make_labels(scores)
+    overconfident = discriminator.temper(scores, 0.4)  # raised to the power of 2.5
+    fit = discriminator.calibrate(overconfident, labels)
+    assert fit["temperature"] == pytest.approx(2.5, rel=0.1)
+    repaired = discriminator.report(discriminator.temper(overconfident, fit["temperature"]), labels, 0.5)
+    assert repaired["ece"] < 0.03 < discriminator.report(overconfident, labels, 0.5)["ece"]
+
+
+def test_certain_and_wrong_scores_stay_finite():
+    sure = [Score(sample_id=f"s{i:03}", probabilities={"good": 1.0} | {label: 0.0 for label in LABELS[1:]}) for i in range(20)]
+    labels = {f"s{i:03}": "good" if i % 2 else "all_bad" for i in range(20)}
+    fit = discriminator.calibrate(sure, labels)
+    assert np.isfinite(fit["nll_before"]) and fit["nll_after"] < fit["nll_before"]
+    found = discriminator.report(discriminator.temper(sure, fit["temperature"]), labels, 0.5)
+    assert found["precision_good"] == 0.5 and found["kappa"] == 0.0
+
+
+def test_scores_missing_a_label_count_as_zero():
+    scores = [Score(sample_id="s000", probabilities={"good": 0.4, "bad_system": 0.6})]
+    assert discriminator.report(scores, {"s000": "bad_system"}, 0.5)["accuracy"] == 1.0
+    assert select.fate(scores[0], 0.5) == "below_threshold:bad_system"
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [({"x": "good"}, "no score, first x"), ({"s000": "fine"}, "unknown labels"), ({"s000": None}, "no labels to compare")],
+)
+def test_labels_that_do_not_match_are_refused(labels, message):
+    with pytest.raises(InputError, match=message):
+        discriminator.report(make_scores(1), labels, 0.5)
+
+
+def test_whole_way_on_a_tiny_model(tmp_path):
+    "Train, score, calibrate, report, choose, select: every file between is read back as it was."
+    from s3ft_nb.lm.engine import TransformersEngine
+    from s3ft_nb.lm.model import load
+
+    model = tiny_model(tmp_path / "model")
+    samples = [make_sample(i, "Aye aye aye aye." if i % 2 else "No no no no.") for i in range(48)]
+    labels = {one.id: "good" if i % 2 else "bad_system" for i, one in enumerate(samples)}
+    train, held_out = dict(list(labels.items())[:32]), dict(list(labels.items())[32:])
+    fast = {"num_train_epochs": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "device": "cpu"}
+    told = discriminator.train(model, samples, train, tmp_path / "d", **fast)
+    assert told["n_labelled"] == 32 and told["labels"]["good"] == 16
+    assert told["loss"][-1]["loss"] < told["loss"][0]["loss"]
+    engine = TransformersEngine(load(model, adapter=tmp_path / "d" / "adapter", device="cpu"))
+    scores = discriminator.score_samples(samples, engine, tmp_path / "shards", shard_size=16)
+    again = discriminator.score_samples(samples, engine, tmp_path / "shards", shard_size=16)
+    assert scores == again == read_rows(write_rows(tmp_path / "scores.jsonl", scores), Score)
+    fit = discriminator.calibrate(scores, held_out)
+    calibrated = discriminator.temper(scores, fit["temperature"])
+    found = discriminator.report(calibrated, held_out, threshold=0.5)
+    assert 0 <= found["outside"] <= 1 and found["n_test"] == 16
+    chosen = select.choose_threshold([one.probabilities["good"] for one in calibrated[32:]], [label == "good" for label in held_out.values()], 0.6)
+    kept = select.select(samples, calibrated, chosen["threshold"])
+    rows = select.sft_rows(kept)
+    assert [row["id"] for row in rows] == [one.id for one in kept]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'DEFAULT', 'app', 'Words', 'Settings', 'Out', 'Only', 'From', 'Fresh', 'Format', 'To', 'OnError',
-           'SameRole', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan', 'convert',
-           'version']
+           'SameRole', 'MaxChars', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan',
+           'convert', 'version']
 
 # %% ../nbs/top/11_cli.ipynb #53eb49a5
 import json
@@ -72,7 +72,7 @@ def option(
     "An option whose default needs no words."
     return typer.Option(*names.split(), help=help, metavar=metavar, show_default=False)
 
-# %% ../nbs/top/11_cli.ipynb #e5d3e588
+# %% ../nbs/top/11_cli.ipynb #fe035ceb
 Words = Annotated[list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipe by name or path of a .toml file; settings.", show_default=False)]
 Settings = Annotated[list[str], option("--set", "Set a parameter; STEP.KEY=VALUE for one step. May be repeated.", "KEY=VALUE")]
 Out = Annotated[Path, option("--out", "Folder of the run; runs/RECIPE when not given.", "DIR")]
@@ -83,6 +83,7 @@ Format = Annotated[str, option("--from", "openai, sharegpt, alpaca, tree, turns,
 To = Annotated[str, option("--to", "conversations, or bare messages as trainers take them.")]
 OnError = Annotated[str, option("--on-error", "raise, or skip with an entry in the ledger.")]
 SameRole = Annotated[str, option("--same-role", "Two messages of one speaker in a row: refuse or join.")]
+MaxChars = Annotated[int, option("--max-chars", "Longest message, characters.")]
 In = Annotated[str, typer.Argument(metavar="IN", help="File or folder of conversations, or a dataset on the hub.")]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="File to make, .jsonl or .jsonl.gz.")]
 
@@ -120,7 +121,7 @@ def plan(
         made = make_plan(recipe, chosen, out)
         typer.echo(json.dumps(made, indent=2, ensure_ascii=False) if as_json else plan_text(made))
 
-# %% ../nbs/top/11_cli.ipynb #29c5b138
+# %% ../nbs/top/11_cli.ipynb #aab3fbb1
 @app.command()
 def convert(
     source: In,
@@ -129,12 +130,13 @@ def convert(
     to: To = "conversations",
     on_error: OnError = "raise",
     same_role: SameRole = "refuse",
+    max_chars: MaxChars = 20_000,
 ) -> None:
     "Convert conversations into the rows of this package. A ledger beside OUT names every row left out."
     from s3ft_nb.core import formats
 
     with exit_codes():
-        ledger = formats.convert(source, target, format, to, on_error, same_role)
+        ledger = formats.convert(source, target, format, to, on_error, same_role, max_chars)
         left = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
         typer.echo(f"{target}: {ledger['rows_out']} of {ledger['rows_in']} conversations" + (f", left out {left}" if left else ""))
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'PATHS', 'ROOTED', 'DATA_FILE', 'split_setting', 'setting_value', 'read_settings', 'takers', 'fill',
-           'check_places', 'absolute', 'resolve', 'check_required']
+           'check_places', 'absolute', 'resolve', 'check_url', 'check_required']
 
-# %% ../../nbs/top/02_settings.ipynb #5df6174c
+# %% ../../nbs/top/02_settings.ipynb #c9323177
 import json
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .parameters import Parameter, fitted, is_json, unknown
 from .recipe import Recipe, Step, above, check_known
@@ -137,12 +138,23 @@ def resolve(
     check_required(recipe, result)
     return result
 
-# %% ../../nbs/top/02_settings.ipynb #ddeb704a
+# %% ../../nbs/top/02_settings.ipynb #a3a817ce
+def check_url(
+    key: str,  # Name of the parameter
+    value: Any,  # Its value
+) -> None:
+    "Raise `InputError` when a server's address carries a password or a query, which would be written into the run."
+    if key == "base_url" and value and (urlsplit(str(value)).username or urlsplit(str(value)).query):
+        raise InputError("must not hold a user, password or query", field=key, remedy="put the key into the environment variable OPENAI_API_KEY")
+
+
 def check_required(
     recipe: Recipe,  # The recipe
     values: dict[str, dict],  # Step id to its parameters
 ) -> None:
     "Raise `InputError` when a parameter that the user must give is still empty."
+    for params in values.values():
+        for key, value in params.items(): check_url(key, value)
     for key in recipe.required:
         if any(params.get(key) in ("", None, []) for params in values.values() if key in params):
             raise InputError(f"recipe {recipe.name} needs {key}", remedy=f"add --set {key}=...")

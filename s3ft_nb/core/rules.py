@@ -36,7 +36,7 @@ def roles_of(
     remedy = f"rename it to one of {', '.join(ROLES)}, or leave the row out with on_error=skip"
     raise refusal("unknown_role", f"unknown role {shorten(said[unknown].speaker)}", said[unknown].where, remedy)
 
-# %% ../../nbs/core/06_rules.ipynb #c052c175
+# %% ../../nbs/core/06_rules.ipynb #f9afd617
 def check_text(
     text: str,  # Text of a message
     role: str,  # Who says it
@@ -46,7 +46,7 @@ def check_text(
     "Raise `InputError` when a message is blank or too long."
     if not text: raise refusal("blank_message", "is blank", where)
     if len(text) <= max_chars: return
-    remedy = "cut it, raise max_chars, or leave the row out with on_error=skip"
+    remedy = "cut it, raise max_chars (--max-chars), or leave the row out with on_error=skip (--on-error skip)"
     raise refusal("too_long", f"{role} message has {len(text):,} characters, more than {max_chars:,}", where, remedy)
 
 # %% ../../nbs/core/06_rules.ipynb #0a8a7008

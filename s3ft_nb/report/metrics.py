@@ -6,8 +6,8 @@
 __all__ = ['HEADLINE', 'PROMISED', 'CHOSEN', 'EXPECTED', 'VERSION', 'MARKS', 'find', 'json_of', 'rows_of', 'main_arm', 'in_order',
            'arms_of', 'retention', 'condition_of', 'adherence_of', 'differences', 'matrix_of', 'reliability_bins',
            'reliability_of', 'training_of', 'discriminator_of', 'ids_of', 'scored_good', 'row_counts', 'yields_of',
-           'facts_of', 'ledgers_of', 'missing_files', 'jsonable', 'arm_of', 'collect', 'draw_dialogues', 'reply_of',
-           'dialogue_of', 'rollouts', 'examples']
+           'facts_of', 'ledgers_of', 'missing_files', 'jsonable', 'arm_of', 'remarks_of', 'collect', 'draw_dialogues',
+           'reply_of', 'dialogue_of', 'rollouts', 'examples']
 
 # %% ../../nbs/report/02_metrics.ipynb #c20f0654
 import math
@@ -175,9 +175,9 @@ def training_of(
     path = run / step / "training.json"
     return read_json(path) if path.is_file() else None
 
-# %% ../../nbs/report/02_metrics.ipynb #4c820a6d
+# %% ../../nbs/report/02_metrics.ipynb #c7837fd9
 PROMISED = ("n_train", "n_test", "accuracy", "macro_f1", "precision_good", "recall_good", "ece", "threshold", "stated_precision")
-CHOSEN = ("reached", "lower", "level")
+CHOSEN = ("reached", "lower", "level", "relaxed")
 
 
 def discriminator_of(
@@ -292,10 +292,27 @@ def arm_of(
     mine = [row for row in verdicts if row.arm == arm]
     return {"adherence": adherence_of(mine, draws, seed) or None, "training": training_of(run, f"train-{arm}")}
 
-# %% ../../nbs/report/02_metrics.ipynb #79411267
+# %% ../../nbs/report/02_metrics.ipynb #b56a1ff5
 VERSION = 1  # Of the layout of metrics.json
 
 
+def remarks_of(
+    found: dict,  # Metrics so far
+) -> list:  # Sentences
+    "What a reader must know before believing the numbers."
+    judge, agreement, out = found["discriminator"] or {}, found["agreement"], []
+    people = agreement.get("annotators") or []
+    if any(str(name).startswith("model:") for name in people):
+        out.append("The labels come from the untrained model itself, not from people: agreement, precision and recall say how far the discriminator repeats that model.")
+    if judge.get("reached") is False:
+        out.append("No threshold reached the stated precision on held-out annotations; the one with the best lower bound was taken.")
+    if judge.get("relaxed"):
+        out.append("Too few samples reached the threshold, so it was lowered to keep a handful: the stated precision is not promised.")
+    unknown = sum(arm["adherence"].get("unknown") or 0 for arm in found["arms"].values())
+    if unknown: out.append(f"{unknown} replies could not be judged and are counted as unknown.")
+    return out
+
+# %% ../../nbs/report/02_metrics.ipynb #ba13ccb5
 def collect(
     run: str | Path,  # Folder of a run
     main: str | None = None,  # The arm that the run is about; `main_arm` decides when None
@@ -315,6 +332,7 @@ def collect(
     found |= {"differences": differences(verdicts, main, draws, seed), "discriminator": judge}
     found["agreement"] = json_of(run, "annotations", "agreement.json") or {"alpha": None}
     found |= {"rows": row_counts(run, main), "yields": yields_of(json_of(run, "select", "select.json")), "ledgers": ledgers_of(run)}
+    found["remarks"] = remarks_of(found)
     return jsonable(found | facts_of(run) | {"missing": missing_files(run, names), "figures": [], "tables": []})
 
 # %% ../../nbs/report/02_metrics.ipynb #a3d67155

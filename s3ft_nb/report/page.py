@@ -225,7 +225,7 @@ def example_view(
     short = " ".join(example["system_prompt"].split())
     return example | {"short": cut(short, 90), "system_prompt": cut(example["system_prompt"]), "turns": turns}
 
-# %% ../../nbs/report/03_page.ipynb #faad2eb7
+# %% ../../nbs/report/03_page.ipynb #7cffc44f
 @cache
 def template() -> Template:  # Escapes every value, refuses unknown names
     "The page's template."
@@ -244,7 +244,7 @@ def render(
     recipe = str(metrics.get("recipe") or "Run")
     words = {"title": f"{recipe}: report", "headline": headline(metrics)}
     words["eyebrow"] = f"{recipe}, seed {cell_text(metrics.get('seed'))}"
-    words["note"] = [part.strip() for part in note.split("\n\n") if part.strip()]
+    words["note"] = [*metrics.get("remarks", []), *(part.strip() for part in note.split("\n\n") if part.strip())]
     parts = {"tiles": tiles(metrics), "sections": sections_view(metrics, tables, figures), "missing": metrics.get("missing") or []}
     return template().render(**words, **parts, examples=[example_view(one) for one in dialogues]).strip() + "\n"
 

@@ -81,7 +81,7 @@ def balance(
     again = [row | {"id": f"{row['id']}#{k}"} for row in rows for k in range(2, times[row["response"]] + 1)]
     return rows + again
 
-# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #05c4322f
+# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #6117d80d
 def train(
     model: str | Path,  # Folder of the base model
     samples: list[Sample],  # Holding every labelled one
@@ -89,15 +89,20 @@ def train(
     out: str | Path,  # Folder for the adapter and `training.json`
     max_repeats: int = 3,  # See `balance`
     language: str = "en",  # Of the rubric, en or zh
-    ledger: Ledger | None = None,  # Told about ties; rows too long are in the ledger of `training.json`
+    ledger: Ledger | None = None,  # Told about ties and about samples too long to train on
     **settings,  # Those of `lm.train.sft`
-) -> dict:  # What `sft` returns, with `labels` and `n_labelled`
+) -> dict:  # What `sft` returns, with `labels`, `n_labelled` and `n_trained`, samples
     "Teach the base model to answer the rubric; raises `InputError` where `sft` does."
     rows = training_rows(samples, labels, language, ledger)
     if not rows: raise InputError("no labelled samples to train on", field="labels", remedy="annotate some samples")
     counts = Counter(label for label in labels.values() if label is not None)
-    done = sft(model, balance(rows, max_repeats), out, **settings)
-    return done | {"n_labelled": len(rows), "labels": {label: counts[label] for label in LABELS}}
+    shown, books = balance(rows, max_repeats), Ledger("discriminator")
+    done = sft(model, shown, out, books, **settings)
+    lost = {one["id"].split("#")[0]: one for one in books.dropped}
+    for id, one in lost.items():
+        if ledger is not None: ledger.drop(id, one["reason"], one["detail"])
+    sizes = {"n_labelled": len(labels), "n_trained": len({row["id"].split("#")[0] for row in shown} - lost.keys())}
+    return done | sizes | {"labels": {label: counts[label] for label in LABELS}}
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #39173e03
 def probabilities(
@@ -187,7 +192,7 @@ def temper(
     logs = np.log(np.maximum(matrix(scores), SMALLEST))
     return [one.model_copy(update={"probabilities": probabilities(row, temperature)}) for one, row in zip(scores, logs)]
 
-# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #f716023b
+# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #273883d6
 def score_replies(
     replies: list[Reply],  # With distinct ids
     engine,  # Whose `score` reads label probabilities
@@ -195,11 +200,13 @@ def score_replies(
     temperature: float = 1.0,  # As fitted by `calibrate`
     language: str = "en",  # Of the rubric, en or zh
     fitted: Callable = lambda samples: samples,  # Makes samples fit, see `fit_samples`
+    fingerprint: Any = "",  # As for `score_samples`
+    fresh: bool = False,  # Throw away finished shards
 ) -> dict:  # {reply id: {label: calibrated probability}}, without those that do not fit
     "Ask the discriminator about every turn of a rollout."
     shared = ("id", "conversation_id", "turn", "system_prompt_id", "type", "system_prompt", "prompt", "response", "seed")
     samples = [Sample(group=one.dialogue_id, original=one.response, **{key: getattr(one, key) for key in shared}) for one in replies]
-    return {score.sample_id: score.probabilities for score in temper(score_samples(fitted(samples), engine, folder, language), temperature)}
+    return {score.sample_id: score.probabilities for score in temper(score_samples(fitted(samples), engine, folder, language, fingerprint=fingerprint, fresh=fresh), temperature)}
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #1fd698af
 def ratio(

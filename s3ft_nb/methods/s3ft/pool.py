@@ -397,7 +397,7 @@ def conversation_sides(
         sides |= {one.id: one.split or side for one in groups[key]}
     return sides
 
-# %% ../../../nbs/methods/s3ft/00_pool.ipynb #a9e4233c
+# %% ../../../nbs/methods/s3ft/00_pool.ipynb #6b894c02
 def split_conversations(
     conversations: list[Conversation],  # Any number
     n_train: int,  # Conversations wanted for training
@@ -418,6 +418,8 @@ def split_conversations(
         if len(half) < wanted: ledger.note(f"short_of_target:{side}", wanted - len(half))
         drawn = {one.id for one in half[:wanted]}
         halves.append([one.model_copy(update={"split": side}) for one in rows if one.id in drawn])
+    if not all(halves):
+        raise InputError(f"{len(rows)} different conversations cannot fill both halves", field="conversations", remedy="bring at least a dozen conversations with different openings")
     assert_no_shared_conversation(*halves)
     return halves[0], halves[1]
 

@@ -169,7 +169,7 @@ def lost(
     if "error" in reply: return "engine_error"
     return None if reply["text"].strip() else "empty"
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #bf61a521
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #16243363
 def restyle(
     samples: list[Sample],  # See `build_samples`
     engine,  # Has `name` and `generate(requests, seed)`
@@ -195,7 +195,7 @@ def restyle(
         cut = reply["finish"] == "length"
         if cut: ledger.note("cut_off")
         flags = sample.flags + ["unchanged"] * same + ["cut_off"] * cut
-        done.append(sample.model_copy(update={"response": text, "engine": engine.name, "seed": reply["seed"], "flags": flags}))
+        done.append(sample.model_copy(update={"id": stable_id(sample.id, text), "response": text, "engine": engine.name, "seed": reply["seed"], "flags": flags}))
     return done
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #2554b24e

@@ -87,7 +87,8 @@ def test_every_sample_is_accounted_for(write, tmp_path):
     done = write(samples, engine(complete), "restyle", tmp_path, shard_size=7, ledger=ledger)
     reasons = ledger.reconcile(len(samples), len(done)).as_dict()["reasons"]
     assert {"empty", "engine_error"} <= set(reasons)
-    assert all(one.response == "fine" for one in done)
+    assert {one.response for one in done} <= {"fine", "cut"}
+    assert all(("cut_off" in one.flags) == (one.response == "cut") for one in done)
     assert next(one for one in ledger.dropped if one["reason"] == "engine_error")["detail"] == "500 from the server"
 
 
@@ -95,7 +96,7 @@ def test_an_engine_that_loses_a_reply_is_refused(tmp_path):
     samples = build_samples(assign(TALKS[:2], PROMPTS, 0))
     with pytest.raises(InputError, match="without an answer"): restyle(samples, engine(lambda requests, seed: engine().generate(requests[1:], seed)), "restyle", tmp_path)
     backwards = restyle(samples, engine(lambda requests, seed: engine().generate(requests, seed)[::-1]), "restyle", tmp_path)  # nothing of the failed shard was kept
-    assert [(one.id, one.response.split()[1]) for one in backwards] == [(one.id, str(one.turn - 1)) for one in samples]
+    assert [(one.group, one.turn, one.response.split()[1]) for one in backwards] == [(one.group, one.turn, str(one.turn - 1)) for one in samples]
 
 
 def test_no_samples_is_no_error(tmp_path):

@@ -169,7 +169,7 @@ def lost(
     if "error" in reply: return "engine_error"
     return None if reply["text"].strip() else "empty"
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #16243363
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #ea881f95
 def restyle(
     samples: list[Sample],  # See `build_samples`
     engine,  # Has `name` and `generate(requests, seed)`
@@ -182,7 +182,7 @@ def restyle(
     fingerprint: Any = "",  # What else the replies depend on, such as the temperature and a hash of the model
     fresh: bool = False,  # Throw away finished shards
 ) -> list[Sample]:  # With responses, in the order given
-    "Write the responses; raises `InputError` when a sample has another mode."
+    "Write the responses, which become part of the samples' ids; raises `InputError` when a sample has another mode."
     other = next((sample for sample in samples if sample.mode != mode), None)
     if other: raise InputError(f"sample {other.id} was built for mode {other.mode!r}, not {mode!r}", field="mode", remedy="build the samples with this mode")
     ledger, done = ledger or Ledger("restyle"), []
@@ -209,7 +209,7 @@ def with_styled_history(
     prompt = [one if one.role == "user" else next(replies) for one in sample.prompt]
     return sample.model_copy(update={"prompt": prompt, "flags": sample.flags + ["styled_history"]})
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #a76cce7c
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #98520fab
 def restyle_styled(
     samples: list[Sample],  # See `build_samples`, of all turns
     engine,  # Has `name` and `generate(requests, seed)`
@@ -230,5 +230,5 @@ def restyle_styled(
         ready = [sample for sample in now.values() if sample is not None]
         for sample in restyle(ready, engine, mode, Path(folder) / f"turn-{turn:03d}", shard_size, seed, ledger, language, fingerprint, fresh):
             said.setdefault(sample.group, {})[turn] = sample.response
-            done[sample.id] = sample
-    return [done[sample.id] for sample in samples if sample.id in done]
+            done[sample.group, turn] = sample
+    return [done[one.group, one.turn] for one in samples if (one.group, one.turn) in done]

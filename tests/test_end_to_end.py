@@ -135,6 +135,16 @@ def test_real_dialogues_and_another_architecture(name, kind, tmp_path):
     assert (out / "report" / "index.html").exists()
 
 
+@pytest.mark.slow
+def test_notebooks_by_hand(tmp_path):
+    "Every chain notebook with its defaults, by plain papermill, as an explorer would go through them."
+    for path in sorted((ROOT / "nbs/chain/s3ft").glob("*.ipynb")):
+        command = [str(Path(sys.executable).with_name("papermill")), str(path), str(tmp_path / path.name), "-k", "python3", "--language", "python", "--no-progress-bar"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, f"{path.name}: {done.stderr[-2000:]}"
+    assert (tmp_path / "runs/dev/report/index.html").exists()
+
+
 def rows_of(run):
     return {p.relative_to(run): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*.jsonl")) if p.name != "events.jsonl"}
 

@@ -64,14 +64,15 @@ def serve() -> None:
 
     IPKernelApp.launch_instance()
 
-# %% ../../nbs/top/05_kernel.ipynb #56b1b583
+# %% ../../nbs/top/05_kernel.ipynb #c1d4f173
 def kernel_environment(
     events: Path,  # File that progress is written to
 ) -> dict[str, str]:  # Complete environment of the kernel
     "The environment of a step."
     own = {"S3FT_EVENTS": str(events), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
            "PYTHONHASHSEED": "0"}
-    return {**os.environ, **own}
+    lean = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}  # of 1,024: batches of many shapes cost a gigabyte on CPU otherwise
+    return {**lean, **os.environ, **own}
 
 # %% ../../nbs/top/05_kernel.ipynb #699b559a
 def heirs(

@@ -14,7 +14,7 @@ after=$(git status --porcelain)
 test "$before" = "$after" || { git status --short; git diff --stat; echo "run nbdev_clean and nbdev_export, then commit"; exit 1; }
 
 echo "== chapters"
-nbdev_test --n_workers 2 --do_print | tee /tmp/s3ft-chapters-$$.log
+OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print | tee /tmp/s3ft-chapters-$$.log
 grep -q "Success" /tmp/s3ft-chapters-$$.log
 
 echo "== pytest"

@@ -151,7 +151,7 @@ def affordable(
     scale = min(1.0, share * available / max(1, sum(wanted)))
     return [max(1, int(scale * n)) for n in wanted]
 
-# %% ../../nbs/annotation/01_annotations.ipynb #7ecedac7
+# %% ../../nbs/annotation/01_annotations.ipynb #7a81fe24
 def part_conversations(
     samples: list,  # `Sample` rows
     share: float,  # Of the conversations that go to the first part, in (0, 1)
@@ -159,7 +159,7 @@ def part_conversations(
 ) -> tuple[list, list]:  # Two parts without a common conversation
     "Part samples by conversation; raises `InputError` when there are fewer than two conversations."
     names = sorted({sample.conversation_id for sample in samples}, key=lambda name: stable_id(seed, name))
-    if len(names) < 2: raise InputError("all samples come from one conversation", remedy="bring more conversations")
+    if len(names) < 2: raise InputError("all samples come from one conversation", remedy="bring more or shorter conversations; fit.json of the restyle step says which were too long")
     first = set(names[:min(max(1, round(share * len(names))), len(names) - 1)])
     return [one for one in samples if one.conversation_id in first], [one for one in samples if one.conversation_id not in first]
 

@@ -101,6 +101,7 @@ def test_readme_is_short_and_its_commands_exist():
     assert "make run" in head and "make test" in head
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z-]+)", text, re.M)) <= targets
+    assert "RESULTS_TABLE" not in text
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text): assert (ROOT / picture).exists(), picture
 
 

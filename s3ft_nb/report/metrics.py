@@ -166,14 +166,14 @@ def reliability_of(
     chances = [score.probabilities.get("good", 0.0) for score in scores]
     return reliability_bins(chances, [truth[score.sample_id] == "good" for score in scores])
 
-# %% ../../nbs/report/02_metrics.ipynb #07d94c3d
+# %% ../../nbs/report/02_metrics.ipynb #673f1e49
 def training_of(
     run: Path,  # Folder of a run
     step: str,  # Step that trained
-) -> dict | None:  # What training.json holds, None when the step left none
-    "The record of one training step."
+) -> dict | None:  # What training.json holds but for the seconds, None when the step left none
+    "The record of one training step, without its duration: of a resumed training that is only the last part."
     path = run / step / "training.json"
-    return read_json(path) if path.is_file() else None
+    return {key: value for key, value in read_json(path).items() if key != "seconds"} if path.is_file() else None
 
 # %% ../../nbs/report/02_metrics.ipynb #c7837fd9
 PROMISED = ("n_train", "n_test", "accuracy", "macro_f1", "precision_good", "recall_good", "ece", "threshold", "stated_precision")

@@ -7,10 +7,8 @@ __all__ = ['STOPPED', 'DEFAULT', 'app', 'Words', 'Settings', 'Out', 'Only', 'Fro
            'SameRole', 'MaxChars', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan',
            'convert', 'version']
 
-# %% ../nbs/top/11_cli.ipynb #53eb49a5
+# %% ../nbs/top/11_cli.ipynb #518246f0
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

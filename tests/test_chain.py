@@ -1,13 +1,11 @@
 "What the chapters on the chain cannot show: kills, signals, locks, foreign files, full disks."
 import errno
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest

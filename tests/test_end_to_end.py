@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from s3ft_nb.core.resources import resource
 
 from tiny import tiny_model
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Conversation, InputError, Sample, SystemPrompt, read_rows, write_rows
+from s3ft_nb.core.records import Conversation, InputError, Sample, read_rows, write_rows
 from s3ft_nb.methods.s3ft import pool
 from s3ft_nb.methods.s3ft.restyle import assign, build_samples, request_messages, restyle, restyle_messages, restyle_styled
 

@@ -6,13 +6,13 @@
 __all__ = ['RUN', 'LOCK', 'LIBRARIES', 'check_secrets', 'Run', 'check_folder', 'locked', 'remove_run', 'versions', 'find', 'now',
            'record', 'tell', 'work', 'do_step', 'split_steps', 'trusted', 'prepare', 'run_recipe', 'report_of']
 
-# %% ../../nbs/top/08_runner.ipynb #246afabb
+# %% ../../nbs/top/08_runner.ipynb #263447ee
 import fcntl
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone

@@ -9,7 +9,7 @@ __all__ = ['CONTEXT', 'KEEPS', 'TURNS', 'RESTYLED', 'JUDGED', 'NOISE', 'STAGES',
            'new_model', 'batches', 'padded', 'weighted_loss', 'optimizers', 'pretrain', 'save_base', 'exam', 'graded',
            'skills', 'card']
 
-# %% ../../nbs/micro/01_base.ipynb #b00a3030
+# %% ../../nbs/micro/01_base.ipynb #474e286c
 import math
 import random
 from pathlib import Path
@@ -22,9 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..annotation.rubric import LABELS, LETTERS, judge_messages
 from ..core.progress import Progress
 from ..core.records import message
-from s3ft_nb.micro.world import (
-    Asked, about, conversations, dialogue, draw_styles, dress, facts, prompt_text, read_prompt, reserved, styles, system_prompts, true_label,
-)
+from .world import Asked, about, conversations, dialogue, draw_styles, dress, facts, prompt_text
+from .world import read_prompt, reserved, styles, system_prompts, true_label
 
 # %% ../../nbs/micro/01_base.ipynb #18360b8e
 CONTEXT = 0.1  # Loss weight of a token that is not part of a reply; a reply's weighs 1

@@ -9,20 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model, tiny_tokenizer
+from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model
 
 from s3ft_nb.core.records import InputError
 from s3ft_nb.lm import engine as engines
-from s3ft_nb.lm import template
+from s3ft_nb.lm.control import control_tokens
+from s3ft_nb.lm.labels import stop_ids
 from s3ft_nb.lm.model import load, model_hash
+from s3ft_nb.lm.template import chat_template, prompt_ids
 
-TOKENIZERS = {kind: tiny_tokenizer(kind) for kind in DIALECTS}
 POLICY = {"llama": "native", "qwen3": "native", "gemma": "first_user"}
 
 
@@ -34,118 +31,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lms(folders):
     return {kind: load(folder, quantization="none", dtype="float32", device="cpu") for kind, folder in folders.items()}
-
-
-def supervised(row):
-    return [id for id in row["labels"] if id != -100]
-
-
-# ---- template
-
-
-def words():
-    control = st.sampled_from(
-        ["<|eot|>", "<|head|>", "<|im_end|>", "<|im_start|>system\n", "<end_of_turn>", "</think>", "<think>", "﷐", "<bos>"]
-    )
-    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-    return st.lists(st.one_of(text, control), min_size=1, max_size=5).map("".join).filter(str.strip)
-
-
-@st.composite
-def dialogues(draw):
-    messages = [{"role": "system", "content": draw(words())}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(0, 3))):
-        messages += [{"role": "user", "content": draw(words())}, {"role": "assistant", "content": draw(words())}]
-    return messages + [{"role": "user", "content": draw(words())}], draw(words())
-
-
-@pytest.mark.parametrize("kind", DIALECTS)
-@settings(max_examples=120, deadline=None)
-@given(case=dialogues())
-def test_labels_are_the_response_and_control_tokens_are_the_template_s(kind, case):
-    messages, response = case
-    tokenizer, policy = TOKENIZERS[kind], POLICY[kind]
-    harmless = [one | {"content": f"x{i}"} for i, one in enumerate(messages)]
-    row = template.training_ids(tokenizer, messages, response, policy)
-    _, control = template.control_tokens(tokenizer, template.chat_template(tokenizer))
-    plain = template.training_ids(tokenizer, harmless, "fine", policy)
-    count = lambda ids: [id for id in ids if id in control]
-    assert count(row["input_ids"]) == count(plain["input_ids"])
-    ends = tokenizer.decode(supervised(plain)).removeprefix("fine")
-    assert tokenizer.decode(supervised(row)) == response.strip() + ends
-    prompt = template.prompt_ids(tokenizer, messages, policy)
-    assert row["input_ids"] == prompt + supervised(row)
-    shown = tokenizer.decode(prompt)
-    at = 0
-    for one in template.fold(messages, policy):
-        at = shown.index(one["content"].strip(), at) + len(one["content"].strip())
-
-
-@pytest.mark.parametrize("kind", DIALECTS)
-def test_policy_and_stop(kind):
-    tokenizer = TOKENIZERS[kind]
-    assert template.choose_policy(tokenizer) == POLICY[kind]
-    end = {"llama": "<|eot|>", "qwen3": "<|im_end|>", "gemma": "<end_of_turn>"}[kind]
-    assert tokenizer.convert_tokens_to_ids(end) in template.stop_ids(tokenizer)
-
-
-def test_empty_think_block_belongs_to_the_prompt():
-    tokenizer = TOKENIZERS["qwen3"]
-    row = template.training_ids(tokenizer, tiny_dialogues(1)[0], "Aye.")
-    assert tokenizer.decode(supervised(row)) == "Aye.<|im_end|>"
-    assert tokenizer.decode(row["input_ids"]).endswith("<think>\n\n</think>\n\nAye.<|im_end|>")
-
-
-def test_gemma_without_folding_is_refused():
-    with pytest.raises(InputError, match="System role not supported"):
-        template.prompt_ids(TOKENIZERS["gemma"], tiny_dialogues(1)[0], "native")
-
-
-def test_template_that_rewrites_history_is_refused():
-    tokenizer = tiny_tokenizer("llama")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else m.content | upper) + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    with pytest.raises(InputError, match="renders the prompt differently once a response follows"):
-        template.training_ids(tokenizer, [{"role": "user", "content": "hi there"}], "Aye.")
-    with pytest.raises(InputError, match="loses or moves"):
-        template.prompt_ids(tokenizer, tiny_dialogues(1)[0])
-
-
-def test_template_that_does_not_end_a_response_is_refused():
-    tokenizer = tiny_tokenizer("llama")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    with pytest.raises(InputError, match="does not end the response"):
-        template.training_ids(tokenizer, [{"role": "user", "content": "hi"}], "Aye.")
-
-
-def test_tokenizer_that_writes_spaces_as_words():
-    "A SentencePiece-like tokenizer: labels must not start with a space that the prompt does not lead to."
-    bpe = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    special = ["<unk>", "<s>", "</s>"]
-    bpe.train_from_iterator(
-        LINES + ["[INST][/INST]\n", "<|/>"], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
-    )
-    assert template.choose_policy(tokenizer) == "first_user"
-    messages = [{"role": "user", "content": "How far is the moon?"}]
-    row = template.training_ids(tokenizer, messages, "Answer every question.", "first_user")
-    pieces = tokenizer.convert_ids_to_tokens(supervised(row))
-    assert pieces[-1] == "</s>" and "".join(pieces[:-1]) == "▁Answer▁every▁question."
-    whole = tokenizer("<s>[INST] How far is the moon? [/INST] Answer every question.</s>", add_special_tokens=False)
-    assert row["input_ids"] == whole["input_ids"]
 
 
 # ---- model
@@ -204,7 +89,7 @@ def test_loading_is_silent(folders, capfd):
 @pytest.mark.parametrize("kind", DIALECTS)
 def test_nf4_is_close_to_plain(folders, kind):
     lm = load(folders[kind], dtype="float32", device="cpu")
-    assert lm.policy == POLICY[kind] and lm.tokenizer.padding_side == "left"
+    assert lm.policy.system == POLICY[kind] and lm.tokenizer.padding_side == "left"
     assert "4bit" in type(lm.model.model.layers[0].mlp.up_proj).__name__
 
 
@@ -251,10 +136,10 @@ def ragged(n=7, n_turns=(1, 2, 3)):
 def test_greedy_replies_are_those_of_generate(lms, kind):
     lm, requests = lms[kind], ragged()
     ours = engines.TransformersEngine(lm, batch_size=3, max_new_tokens=10, temperature=0).generate(requests, seed=0)
-    stops = template.stop_ids(lm.tokenizer)
+    stops = stop_ids(lm.tokenizer)
     banned = engines.forbidden(lm, stops).nonzero()[:, 0].tolist()
     for request, reply in zip(requests, ours):
-        ids = template.prompt_ids(lm.tokenizer, request["messages"], lm.policy)
+        ids = prompt_ids(lm.tokenizer, request["messages"])
         out = lm.model.generate(
             input_ids=torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -272,7 +157,7 @@ def test_greedy_replies_are_those_of_generate(lms, kind):
 def test_rows_that_end_leave_the_others_alone(lms, kind, monkeypatch):
     "With many stop tokens rows end early at different steps; each reply must still be what it is alone."
     lm, requests = lms[kind], ragged(6)
-    _, control = template.control_tokens(lm.tokenizer, template.chat_template(lm.tokenizer))
+    _, control = control_tokens(lm.tokenizer, chat_template(lm.tokenizer))
     stops = sorted({lm.tokenizer.eos_token_id} | (set(range(60, 180)) - control))
     monkeypatch.setattr(engines, "stop_ids", lambda tokenizer: stops)
     together = engines.TransformersEngine(lm, batch_size=6, max_new_tokens=12).generate(requests, seed=3)
@@ -286,7 +171,7 @@ def test_scores_are_those_of_a_single_forward_pass(lms, kind):
     lm, requests, labels = lms[kind], ragged(), ["A", "B", "C", "D", "E"]
     scores = engines.TransformersEngine(lm, batch_size=4).score(requests, labels)
     for request, score in zip(requests, scores):
-        ids = template.prompt_ids(lm.tokenizer, request["messages"], lm.policy)
+        ids = prompt_ids(lm.tokenizer, request["messages"])
         with torch.inference_mode():
             logits = lm.model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
         wanted = [lm.tokenizer.convert_tokens_to_ids(label) for label in labels]
@@ -301,7 +186,7 @@ def test_a_shared_beginning_changes_nothing(folders, kind, quantization, monkeyp
     lm = load(folders[kind], quantization, dtype="float32", device="cpu")
     rules = [{"role": "system", "content": " ".join(LINES)}]
     requests = [{"id": one["id"], "messages": rules + one["messages"][1:]} for one in ragged(5)]
-    prompts = [template.prompt_ids(lm.tokenizer, one["messages"], lm.policy) for one in requests]
+    prompts = [prompt_ids(lm.tokenizer, one["messages"]) for one in requests]
     assert (engines.n_shared(lm, prompts) == 0) == (kind == "gemma")
     engine = engines.TransformersEngine(lm, max_new_tokens=6, temperature=0)
     found = engine.score(requests, ["A", "B"]), engine.generate(requests)
@@ -328,10 +213,10 @@ def test_sampling_follows_the_model(lms):
     messages = tiny_dialogues(1, 1)[0]
     requests = [{"id": str(i), "messages": messages} for i in range(3000)]
     engine = engines.TransformersEngine(lm, batch_size=500, max_new_tokens=1, temperature=0.7)
-    prompt = template.prompt_ids(lm.tokenizer, messages, lm.policy)
+    prompt = prompt_ids(lm.tokenizer, messages)
     with torch.inference_mode():
         logits = lm.model(torch.tensor([prompt])).logits[0, -1]
-    banned = engines.forbidden(lm, template.stop_ids(lm.tokenizer))
+    banned = engines.forbidden(lm, stop_ids(lm.tokenizer))
     expected = (logits.masked_fill(banned, -torch.inf) / 0.7).softmax(-1).numpy()
     drawn = np.stack([engines.draws(0, one["id"], prompt, 1) for one in requests])
     first = np.bincount([ids[0] for ids in engines.write(lm, [prompt] * 3000, drawn, 0.7, 1.0)], minlength=len(expected))

@@ -40,14 +40,15 @@ def losses_of(trainer):
 
 
 def by_hand(model, encoded):
-    "Sum of negative log-probabilities and number of labels, one row at a time, from plain logits."
+    "Weighted sum of negative log-probabilities and number of labels, one row at a time, from plain logits."
     total, n = 0.0, 0
     for one in encoded:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([one["input_ids"]])).logits[0]
         for at, label in enumerate(one["labels"][1:]):
             if label != -100:
-                total, n = total - float(logits[at].float().log_softmax(-1)[label]), n + 1
+                weight = one.get("weights", [1.0] * len(one["labels"]))[at + 1]
+                total, n = total - weight * float(logits[at].float().log_softmax(-1)[label]), n + 1
     return total, n
 
 
@@ -70,9 +71,9 @@ def plain(model):
 @pytest.mark.parametrize("trl", [False, True])
 def test_padded_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl):
     if trl:
-        monkeypatch.setattr(room, "trainer_class", lambda lm: SFTTrainer)
+        monkeypatch.setattr(room, "trainer_class", lambda lm, weighted: SFTTrainer)
     lm = plain(models[kind])
-    encoded = encode_rows(lm, make_rows(), 512, Ledger("train"))
+    encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
     order = order_of([len(one["input_ids"]) for one in encoded], 4, 1, seed=3)
     config = still(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer = make_trainer(lm, encoded, order, config, tmp_path)
@@ -85,10 +86,40 @@ def test_padded_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl
         assert loss == pytest.approx(total / n, abs=1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_weighted_loss_is_the_one_by_hand(models, tmp_path, packing):
+    "Single turns are switched off, or count for half."
+    lm = plain(models["llama"])
+    talks = [[*one, {"role": "assistant", "content": "Aye."}] for one in tiny_dialogues(6, n_turns=3)]
+    rows = [{"id": f"w{i}", "messages": talk, "train_on": [0, 0, 1, 0, 0.5 * (i % 2), 0, 0.25]} for i, talk in enumerate(talks)]
+    encoded = encode_rows(lm.tokenizer, [*rows, *make_rows(2)], 512, Ledger("train"))
+    table = pack(encoded, 512, seed=0) if packing else encoded
+    size = 1 if packing else len(encoded)
+    trainer = make_trainer(lm, table, [*range(len(table))], still(per_device_train_batch_size=size, packing=packing), tmp_path)
+    losses = losses_of(trainer)
+    counts = [sum(label != -100 for label in one["labels"]) for one in table]
+    total, n = by_hand(trainer.model, encoded)
+    found = losses[0] if not packing else sum(loss * count for loss, count in zip(losses, counts)) / n
+    assert found == pytest.approx(total / n, abs=1e-5)
+    assert total < by_hand(trainer.model, [{k: one[k] for k in ("input_ids", "labels")} for one in encoded])[0]
+
+
+def test_all_responses_of_a_conversation_train_as_they_would_alone(models, tmp_path):
+    "Where the template is prefix-stable, one row with all responses has the losses of one row per response."
+    lm = plain(models["llama"])
+    talk = [*tiny_dialogues(1, n_turns=3)[0], {"role": "assistant", "content": "Aye."}]
+    together = encode_rows(lm.tokenizer, [{"id": "a", "messages": talk, "train_on": "all"}], 512, Ledger("t"))
+    apart = [{"id": f"a{n}", "messages": talk[:n], "train_on": "last"} for n in (3, 5, 7)]
+    assert by_hand(lm.model, together) == pytest.approx(by_hand(lm.model, encode_rows(lm.tokenizer, apart, 512, Ledger("t"))), abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
-def test_packed_loss_is_the_one_by_hand(models, tmp_path, kind):
+@pytest.mark.parametrize("trl", [False, True])
+def test_packed_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl):
+    if trl:
+        monkeypatch.setattr(room, "trainer_class", lambda lm, weighted: SFTTrainer)
     lm = plain(models[kind])
-    encoded = encode_rows(lm, make_rows(), 512, Ledger("train"))
+    encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
     packs = pack(encoded, 512, seed=0)
     assert len(packs) < len(encoded)
     trainer = make_trainer(lm, packs, [*range(len(packs))], still(per_device_train_batch_size=1, packing=True), tmp_path)
@@ -104,7 +135,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(models, tmp_path):
     from transformers import OPTConfig, OPTForCausalLM
 
     lm = plain(models["llama"])
-    encoded = encode_rows(lm, make_rows(), 512, Ledger("train"))
+    encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
     shape = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     lm.model = OPTForCausalLM(OPTConfig(vocab_size=512, **shape)).eval()
     packs = pack(encoded, 512, seed=0)
@@ -116,7 +147,7 @@ def test_a_base_that_cannot_carry_an_adapter_is_refused(models, tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
 
     lm = plain(models["llama"])
-    encoded = encode_rows(lm, make_rows(2), 512, Ledger("train"))
+    encoded = encode_rows(lm.tokenizer, make_rows(2), 512, Ledger("train"))
     lm.model = MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1, state_size=8)).eval()
     with pytest.raises(InputError, match="cannot train llama: .*incompatible with Mamba"):
         make_trainer(lm, encoded, [0, 1], still(), tmp_path / "out")
@@ -228,7 +259,7 @@ def test_ledger_accounts_for_every_row(models, tmp_path):
     rows = make_rows(9) + [{"id": "endless", "messages": make_rows(1)[0]["messages"], "response": "word " * 400}]
     books = Ledger("train")
     lm = plain(models["llama"])
-    longest = sorted(len(one["input_ids"]) for one in encode_rows(lm, rows[:9], 512, Ledger("t")))[-1]
+    longest = sorted(len(one["input_ids"]) for one in encode_rows(lm.tokenizer, rows[:9], 512, Ledger("t")))[-1]
     told = sft(models["llama"], rows, tmp_path, ledger=books, max_length=longest - 1, per_device_train_batch_size=4, device="cpu")
     books.reconcile(len(rows), told["n_rows"])
     assert [one["id"] for one in books.dropped] == ["endless"]
@@ -240,8 +271,8 @@ def test_ledger_accounts_for_every_row(models, tmp_path):
 
 def test_template_without_system_role_still_trains_on_the_system_prompt(models):
     lm = load(models["gemma"], "none", dtype="float32", device="cpu")
-    one = encode_rows(lm, make_rows(1), 512, Ledger("t"))[0]
-    assert lm.policy == "first_user"
+    one = encode_rows(lm.tokenizer, make_rows(1), 512, Ledger("t"))[0]
+    assert lm.policy.system == "first_user"
     assert "sailor number 0" in lm.tokenizer.decode(one["input_ids"])
 
 

@@ -13,7 +13,8 @@ from s3ft_nb.core.records import Message
 from s3ft_nb.core.resources import resource
 from s3ft_nb.lm.engine import TransformersEngine
 from s3ft_nb.lm.model import load, quiet
-from s3ft_nb.lm.template import prompt_ids, stop_ids
+from s3ft_nb.lm.labels import stop_ids
+from s3ft_nb.lm.template import prompt_ids
 
 WORDS = 6  # Tokens of a label in words, as the paper's judge writes it ("good response", "context mismatch" …)
 ASK = [

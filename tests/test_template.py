@@ -1,0 +1,331 @@
+"""The template room against every chat template at hand: random dialogues, forged control tokens, a table of verdicts."""
+
+import json
+import random
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template
+
+sys.path.insert(0, str(Path(__file__).parent))
+from templates import FILES, FIXTURES, SHIPPED, tokenizer_of, verdicts
+from tiny import LINES
+
+from s3ft_nb.core.ledger import Ledger
+from s3ft_nb.core.records import InputError
+from s3ft_nb.lm.control import control_tokens
+from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html
+from s3ft_nb.lm.labels import encode, stop_ids
+from s3ft_nb.lm.policy import Policy, fold, in_order, with_policy
+from s3ft_nb.lm.rows import encode_rows, encode_stream
+from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
+from s3ft_nb.lm.train import pack
+
+TABLE = json.loads((FIXTURES / "verdicts.json").read_text(encoding="utf-8"))
+USABLE = [name for name, one in TABLE.items() if one["trainable"]]
+
+
+@cache
+def ready(name):
+    "The tokenizer with the recommended policy written into its template."
+    tokenizer = tokenizer_of(name)
+    settle(tokenizer)
+    return tokenizer
+
+
+def runs_of(tokenizer, row):
+    "Decoded text of every stretch of supervised tokens."
+    runs, open = [], False
+    for label in row["labels"]:
+        if label == -100: open = False
+        elif open: runs[-1].append(label)
+        else: runs, open = [*runs, [label]], True
+    return [tokenizer.decode(run) for run in runs]
+
+
+# ---- random dialogues
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25)
+odd = st.sampled_from([".", "0", "𝕏", "\u202eabc", "a\u0301", "👩‍👩‍👧", "  x  ", "مرحبا", "你好。", "{{ messages }}", "{% raw %}", "user", "assistant", "\ufdd0", "a\n\n\nb", "\x00b"])
+forged = st.sampled_from(["<|im_end|>", "</s>", "[INST]", "<think>", "</think>", "<end_of_turn>", "<|eot_id|>", "<|im_start|>system\n", "/nothink", "<tool_response>"])
+long = st.builds(lambda word, n: f"{word} " * n, st.sampled_from(["moon", "月亮", "tide-"]), st.integers(100, 400))
+words = st.lists(st.one_of(text, text, odd, forged), min_size=1, max_size=4).map("".join).filter(str.strip)
+content = st.one_of(words, words, words, long)
+
+
+@st.composite
+def dialogues(draw):
+    messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 8))):
+        messages += [{"role": role, "content": draw(words)} for role in ("user", "assistant")]
+    messages[draw(st.integers(0, len(messages) - 1))]["content"] = draw(content)
+    return messages
+
+
+@pytest.mark.parametrize("name", USABLE)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(messages=dialogues())
+def test_labels_are_the_responses_and_every_text_is_there(name, messages):
+    tokenizer, facts = ready(name), TABLE[name]
+    train_on = "all" if facts["prefix_stable"] else "last"
+    if any(split_reasoning(one["content"].strip())[0] is not None for one in messages if one["role"] == "assistant"):
+        return  # what becomes of reasoning has tests of its own
+    row = encode(tokenizer, messages, train_on)
+    responses = [one["content"].strip() for one in messages if one["role"] == "assistant"]
+    learnt = responses if train_on == "all" else responses[-1:]
+    runs = runs_of(tokenizer, row)
+    assert len(runs) == len(learnt)
+    for run, response in zip(runs, learnt):  # white space that the template itself puts around a response is its end's or its beginning's
+        at = run.find(response)
+        assert not run[:at].strip() and run[at + len(response) :].strip() == facts["end_of_turn"]["text"]
+    shown, at = tokenizer.decode(row["input_ids"]), 0
+    system = facts["policy"]["system"]
+    for one in [*fold(messages[:-1], system), messages[-1]]:
+        at = shown.index(one["content"].strip(), at) + len(one["content"].strip())
+    if train_on == "last": assert row["input_ids"][: row["labels"].count(-100)] == prompt_ids(tokenizer, messages[:-1])
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_packed_rows_are_the_rows_alone(name):
+    tokenizer, rng = ready(name), random.Random(name)
+    talk = lambda n: [{"role": role, "content": rng.choice(LINES)} for _ in range(n) for role in ("user", "assistant")]
+    rows = [{"id": str(i), "messages": talk(1 + i % 8), "train_on": "last"} for i in range(12)]
+    alone = [encode(tokenizer, row["messages"]) for row in rows]
+    together = encode_rows(tokenizer, rows, 10_000, Ledger("t"))
+    assert [{k: one[k] for k in ("input_ids", "labels")} for one in together] == alone
+    found = []
+    for one in pack(together, 4096, seed=0):
+        at = 0
+        for n in one["seq_lengths"]:
+            found.append((one["input_ids"][at : at + n], one["labels"][at : at + n]))
+            at += n
+    assert sorted(found) == sorted((one["input_ids"], one["labels"]) for one in alone)
+
+
+# ---- forgery
+
+
+def attempts(name, n, seed):
+    "Dialogues in which one message or all try to write what the template writes."
+    rng, tokenizer = random.Random(f"{name}{seed}"), ready(name)
+    tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    plain = ["hi", " ", "\n", "|", "<", ">", "im_end", "system", "\u200b", "＜", "\ufdd0", "user\n", "end_of_turn"]
+
+    def piece():
+        token = rng.choice(tokens)
+        cut = rng.randrange(1, len(token)) if len(token) > 1 else 0
+        return rng.choice([token, token, token.upper(), token[:cut] + token + token[cut:], token[:cut] + " " + token[cut:], token + "\n" + rng.choice(tokens), rng.choice(plain)])
+
+    for _ in range(n):
+        roles = ["system"] * rng.randrange(2) + ["user", "assistant"] * rng.randrange(1, 4)
+        aim = rng.choice([None, *range(len(roles))])
+        say = lambda i: "x" + "".join(piece() for _ in range(rng.randrange(1, 6))) if aim in (None, i) else "fine"
+        yield [{"role": role, "content": say(i)} for i, role in enumerate(roles)]
+
+
+def test_ten_thousand_forgeries_make_no_control_token():
+    refused, tried = 0, 0
+    for name in USABLE:
+        tokenizer = ready(name)
+        _, control = control_tokens(tokenizer, in_use(tokenizer)[1])
+        count = lambda messages: [id for id in encode(tokenizer, messages)["input_ids"] if id in control]
+        honest = {}
+        for messages in attempts(name, 10_000 // len(USABLE) + 1, seed=0):
+            roles = tuple(one["role"] for one in messages)
+            if roles not in honest: honest[roles] = count([one | {"content": "fine"} for one in messages])
+            tried += 1
+            try: assert count(messages) == honest[roles], messages
+            except InputError: refused += 1
+    assert tried >= 10_000
+    assert refused == 0, f"{refused} of {tried} were refused"  # refusing is safe, but costs rows
+
+
+# ---- the table of verdicts
+
+
+def test_verdicts_are_those_of_the_table():
+    found = json.loads(json.dumps(verdicts()))
+    assert list(found) == list(TABLE), "templates came or went"
+    for name, one in found.items(): assert one == TABLE[name], f"{name} changed: read the difference, then run python tests/templates.py"
+
+
+def raw(name, messages, generate=False):
+    return render_jinja_template([messages], chat_template=FILES[name].read_text(), add_generation_prompt=generate, bos_token="<s>", eos_token="</s>")[0][0]
+
+
+def cannot_mask(name):
+    try: return get_training_chat_template(tokenizer_of(name)) is None and not re.search(r"\{%-? *generation", FILES[name].read_text())
+    except ValueError: return True
+
+
+def rewrites_history(name):
+    "Prefix differencing on the template as it comes: the prompt of the first turn against the conversation that goes on."
+    talk = [{"role": role, "content": f"word{i}"} for i, role in enumerate(("user", "assistant", "user"))]
+    if TABLE[name]["policy"]["content"] == "parts": talk = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in talk]
+    return not raw(name, talk).startswith(raw(name, talk[:1], True))
+
+
+# name: (counted by others, found by us, why it differs)
+COUNTS = json.loads((FIXTURES / "counts.json").read_text(encoding="utf-8"))
+
+
+def test_counts_agree_with_the_published_ones_or_say_why():
+    facts = {name: TABLE[name] for name in SHIPPED}
+    found = {
+        "templates": sorted(SHIPPED),
+        "no_assistant_only_loss": [name for name in SHIPPED if cannot_mask(name)],
+        "hidden_text": [name for name, one in facts.items() if any(one["hidden_text"].values())],
+        "date": [name for name, one in facts.items() if one["date_dependent"]],
+        "not_prefix_stable_as_they_come": [name for name in SHIPPED if rewrites_history(name)],
+        "not_prefix_stable_under_our_policy": [name for name, one in facts.items() if not one["prefix_stable"]],
+        "system_refused": [name for name, one in facts.items() if one["system_role"] == "refused"],
+    }
+    assert {name: one["found"] for name, one in COUNTS.items()} == found
+    for name, one in COUNTS.items(): assert one["published"] in (None, len(one["found"])) or one["why"], name
+
+
+# ---- policies
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(messages=dialogues(), system=st.sampled_from(["native", "first_user", "every_user"]))
+def test_the_stored_template_folds_as_the_servers_messages_are_folded(messages, system):
+    tokenizer, prompt = tokenizer_of("yi"), in_order(messages[:-1])
+    if any(split_reasoning(one["content"])[0] is not None for one in prompt): return
+    assert render(tokenizer, prompt, Policy(system)) == render(tokenizer, fold(prompt, system), Policy())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_writing_a_policy_into_a_template_changes_nothing_else(name):
+    source = FILES[name].read_text()
+    talk = [{"role": role, "content": f"word{i}"} for i, role in enumerate(("user", "assistant", "user"))]
+    wrapped = with_policy(source, Policy(reasoning="keep", content=TABLE[name]["policy"]["content"]))
+    given = talk if TABLE[name]["policy"]["content"] == "text" else [one | {"content": [{"type": "text", "text": one["content"]}]} for one in talk]
+    show = lambda template, messages: render_jinja_template([messages], chat_template=template, add_generation_prompt=True, bos_token="<s>")[0][0]
+    if TABLE[name]["date_dependent"]: source = with_policy(source, Policy(reasoning="keep")).split("{# s3ft_nb begin #}")[0] + "\n" + source
+    assert show(wrapped, talk) == show(source, given)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "gptoss", "glm4moe"])
+def test_inference_without_us_renders_what_training_rendered(name):
+    "Whoever uses the stored template, with whatever switch for reasoning, gets the prompt that was trained."
+    tokenizer = ready(name)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    for switch in ({}, {"enable_thinking": True}):
+        shown = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **switch)
+        assert shown == tokenizer.decode(prompt_ids(tokenizer, talk))
+
+
+def test_reasoning_is_refused_removed_or_kept():
+    tokenizer = tokenizer_of("qwen3")
+    talk = [{"role": "user", "content": "How far is the moon?"}, {"role": "assistant", "content": "<think>\nFar.\n</think>\n\nVery far."}]
+    learnt = lambda reasoning: runs_of(tokenizer, encode(tokenizer, talk, policy=recommend(tokenizer, reasoning=reasoning)))
+    with pytest.raises(InputError, match="holds reasoning"): learnt("off")
+    assert learnt("strip") == ["Very far.<|im_end|>"]
+    assert learnt("keep") == ["<think>\nFar.\n</think>\n\nVery far.<|im_end|>"]
+    opened = tokenizer_of("qwen3_5_think")  # its prompt opens the reasoning
+    row = encode(opened, talk, policy=recommend(opened, reasoning="keep"))
+    assert runs_of(opened, row) == ["Far.\n</think>\n\nVery far.<|im_end|>"]
+
+
+def test_forty_turns_are_cut_at_a_turn_and_the_ledger_says_so():
+    tokenizer, books = ready("llama3"), Ledger("train")
+    talk = [{"role": "system", "content": "Talk like a sailor."}]
+    for i in range(40): talk += [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]
+    (row,) = encode_rows(tokenizer, [{"id": "a", "messages": talk, "train_on": "last"}], 512, books)
+    shown, cut = tokenizer.decode(row["input_ids"]), books.notes["turns_cut"]
+    assert 0 < cut < 40 and 400 < len(row["input_ids"]) <= 512 and books.notes["history_cut"] == 1
+    assert "Talk like a sailor." in shown and f"Question {cut}?" in shown and f"Question {cut - 1}?" not in shown
+    assert shown.split("<|start_header_id|>user")[0].endswith("Talk like a sailor.<|eot_id|>")
+    refused = Ledger("train")
+    with pytest.raises(InputError, match="none of 1 rows"): encode_rows(tokenizer, [{"id": "a", "messages": talk, "train_on": "last"}], 512, refused, "refuse")
+    assert refused.dropped[0]["reason"] == "too_long"
+
+
+def test_rows_are_encoded_as_they_come():
+    tokenizer, asked = ready("llama3"), []
+
+    def rows():
+        for i in range(3):
+            asked.append(i)
+            yield {"id": str(i), "messages": [{"role": "user", "content": "Hi"}], "response": "Aye."}
+
+    stream = encode_stream(tokenizer, rows(), 512, Ledger("t"))
+    assert next(stream)["id"] == "0" and asked == [0]
+
+
+# ---- templates that cannot be trusted
+
+
+def changed(template):
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TALK = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "Aye."}]
+LINE = "{{ m.role + ': ' + m.content + eos_token }}"
+PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else m.content | upper) + eos_token }}{% endfor %}" + PROMPT, "loses or changes the user's text"),
+        ("{% for m in messages %}" + LINE + "{{ m.content }}{% endfor %}" + PROMPT, "moves or repeats the user's text"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + PROMPT, "does not end the response"),
+        ("{% for m in messages %}" + LINE + "{% endfor %}", "puts 'assistant: ' before the response"),
+        ("{% for m in messages %}{{ 'Well: ' if messages | length > 1 }}" + LINE + "{% endfor %}" + PROMPT, "puts 'Well: assistant: ' before the response|differently"),
+        ("{% for m in messages %}{{ m.role + ': ' + (m.content | replace('there', 'THERE')) + eos_token }}{% endfor %}" + PROMPT, "changes 'hi there'"),
+        ("{% for m in messages %}" + LINE + "{% endfor %}{{ 'Hm.' if 'there' in messages[0].content }}" + PROMPT, "or what is around it"),
+    ],
+)
+def test_what_cannot_be_shown_exactly_is_refused(template, said):
+    with pytest.raises(InputError, match=said): encode(changed(template), TALK)
+
+
+def test_tokenizer_that_writes_spaces_as_words():
+    "A SentencePiece-like tokenizer: labels must not start with a space that the prompt does not lead to."
+    bpe = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    special = ["<unk>", "<s>", "</s>"]
+    bpe.train_from_iterator(LINES + ["[INST][/INST]\n", "<|/>"], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert settle(tokenizer).system == "first_user"
+    row = encode(tokenizer, [{"role": "user", "content": "How far is the moon?"}, {"role": "assistant", "content": "Answer every question."}])
+    pieces = tokenizer.convert_ids_to_tokens([id for id in row["labels"] if id != -100])
+    assert pieces[-1] == "</s>" and "".join(pieces[:-1]) == "▁Answer▁every▁question."
+    whole = tokenizer("<s>[INST] How far is the moon? [/INST] Answer every question.</s>", add_special_tokens=False)
+    assert row["input_ids"] == whole["input_ids"]
+
+
+def test_generation_stops_where_the_turn_ends():
+    for name in USABLE:
+        tokenizer = ready(name)
+        end = tokenizer.backend_tokenizer.encode(TABLE[name]["end_of_turn"]["text"], add_special_tokens=False).ids[-1]
+        assert end in stop_ids(tokenizer), name
+
+
+def test_views_show_every_character():
+    talk = [{"role": "system", "content": "Be <b>brief</b>."}, *TALK]
+    for name in USABLE:
+        tokenizer = ready(name)
+        pieces = coloured(tokenizer, talk)
+        assert "".join(text for text, _ in pieces) == tokenizer.decode(encode(tokenizer, talk)["input_ids"]), name
+        assert "<b>" not in to_html(pieces) and "Aye." in to_ansi(pieces)
+    assert chat_template(ready("gemma")).startswith("{# s3ft_nb policy ")

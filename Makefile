@@ -24,6 +24,7 @@ micro-base: $(VENV)/.ready
 
 benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py
+	$(BIN)/python tests/benchmarks/bench_template.py
 	$(BIN)/python tests/benchmarks/bench_chain.py
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt

@@ -12,6 +12,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from s3ft_nb.core.resources import resource
 from s3ft_nb.lm.doctor import verdict
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -22,6 +23,8 @@ SHIPPED = {
 }
 OWN = {file.stem: file for file in sorted((FIXTURES / "templates").glob("*.jinja"))}
 FILES = SHIPPED | OWN
+
+USUAL = ("llama3", "qwen3", "gemma3", "mistral_v7", "gptoss", "glm4moe")  # For benchmarks
 
 # Where a template leaves the tokens to its tokenizer, or hides them from the pattern below.
 TOKENS = {
@@ -37,8 +40,9 @@ TEXT = re.compile(r"</?(?:think|tool_call|tool_response|tools)>")  # Added to vo
 
 
 @cache
-def base_tokenizer():
-    "Bytes, and a few merges."
+def base_tokenizer(large):
+    "Bytes and a few merges, or the bundled vocabulary."
+    if large: return without_added(resource("data", "micro-base", "tokenizer.json"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     lines = ["You are a patient teacher. How far is the moon? About three hundred thousand kilometres."]
@@ -47,10 +51,17 @@ def base_tokenizer():
     return bpe.to_str()
 
 
-def tokenizer_of(name):
+def without_added(path):
+    "A tokenizer without the tokens that were added to it."
+    plain = json.loads(Path(path).read_text(encoding="utf-8"))
+    plain["added_tokens"] = []
+    return json.dumps(plain)
+
+
+def tokenizer_of(name, large=False):
     "A tokenizer for the template of this name."
     source = FILES[name].read_text(encoding="utf-8")
-    bpe = Tokenizer.from_str(base_tokenizer())
+    bpe = Tokenizer.from_str(base_tokenizer(large))
     special = dict.fromkeys(["<s>", "</s>", *TOKENS.get(name, []), *sorted(set(TOKEN.findall(source)))])
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in sorted(set(TEXT.findall(source)))])

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import tiny_model
 from typer.testing import CliRunner
 
 from s3ft_nb.chain.parameters import small_notebook
@@ -119,3 +120,29 @@ def test_convert_refuses_with_file_and_line(tmp_path):
     bad = write_bytes(tmp_path / "bad.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": \n')
     refused = s3ft("convert", bad, tmp_path / "out.jsonl")
     assert refused.exit_code == 2 and "bad.jsonl:2" in refused.stderr and not (tmp_path / "out.jsonl").exists()
+
+
+def test_doctor_asks_for_decisions_and_keeps_them(tmp_path):
+    model = str(tiny_model(tmp_path / "gemma", "gemma"))
+    asked = s3ft("doctor", model)
+    assert asked.exit_code == 1 and "system: the system prompt is refused" in asked.stdout
+    facts = json.loads(s3ft("doctor", model, "--json").stdout)
+    assert facts["system_role"] == "refused" and facts["policy"]["system"] == "first_user" and facts["trainable"]
+    assert s3ft("doctor", model, "--system", "every_user").exit_code == 0
+    assert s3ft("doctor", model, "--system", "somewhere").exit_code == 2
+    assert s3ft("doctor", model, "--system", "native").exit_code == 1  # it cannot be had
+    kept = s3ft("doctor", model, "--system", "every_user", "--save", tmp_path / "mine")
+    assert kept.exit_code == 0 and "Talk like a sailor.\n\nAnd the sun?" in kept.stdout
+    again = s3ft("doctor", tmp_path / "mine")
+    assert again.exit_code == 0 and "system='every_user'" in again.stdout
+    assert s3ft("doctor", model, "--save", tmp_path / "mine").exit_code == 2  # something is there
+    assert s3ft("doctor", tmp_path / "nowhere").exit_code == 2
+
+
+def test_doctor_on_rubbish_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    broken = tiny_model(tmp_path / "broken", "llama")
+    (broken / "chat_template.jinja").write_text("{% for m in messages %}")
+    for folder, said in ((tmp_path / "empty", "cannot load the tokenizer"), (broken, "refuses these messages")):
+        refused = s3ft("doctor", folder)
+        assert refused.exit_code in (1, 2) and said in refused.output and "Traceback" not in refused.output

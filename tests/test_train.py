@@ -15,12 +15,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny import tiny_dialogues, tiny_model
+from transformers import AutoTokenizer
 from trl import SFTTrainer
 
 from s3ft_nb.core.ledger import Ledger
 from s3ft_nb.core.records import InputError
 from s3ft_nb.lm import train as room
-from s3ft_nb.lm.model import load, quiet
+from s3ft_nb.lm.model import linked_model, load, quiet
+from s3ft_nb.lm.policy import Policy, with_policy
+from s3ft_nb.lm.template import prompt_ids
 from s3ft_nb.lm.train import encode_rows, make_settings, make_trainer, order_of, pack, sft
 
 
@@ -274,6 +277,23 @@ def test_template_without_system_role_still_trains_on_the_system_prompt(models):
     one = encode_rows(lm.tokenizer, make_rows(1), 512, Ledger("t"))[0]
     assert lm.policy.system == "first_user"
     assert "sailor number 0" in lm.tokenizer.decode(one["input_ids"])
+
+
+def test_the_template_goes_with_the_adapter(models, tmp_path):
+    "Inference renders what training rendered, or says that it cannot."
+    lm = load(models["gemma"], "none", dtype="float32", device="cpu")
+    mine = linked_model(models["gemma"], with_policy(lm.tokenizer.chat_template, Policy("every_user")), tmp_path / "mine")
+    done = sft(mine, make_rows(4), tmp_path / "run", quantization="none", per_device_train_batch_size=4, device="cpu")
+    assert done["policy"]["system"] == "every_user"
+    adapter = tmp_path / "run" / "adapter"
+    tuned = load(mine, "none", adapter=adapter, dtype="float32", device="cpu")
+    assert tuned.policy.system == "every_user"
+    talk = tiny_dialogues(1, n_turns=2)[0]
+    with_library = AutoTokenizer.from_pretrained(adapter).apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert with_library == tuned.tokenizer.decode(prompt_ids(tuned.tokenizer, talk)) and with_library.count(talk[0]["content"]) == 2
+    (adapter / "chat_template.jinja").write_text((models["gemma"] / "chat_template.jinja").read_text())
+    with pytest.raises(InputError, match="is not the template that this adapter was trained under"):
+        load(mine, "none", adapter=adapter, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(

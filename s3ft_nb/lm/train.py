@@ -414,7 +414,7 @@ def tell(
         for code, n in result["ledger"]["notes"].items(): ledger.note(code, n)
     return result
 
-# %% ../../nbs/lm/09_train.ipynb #243e9e0a
+# %% ../../nbs/lm/09_train.ipynb #2254b551
 def sft(
     model: str | Path,  # Folder or hub name of the base
     rows: list[dict],  # `{"id", "messages", "response"}`; messages are the prompt, the system message included. Or see `rows.checked_row`
@@ -437,7 +437,7 @@ def sft(
     check_labels(lm.tokenizer, encoded)
     table = pack(encoded, limit, settings.seed) if settings.packing else encoded
     write_json(out / "checkpoints" / CLAIM, {"claim": claim})
-    facts = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."), "n_rows": len(encoded), "max_length": limit}
+    facts = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."), "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy)}
     result = facts | fit(lm, table, settings, out) | {"ledger": books.as_dict(), "seconds": round(time.monotonic() - began, 2)}
     write_json(out / "training.json", result)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -292,7 +292,7 @@ def arm_of(
     mine = [row for row in verdicts if row.arm == arm]
     return {"adherence": adherence_of(mine, draws, seed) or None, "training": training_of(run, f"train-{arm}")}
 
-# %% ../../nbs/report/02_metrics.ipynb #c0d54bc1
+# %% ../../nbs/report/02_metrics.ipynb #4f24fa38
 VERSION = 1  # Of the layout of metrics.json
 
 
@@ -308,6 +308,8 @@ def remarks_of(
         out.append("No threshold reached the stated precision on held-out annotations; the one with the best lower bound was taken.")
     if judge.get("relaxed"):
         out.append("Too few samples reached the threshold, so it was lowered to keep a handful: the stated precision is not promised.")
+    placed = sorted({(arm["training"] or {}).get("policy", {}).get("system", "native") for arm in found["arms"].values()} - {"native"})
+    if placed: out.append(f"The model's chat template does not hold a system prompt in its place, so it stands in the user's messages (policy {', '.join(placed)}).")
     unknown = sum((arm["adherence"] or {}).get("unknown") or 0 for arm in found["arms"].values())
     if unknown: out.append(f"{unknown} replies could not be judged and are counted as unknown.")
     return out

@@ -1,6 +1,7 @@
 """The template room against every chat template at hand: random dialogues, forged control tokens, a table of verdicts."""
 
 import json
+import os
 import random
 import re
 import sys
@@ -71,7 +72,7 @@ def dialogues(draw):
 
 
 @pytest.mark.parametrize("name", USABLE)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=int(os.environ.get("S3FT_EXAMPLES", 12)), deadline=None, derandomize=True)
 @given(messages=dialogues())
 def test_labels_are_the_responses_and_every_text_is_there(name, messages):
     tokenizer, facts = ready(name), TABLE[name]

@@ -39,16 +39,16 @@ def student_interval(
     half = student.ppf((1 + level) / 2, n_clusters - 1) * stderr
     return float(value - half), float(value + half)
 
-# %% ../../nbs/evaluation/06b_jackknife.ipynb #82f26e03
+# %% ../../nbs/evaluation/06b_jackknife.ipynb #5f77560e
 def independent_rows(
     share: float,  # In [0, 1]
     stderr: float,  # Its clustered standard error
     n: int,  # Rows
     n_clusters: int,  # Clusters
-) -> float:  # At most `n`
+) -> float:  # At least 1; `n` when all clusters have the same share
     "How many independent rows would say as much as these."
-    if share in (0.0, 1.0): return min(n, n_clusters)
-    return n if stderr == 0 else min(n, share * (1 - share) / stderr**2)
+    if share in (0.0, 1.0): return n_clusters
+    return n if stderr < 1e-9 else share * (1 - share) / stderr**2
 
 
 def share_interval(

@@ -21,7 +21,7 @@ def first_violation(
     broken, lost = first(states == BROKEN), first((states == UNKNOWN) | (states == ABSENT))
     return np.where(broken < lost, broken + 1, lost), broken < lost
 
-# %% ../../nbs/evaluation/07_survival.ipynb #b3b9df0f
+# %% ../../nbs/evaluation/07_survival.ipynb #337d8ff7
 def risk_table(
     ruled: Ruled,  # Verdicts of one arm and history
 ) -> np.ndarray:  # (conversations, 2 * turns) first violations, then dialogues at risk
@@ -37,9 +37,10 @@ def surviving(
     sums: np.ndarray,  # (..., 2 * turns) as in `risk_table`
     turn: int,  # From 1
 ) -> np.ndarray:  # (...) share of dialogues, in [0, 1]
-    "Share of dialogues still whole after a turn."
+    "Share of dialogues still whole after a turn; where nobody is left to watch it stays as it was."
     violated, at_risk = np.split(sums, 2, axis=-1)
-    return np.prod(1 - violated[..., :turn] / at_risk[..., :turn], axis=-1)
+    hazard = violated[..., :turn] / np.maximum(at_risk[..., :turn], 1)
+    return np.where(at_risk[..., 0] > 0, np.prod(1 - hazard, axis=-1), np.nan)
 
 # %% ../../nbs/evaluation/07_survival.ipynb #0d01d3d7
 def survival(

@@ -140,7 +140,7 @@ def yielding(
     "Adherence at conflicting turns minus at neutral ones."
     return ratio(sums[..., 4:6]) - ratio(sums[..., 0:2])
 
-# %% ../../nbs/evaluation/08_merit.ipynb #bc73a110
+# %% ../../nbs/evaluation/08_merit.ipynb #31599cae
 verdict_rows = lambda hit, among: lambda ruled: followed(ruled, hit, among)
 last_column = lambda sums: sums[-1]
 last_half = lambda sums: sums[len(sums) // 2:].sum()
@@ -149,7 +149,7 @@ MERITS = (
           all_kept_turns, ratio, last_column),
     Merit("csr", "Rules kept (CSR)", "higher", "Share of rules kept, over all turns at which they apply.",
           verdict_rows(lambda said, applies: said, lambda said, applies: applies), ratio, last_column),
-    Merit("ssr", "Whole from the start (SSR)", "higher", "Mean share of a dialogue before its first violation.",
+    Merit("ssr", "Before the first violation (SSR)", "higher", "Mean share of a dialogue before its first violation.",
           whole_shares, ratio, last_column),
     Merit("slope", "Slope per turn", "zero", "Least-squares change of adherence from one turn to the next.",
           kept_turns, slope, last_half, share=False),

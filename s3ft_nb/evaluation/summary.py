@@ -80,7 +80,7 @@ def measurement_numbers(
         "measure": optional_json(folder / "measure.json"), "ledgers": optional_json(folder / "ledger.json"), "guard": optional_json(folder / "guard.json"),
     }
 
-# %% ../../nbs/evaluation/09b_summary.ipynb #a304b394
+# %% ../../nbs/evaluation/09b_summary.ipynb #0468d550
 def percent_of(
     found: dict | None,  # An estimate
 ) -> str:  # "81 % [78, 84]"
@@ -94,8 +94,8 @@ def median_words(
     found: dict,  # `median_survival` of an arm
 ) -> str:  # A clause
     "When half of the dialogues have broken a rule."
-    if found["mean"] is None: return f"more than half of the dialogues are still whole after turn {found['beyond']}"
-    return f"half of the dialogues have broken a rule by turn {found['mean']}"
+    if found["mean"] is None: return f"more than half of the dialogues are still whole after turn\u00a0{found['beyond']}"
+    return f"half of the dialogues have broken a rule by turn\u00a0{found['mean']}"
 
 # %% ../../nbs/evaluation/09b_summary.ipynb #f5f23eb1
 def best_words(

@@ -7,7 +7,7 @@ __all__ = ['SHOWN_RULES', 'READABLE_TURNS', 'HELPS', 'CAPTIONS', 'MEASURED_FIGUR
            'rules_in_order', 'draw_heat', 'heat_map', 'draw_differences', 'differences_figure', 'parts_figure',
            'by_push', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
 
-# %% ../../nbs/report/04_drift.ipynb #43012ee4
+# %% ../../nbs/report/04_drift.ipynb #aa666769
 from pathlib import Path
 from textwrap import shorten
 
@@ -20,16 +20,16 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation.compare import MARGIN
 from ..evaluation.merit import MERIT
 from .figures import FAINT, INK, QUIET, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
-from .tables import HISTORIES, arm_name, cell_text, condition, is_missing
+from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
 
-# %% ../../nbs/report/04_drift.ipynb #2222ec05
+# %% ../../nbs/report/04_drift.ipynb #23b22ee1
 def draw_survival(
     axis,  # Axes
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
     history: str,  # own or original
 ) -> None:
     "Share of dialogues without a violation so far, for every arm."
-    styles, ends, last = looks(list(numbers["arms"]), numbers.get("main")), {}, 1
+    styles, ends = looks(list(numbers["arms"]), numbers.get("main")), {}
     for arm in numbers["arms"]:
         rows = [row for row in condition(numbers, arm, history).get("survival") or [] if not is_missing(row)]
         if not rows: continue
@@ -38,9 +38,9 @@ def draw_survival(
         axis.plot(turns, means, color=color, linestyle=styles[arm]["linestyle"], drawstyle="steps-post", linewidth=1.8)
         axis.plot(turns[1:], means[1:], linestyle="", marker=styles[arm]["marker"], color=color, markersize=4.5, markeredgecolor="white", markeredgewidth=0.5)
         axis.fill_between(turns, low, high, color=color, alpha=0.13, linewidth=0, step="post")
-        ends[arm], last = (turns[-1], means[-1]), max(last, turns[-1])
+        ends[arm] = turns[-1], means[-1]
     axis.axhline(0.5, color=QUIET, linewidth=0.8, linestyle=(0, (2, 2)))
-    axis.set(xlabel="Turn of the dialogue", ylim=(-0.02, 1.02), xlim=(0, last + 0.2))
+    axis.set(xlabel="Turn of the dialogue", ylim=(-0.02, 1.02), xlim=(0, last_turn(numbers) + 0.2))
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axis.grid(axis="y")
     name_lines(axis, ends, styles)

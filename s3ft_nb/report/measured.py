@@ -170,7 +170,7 @@ def measured_tiles(
         out.append({"name": f"{arm_name(best['arm'])} minus {arm_name(best['minus'])}", "value": f"{points(best['mean'])} points", "detail": f"{ends}; {best['n_clusters']} conversations; {best['outcome']}"})
     return out
 
-# %% ../../nbs/report/05_measured.ipynb #ee7c4e32
+# %% ../../nbs/report/05_measured.ipynb #f32ecdbd
 MEASURED_LEADS = {
     "curves": "How often every rule that applies is kept, turn by turn, and how long dialogues go without breaking one.",
     "rules": "Which rule breaks, and when.",
@@ -179,7 +179,7 @@ MEASURED_LEADS = {
     "trust": "What the figures rest on.",
 }
 MEASURED_SECTIONS = {
-    "curves": ("Drift and survival", ("drift", "survival"), ("merits_own", "halves", "by_turn_own", "by_turn_original", "survival", "merits_original")),
+    "curves": ("Drift and survival", ("drift", "survival"), ("merits_own", "meanings", "halves", "by_turn_own", "by_turn_original", "survival", "merits_original")),
     "arms": ("What helps", ("differences",), ("differences",)),
     "rules": ("Rules", ("heat", "by_type"), ("by_rule", "rule_by_turn", "by_type_own", "by_type_original", "rules")),
     "users": ("Users and rules", ("by_push", "by_n_rules"), ("by_push", "by_n_rules")),
@@ -188,7 +188,7 @@ MEASURED_SECTIONS = {
 }
 UNFOLDED = ("merits_own", "differences", "gaps", "counts", "by_rule")
 
-# %% ../../nbs/report/05_measured.ipynb #79b833a4
+# %% ../../nbs/report/05_measured.ipynb #ec0d89c6
 def advice_text(
     advice: dict,  # Of the numbers
 ) -> str:  # Sentences, empty when nothing can be said
@@ -197,7 +197,7 @@ def advice_text(
     wide = f"With {advice['have']} conversations adherence is known to within {100 * advice['now']:.1f} points either way"
     enough = f"; {advice['conversations']} conversations like these would do for {100 * advice['half_width']:.0f}." if advice["conversations"] > advice["have"] else "."
     rows = [f"{arm_name(row['arm'])} {row['conversations']}" for row in advice["differences"] if row["conversations"]]
-    return wide + enough + (f" To show a difference of {100 * advice['half_width']:.0f} points four times in five: {', '.join(rows)} conversations." if rows else "")
+    return wide + enough + (f" Conversations needed to see a difference of {100 * advice['half_width']:.0f} points four times in five: {', '.join(rows)}." if rows else "")
 
 
 def trust_facts(

@@ -56,7 +56,7 @@ def holm(
         out[i] = worst
     return out
 
-# %% ../../nbs/evaluation/09_compare.ipynb #b7d06033
+# %% ../../nbs/evaluation/09_compare.ipynb #12c1d1b8
 def arm_differences(
     book: dict,  # What `tally` returns
     minus: str,  # The arm that the others are compared with
@@ -69,14 +69,13 @@ def arm_differences(
     "Every other arm minus one, figure by figure; raises `InputError` when that one is missing."
     arms = [arm for arm, kind in book if kind == history]
     if minus not in arms: raise InputError(f"no arm {minus!r} with {history} history", field="arm", remedy=f"one of {', '.join(arms) or 'none'}")
-    out = []
+    out, apart = [], lambda figure, arm: figure_difference(figure, book[arm, history], book[minus, history], draws, seed, level)
     for figure in figures:
-        rows = [{"arm": arm, "minus": minus, "history": history, **figure_difference(figure, book[arm, history], book[minus, history], draws, seed, level)}
-                for arm in arms if arm != minus]
+        rows = [{"arm": arm, "minus": minus, "history": history, **apart(figure, arm)} for arm in arms if arm != minus]
         out += [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]))]
     return [row for row in out if row["mean"] is not None]
 
-# %% ../../nbs/evaluation/09_compare.ipynb #9d13bbc2
+# %% ../../nbs/evaluation/09_compare.ipynb #2b94eef8
 def history_gaps(
     book: dict,  # What `tally` returns
     figures: tuple = ("adherence", "slope", "ssr"),  # Keys of `MERIT`
@@ -86,7 +85,8 @@ def history_gaps(
 ) -> list:  # {arm, figure, mean of own - original, low, high, p, n, n_clusters, ...}
     "Own minus original history of every arm that has both."
     arms = [arm for arm, history in book if history == "own" and (arm, "original") in book]
-    rows = [{"arm": arm, **figure_difference(figure, book[arm, "own"], book[arm, "original"], draws, seed, level)} for arm in arms for figure in figures]
+    apart = lambda arm, figure: figure_difference(figure, book[arm, "own"], book[arm, "original"], draws, seed, level)
+    rows = [{"arm": arm, **apart(arm, figure)} for arm in arms for figure in figures]
     return [row for row in rows if row["mean"] is not None]
 
 # %% ../../nbs/evaluation/09_compare.ipynb #5b27b86a
@@ -119,7 +119,7 @@ def conversations_to_show(
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
     return max(2, ceil(round(row["n_clusters"] * (z * stderr / effect) ** 2, 6)))
 
-# %% ../../nbs/evaluation/09_compare.ipynb #a3be2a06
+# %% ../../nbs/evaluation/09_compare.ipynb #43d399c7
 def outcome(
     row: dict,  # A difference, with `p_holm` where several arms were compared
 ) -> str:  # better, worse, different, alike or open
@@ -140,7 +140,8 @@ def plain_difference(
     low, high = points(row["low"], digits), points(row["high"], digits)
     between = f"95 % interval {low} to {high}" if row["low"] is not None else "no interval: too few conversations"
     sure = f"{points(row['mean'], digits)} points, {between}, {p_text(row.get('p_holm', row['p']))}, {row['n_clusters']} conversations"
-    if found in ("better", "worse", "different"): return f"{title}: {row['arm']} is {found} {'from' if found == 'different' else 'than'} {row['minus']} ({sure})."
+    if found in ("better", "worse"): return f"{title}: {row['arm']} is {found} than {row['minus']} ({sure})."
+    if found == "different": return f"{title}: {row['arm']} differs from {row['minus']} ({sure})."
     if found == "alike": return f"{title}: {row['arm']} and {row['minus']} are alike within {100 * MARGIN:.0f} points ({sure})."
     needed = conversations_to_show(row) if row["share"] else None
     advice = f" About {needed} conversations would show a difference of {100 * MARGIN:.0f} points." if needed and needed > row["n_clusters"] else ""
@@ -156,7 +157,7 @@ def run_names(
     length = next(n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts))
     return ["/".join(part[-length:]) for part in parts]
 
-# %% ../../nbs/evaluation/09_compare.ipynb #1fbad886
+# %% ../../nbs/evaluation/09_compare.ipynb #283181a7
 def assert_same_rules(
     folders: list,  # Folders of measurements
 ) -> None:
@@ -166,8 +167,9 @@ def assert_same_rules(
         path = Path(folder) / "rules.jsonl"
         for rule in stream_rows(path) if path.exists() else ():
             text = texts.setdefault(rule.get("id"), rule.get("text"))
-            if text != rule.get("text"):
-                raise InputError(f"rule {rule.get('id')} is another one than in {folders[0]}", path, field="text", remedy="measure both with the same rules file")
+            if text == rule.get("text"): continue
+            remedy = "measure both with the same rules file"
+            raise InputError(f"rule {rule.get('id')} is another one than in {folders[0]}", path, field="text", remedy=remedy)
 
 
 def runs_rows(

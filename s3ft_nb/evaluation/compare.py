@@ -132,7 +132,7 @@ def conversations_to_show(
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
     return max(2, ceil(round(row["n_clusters"] * (z * stderr / effect) ** 2, 6)))
 
-# %% ../../nbs/evaluation/09_compare.ipynb #43d399c7
+# %% ../../nbs/evaluation/09_compare.ipynb #bf016928
 def outcome(
     row: dict,  # A difference, with `p_holm` where several arms were compared
 ) -> str:  # better, worse, different, alike or open
@@ -152,7 +152,7 @@ def plain_difference(
     title, found, digits = MERIT[row["figure"]].title, outcome(row), 0 if row["share"] else 1
     low, high = points(row["low"], digits), points(row["high"], digits)
     between = f"95 % interval {low} to {high}" if row["low"] is not None else "no interval: too few conversations"
-    sure = f"{points(row['mean'], digits)} points, {between}, {p_text(row.get('p_holm', row['p']))}, {row['n_clusters']} conversations"
+    sure = f"{points(row['mean'], digits)} points, {between}, {p_text(row.get('p_holm', row['p']))}, {row['n_clusters']} conversation{'s' * (row['n_clusters'] != 1)}"
     if found in ("better", "worse"): return f"{title}: {row['arm']} is {found} than {row['minus']} ({sure})."
     if found == "different": return f"{title}: {row['arm']} differs from {row['minus']} ({sure})."
     if found == "alike": return f"{title}: {row['arm']} and {row['minus']} are alike within {100 * MARGIN:.0f} points ({sure})."

@@ -118,7 +118,7 @@ def median_words(
     if found["mean"] is None: return f"more than half of the dialogues are still whole after turn\u00a0{found['beyond']}"
     return f"half of the dialogues have broken a rule by turn\u00a0{found['mean']}"
 
-# %% ../../nbs/evaluation/09b_summary.ipynb #5181e162
+# %% ../../nbs/evaluation/09b_summary.ipynb #daf0f29c
 def best_words(
     differences: list,  # Those of the measurement
 ) -> str:  # A clause, empty with one arm only
@@ -141,7 +141,8 @@ def measured_headline(
     turns = own["by_turn"]
     over = f" ({percent_of(turns[0])} at turn {turns[0]['turn']}, {percent_of(turns[-1])} at turn {turns[-1]['turn']})" if len(turns) > 1 else ""
     median, best = median_words(own["figures"]["median_survival"]), best_words(numbers["differences"])
-    return f"{arm} keeps all of its rules in {percent_of(own)} of its turns{over}, and {median}{best}."
+    under = "" if "own_history" in numbers["arms"][arm]["adherence"] else ", after replies that are not its own"
+    return f"{arm} keeps all of its rules in {percent_of(own)} of its turns{over}{under}, and {median}{best}."
 
 # %% ../../nbs/evaluation/09b_summary.ipynb #b983df9e
 def write_numbers(

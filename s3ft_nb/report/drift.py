@@ -22,7 +22,7 @@ from ..evaluation.merit import MERIT
 from .figures import FAINT, INK, QUIET, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
 from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
 
-# %% ../../nbs/report/04_drift.ipynb #dfdb4576
+# %% ../../nbs/report/04_drift.ipynb #55261043
 def draw_survival(
     axis,  # Axes
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
@@ -35,10 +35,11 @@ def draw_survival(
         if not rows: continue
         turns, (low, high) = [0, *(row["turn"] for row in rows)], zip((1, 1), *map(ends_of, rows))
         means, color = [1, *(row["mean"] for row in rows)], styles[arm]["color"]
+        axis.fill_between(turns, low, high, color=color, alpha=0.13, linewidth=0, step="post")
+        if means[-1] == 0: turns, means = [*turns, last_turn(numbers)], [*means, 0]  # nobody is left, and nobody comes back
         axis.plot(turns, means, color=color, linestyle=styles[arm]["linestyle"], drawstyle="steps-post", linewidth=1.8)
         dots = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
-        axis.plot(turns[1:], means[1:], linestyle="", marker=styles[arm]["marker"], color=color, **dots)
-        axis.fill_between(turns, low, high, color=color, alpha=0.13, linewidth=0, step="post")
+        axis.plot(turns[1:], means[1:], linestyle="", marker=styles[arm]["marker"], color=color, markevery=max(1, len(turns) // 15), **dots)
         ends[arm] = turns[-1], means[-1]
     axis.axhline(0.5, color=QUIET, linewidth=0.8, linestyle=(0, (2, 2)))
     axis.set(xlabel="Turn of the dialogue", ylim=(-0.02, 1.02), xlim=(0, last_turn(numbers) + 0.2))
@@ -92,7 +93,7 @@ def draw_heat(
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
 
-# %% ../../nbs/report/04_drift.ipynb #d7e3812c
+# %% ../../nbs/report/04_drift.ipynb #c81de8b5
 def heat_map(
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
 ) -> Figure | None:  # One panel per arm, own history
@@ -103,7 +104,7 @@ def heat_map(
     texts = {rule["id"]: rule["text"] for rule in numbers.get("rules") or []}
     names = [shorten(texts.get(rule) or rule, 34, placeholder=" …") or rule for rule in rules]
     with rc_context(style()):
-        figure = Figure(figsize=(7.4, 0.75 + len(tables) * (0.5 + 0.25 * len(rules))), layout="constrained")
+        figure = Figure(figsize=(7.4, max(2.6, 0.75 + len(tables) * (0.5 + 0.25 * len(rules)))), layout="constrained")
         axes = figure.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (arm, rows) in zip(axes, tables.items()):
             draw_heat(axis, rows, rules)

@@ -138,7 +138,7 @@ def convert(
         left = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
         typer.echo(f"{target}: {ledger['rows_out']} of {ledger['rows_in']} conversations" + (f", left out {left}" if left else ""))
 
-# %% ../nbs/top/11_cli.ipynb #a61a304d
+# %% ../nbs/top/11_cli.ipynb #d1101895
 @app.command()
 def doctor(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model or adapter, or a name on the hub.", show_default=False)],
@@ -153,7 +153,7 @@ def doctor(
     "Say what a model's chat template does to a system prompt. Exit code 1 when something needs a decision."
     with exit_codes():
         from s3ft_nb.lm import doctor as room
-        from s3ft_nb.lm.model import linked_model, load_tokenizer
+        from s3ft_nb.lm.folders import linked_model, load_tokenizer
 
         given = {"system": system, "reasoning": reasoning, "hidden": hidden, "same_role": same_role, "today": today}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -164,7 +164,7 @@ def doctor(
             room.settle(tokenizer, **chosen)
             typer.echo(f"saved: {linked_model(model, tokenizer.chat_template, save)}", err=as_json)
         if facts["trainable"] and not as_json: typer.echo("\n" + room.example_view(tokenizer, room.Policy(**facts["policy"])))
-        if facts["decisions"] and not save: raise typer.Exit(1)
+        if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)
 
 # %% ../nbs/top/11_cli.ipynb #4d51ccd7
 @app.command()

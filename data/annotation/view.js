@@ -62,7 +62,7 @@ function wordsOf(text) {
   if (globalThis.Intl?.Segmenter) {
     const parts = new Intl.Segmenter(undefined, { granularity: "word" }).segment(text);
     const found = [];
-    for (const part of parts) if (/\S/.test(part.segment)) found.push([part.index, part.index + part.segment.length]);
+    for (const part of parts) if (/[^\s\p{P}]/u.test(part.segment)) found.push([part.index, part.index + part.segment.length]);
     return found;
   }
   return [...text.matchAll(/\S+/g)].map((match) => [match.index, match.index + match[0].length]);
@@ -384,7 +384,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     parts.toast.textContent = text;
     parts.toast.classList.add("shown");
     clearTimeout(sayTimer);
-    sayTimer = setTimeout(() => parts.toast.classList.remove("shown"), 2500);
+    sayTimer = setTimeout(() => parts.toast.classList.remove("shown"), 1600);
   }
 
   store.onstatus = (name, detail) => {
@@ -461,7 +461,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     parts.article = h("article", { tabindex: "-1" });
     parts.read = h("main", { class: "read" }, parts.article);
     parts.panel = h("section", { class: "panel", "aria-label": pair ? t("better") : t("decide") });
-    root.append(parts.head, parts.setting, parts.read, parts.panel, parts.live, parts.toast, parts.file);
+    root.append(h("div", { class: "frame" }, parts.head, parts.setting, parts.read, parts.toast, parts.panel), parts.live, parts.file);
     drawStatus();
   }
 
@@ -524,7 +524,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     const moves = h("div", { class: "moves" },
       button(t("undo"), "u", undo), button(t("skip"), "s", skip),
       button(t("back"), "[", () => move(-1)), button(t("next"), "]", () => move(1)));
-    parts.panel.replaceChildren(parts.decision, parts.markHelp ?? "", parts.noteBox, more, moves);
+    parts.panel.replaceChildren(parts.decision, parts.markHelp, parts.noteBox, h("div", { class: "bar" }, more, moves));
     drawDecision();
   }
 
@@ -548,7 +548,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     });
     parts.decision.replaceChildren(...[h("h2", {}, t("decide")), hint, h("ol", { class: "steps" }, steps),
       h("h3", {}, t("directly")),
-      h("div", { class: "labels" }, labels.map(({ label, letter, short }) => button(short, letter.toLowerCase(), () => commit(label), { "aria-pressed": String(row?.label === label), title: short })))].filter(Boolean));
+      h("div", { class: "labels" }, labels.map(({ label, letter, short }) => button(short, letter.toLowerCase(), () => commit(label), { "aria-label": `${letter}, ${short}`, "aria-pressed": String(row?.label === label), title: short })))].filter(Boolean));
   }
 
   function drawDone() {
@@ -630,6 +630,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
   function writeNote() {
     if (current === null) return;
     parts.noteBox.hidden = false;
+    parts.noteBox.classList.add("open");
     parts.note.focus();
   }
 
@@ -667,15 +668,16 @@ export async function render({ root, task, store, language = "en", wholePage = f
 
   function rubricText() {
     const { role, decide: lead, order: questions, labels } = rubric();
+    if (pair) return [h("h2", {}, t("rubric")), h("p", {}, role), h("p", {}, t("better_why")), h("ol", {}, questions.slice(1).map((question) => h("li", {}, question)))];
     return [h("h2", {}, t("rubric")), h("p", {}, role), h("h3", {}, lead), h("ol", {}, questions.map((question) => h("li", {}, question))),
       h("dl", {}, labels.map(({ letter, short, long }) => [h("dt", {}, h("kbd", {}, letter), " ", short), h("dd", {}, long)]))];
   }
 
   function helpText() {
     const line = (keys, text) => [h("dt", {}, keys.map((name) => h("kbd", {}, name))), h("dd", {}, text)];
-    const answers = pair ? [[["A", "B", "T", "X"], t("key_pair")]] : [[["Y", "N"], t("key_yes_no")], [["⌫"], t("key_step_back")], [["A", "B", "C", "D", "E"], t("key_letters")]];
+    const answers = pair ? [[["A", "B", "T", "X"], t("key_pair")]] : [[["Y", "N"], t("key_yes_no")], [["Backspace"], t("key_step_back")], [["A", "B", "C", "D", "E"], t("key_letters")]];
     const rest = [[["U"], t("undo")], [["S"], t("skip")], [["["], t("back")], [["]"], t("next")], [["H"], t("key_history")], [["R"], t("rubric")], [["W"], t(pair ? "reason" : "note")],
-      ...(pair ? [] : [[["M"], t("mark")], [["O"], t("key_original")]]), [["␣", "⇞", "⇟"], t("key_scroll")], [["L"], t("theme")], [["?"], t("keys")]];
+      ...(pair ? [] : [[["M"], t("mark")], [["O"], t("key_original")]]), [["Space"], t("key_scroll")], [["L"], t("theme")], [["?"], t("keys")]];
     const box = h("input", { type: "checkbox", on: { change: (event) => { prefs.shortcuts = event.target.checked; writePrefs(prefs); } } });
     box.checked = prefs.shortcuts;
     return [h("h2", {}, t("keys")), h("h3", {}, t("answer_keys")), h("dl", { class: "keys" }, answers.map(([keys, text]) => line(keys, text))),

@@ -7,7 +7,7 @@ __all__ = ['STOPPED', 'DEFAULT', 'app', 'Words', 'Settings', 'Out', 'Only', 'Fro
            'SameRole', 'MaxChars', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan',
            'convert', 'version']
 
-# %% ../nbs/top/11_cli.ipynb #518246f0
+# %% ../nbs/top/11_cli.ipynb #f8d9397f
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 import s3ft_nb
+from .annotate_cli import app as annotate
 from .chain.kernel import StepFailed
 from .core.records import InputError, cannot_write
 from .core.secrets import redact
@@ -137,6 +138,9 @@ def convert(
         ledger = formats.convert(source, target, format, to, on_error, same_role, max_chars)
         left = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
         typer.echo(f"{target}: {ledger['rows_out']} of {ledger['rows_in']} conversations" + (f", left out {left}" if left else ""))
+
+# %% ../nbs/top/11_cli.ipynb #1622eb08
+app.add_typer(annotate, name="annotate")
 
 # %% ../nbs/top/11_cli.ipynb #4d51ccd7
 @app.command()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_NOTE', 'LabelItem', 'PairItem', 'Task', 'task_of', 'label_task', 'pair_of', 'all_pairs', 'pairs_of', 'pair_task',
-           'for_annotator', 'rubric_words', 'all_words', 'payload', 'item_of', 'answer', 'read_task']
+           'for_annotator', 'rubric_words', 'all_words', 'payload', 'item_of', 'answer', 'changed', 'read_task']
 
 # %% ../../nbs/annotation/10_task.ipynb #6725222e
 import random
@@ -196,6 +196,24 @@ def answer(
     if len(text) > MAX_NOTE: raise InputError(f"is longer than {MAX_NOTE} characters", field="note", remedy="shorten it")
     if task.kind == "label" and any(end > len(item.response) for _, end in row.spans): raise InputError("ends after the response", field="spans")
     return row
+
+# %% ../../nbs/annotation/10_task.ipynb #68e2b554
+def changed(
+    task: Task,  # One person's task
+    annotator: str,  # Their name
+    change: Any,  # {submission, item, row, skipped}, from a browser
+) -> tuple[str, Annotation | Preference | None, bool]:  # (item, checked row, skipped)
+    "Check a change; raises `InputError` on anything else."
+    fields = {"submission", "item", "row", "skipped"}
+    if not isinstance(change, dict) or not change.keys() <= fields or not isinstance(change.get("item"), str) or not isinstance(change.get("skipped", False), bool):
+        raise InputError(f"is not made of {', '.join(sorted(fields))}", field="change")
+    if not isinstance(change.get("submission"), str) or not 8 <= len(change["submission"]) <= 64: raise InputError("is no id", field="submission")
+    item = change["item"]
+    if item not in {one.id for one in task.items}: raise InputError("is not an item of this task", field="item")
+    if change.get("row") is None: return item, None, change.get("skipped", False)
+    row = answer(task, annotator, change["row"])
+    if item_of(row) != item: raise InputError("is about another item", field="row")
+    return item, row, False
 
 # %% ../../nbs/annotation/10_task.ipynb #377e29e0
 def read_task(

@@ -7,7 +7,7 @@ __all__ = ['STOPPED', 'DEFAULT', 'app', 'Words', 'Settings', 'Out', 'Only', 'Fro
            'SameRole', 'MaxChars', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan',
            'convert', 'version']
 
-# %% ../nbs/top/11_cli.ipynb #f8d9397f
+# %% ../nbs/top/11_cli.ipynb #0cf7b535
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 import s3ft_nb
-from .annotate_cli import app as annotate
+from .annotate_cli import annotate_app
 from .chain.kernel import StepFailed
 from .core.records import InputError, cannot_write
 from .core.secrets import redact
@@ -139,8 +139,8 @@ def convert(
         left = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
         typer.echo(f"{target}: {ledger['rows_out']} of {ledger['rows_in']} conversations" + (f", left out {left}" if left else ""))
 
-# %% ../nbs/top/11_cli.ipynb #1622eb08
-app.add_typer(annotate, name="annotate")
+# %% ../nbs/top/11_cli.ipynb #0d22df61
+app.add_typer(annotate_app, name="annotate")
 
 # %% ../nbs/top/11_cli.ipynb #4d51ccd7
 @app.command()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_NOTE', 'LabelItem', 'PairItem', 'Task', 'task_of', 'label_task', 'pair_of', 'all_pairs', 'pairs_of', 'pair_task',
-           'for_annotator', 'rubric_words', 'all_words', 'payload', 'item_of', 'answer', 'changed', 'read_task']
+           'for_annotator', 'rubric_words', 'all_words', 'task_payload', 'item_of', 'checked_answer', 'checked_change',
+           'read_task']
 
 # %% ../../nbs/annotation/10_task.ipynb #6725222e
 import random
@@ -163,8 +164,8 @@ def all_words() -> dict:  # {language: {texts, rubric}}
     texts = read_json(resource("data", "annotation", "texts.json"))
     return {language: {"texts": texts[language], "rubric": rubric_words(language)} for language in RUBRIC}
 
-# %% ../../nbs/annotation/10_task.ipynb #7b391ebf
-def payload(
+# %% ../../nbs/annotation/10_task.ipynb #ae73e969
+def task_payload(
     task: Task,  # One person's task
     annotator: str = "",  # Their name; the page asks when empty
 ) -> dict:  # JSON value
@@ -181,8 +182,8 @@ def item_of(
     "What an answer is about."
     return row.pair_id if isinstance(row, Preference) else row.sample_id
 
-# %% ../../nbs/annotation/10_task.ipynb #a054dee8
-def answer(
+# %% ../../nbs/annotation/10_task.ipynb #903a54fc
+def checked_answer(
     task: Task,  # One person's task
     annotator: str,  # Their name
     value: Any,  # What the page sent
@@ -197,8 +198,8 @@ def answer(
     if task.kind == "label" and any(end > len(item.response) for _, end in row.spans): raise InputError("ends after the response", field="spans")
     return row
 
-# %% ../../nbs/annotation/10_task.ipynb #68e2b554
-def changed(
+# %% ../../nbs/annotation/10_task.ipynb #15bc90d5
+def checked_change(
     task: Task,  # One person's task
     annotator: str,  # Their name
     change: Any,  # {submission, item, row, skipped}, from a browser
@@ -211,7 +212,7 @@ def changed(
     item = change["item"]
     if item not in {one.id for one in task.items}: raise InputError("is not an item of this task", field="item")
     if change.get("row") is None: return item, None, change.get("skipped", False)
-    row = answer(task, annotator, change["row"])
+    row = checked_answer(task, annotator, change["row"])
     if item_of(row) != item: raise InputError("is about another item", field="row")
     return item, row, False
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Answers', 'widget_class', 'annotate']
 
-# %% ../../nbs/annotation/12_widget.ipynb #a2fd1755
+# %% ../../nbs/annotation/12_widget.ipynb #f6f6f683
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .page import part, script
-from .task import Task, changed, item_of, payload
+from .page import page_part, page_script
+from .task import Task, checked_change, item_of, task_payload
 from ..core.records import Annotation, InputError, Preference, read_rows, write_rows
 
-# %% ../../nbs/annotation/12_widget.ipynb #9add8fdb
+# %% ../../nbs/annotation/12_widget.ipynb #a49f6b0b
 class Answers:
     "One person's answers, in memory and in a file."
 
@@ -43,7 +43,7 @@ class Answers:
 
     def change(self, change: Any) -> None:
         "Take what the page sent and save it; raises `InputError` when it is not this person's to say."
-        item, row, skipped = changed(self.task, self.annotator, change)
+        item, row, skipped = checked_change(self.task, self.annotator, change)
         before, was_skipped = self.by_item.pop(item, None), item in self.skipped
         if row: self.by_item[item] = row
         self.skipped = (self.skipped - {item}) | ({item} if skipped else set())
@@ -55,7 +55,7 @@ class Answers:
             if was_skipped: self.skipped.add(item)
             raise
 
-# %% ../../nbs/annotation/12_widget.ipynb #7b5fa46b
+# %% ../../nbs/annotation/12_widget.ipynb #b76e812e
 @cache
 def widget_class() -> type:  # An `anywidget.AnyWidget`
     "The widget; raises `InputError` when anywidget is not installed."
@@ -68,12 +68,12 @@ def widget_class() -> type:  # An `anywidget.AnyWidget`
     class AnnotationWidget(anywidget.AnyWidget):
         "The annotation view in a notebook; `rows` holds the answers so far."
 
-        _esm, _css = script("widget"), part("view.css")
+        _esm, _css = page_script("widget"), page_part("view.css")
         task = traitlets.Dict().tag(sync=True)
 
         def __init__(self, answers: Answers):
             self.answers = answers
-            super().__init__(task=payload(answers.task, answers.annotator))
+            super().__init__(task=task_payload(answers.task, answers.annotator))
             self.on_msg(lambda widget, message, buffers: self.hear(message))
 
         @property

@@ -777,6 +777,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
   };
   const listeners = [[target, "keydown", onKey], [root, "pointerup", onPointerUp], [root, "pointermove", ticking.touch, { passive: true }], [root, "wheel", ticking.touch, { passive: true }],
     [root, "pointerdown", (event) => { const menu = root.querySelector("details.menu[open]"); if (menu && !menu.contains(event.target)) menu.open = false; }],
+    [root, "click", () => { if (!root.contains(root.getRootNode().activeElement)) parts.article.focus({ preventScroll: true }); }], // the button is gone, the keys should not be
     [document, "selectionchange", onSelection], [document, "visibilitychange", leave], [window, "pagehide", () => { settle(); store.flush?.(); }]];
   for (const [node, type, handler, options] of listeners) node.addEventListener(type, handler, options);
 

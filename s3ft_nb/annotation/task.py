@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_NOTE', 'LabelItem', 'PairItem', 'Task', 'task_of', 'label_task', 'pair_of', 'all_pairs', 'pairs_of', 'pair_task',
-           'for_annotator', 'rubric_words', 'all_words', 'task_payload', 'item_of', 'checked_answer', 'checked_change',
-           'read_task']
+           'for_annotator', 'mixed', 'rubric_words', 'all_words', 'task_payload', 'item_of', 'checked_answer',
+           'checked_change', 'read_answers', 'read_task']
 
-# %% ../../nbs/annotation/10_task.ipynb #6725222e
+# %% ../../nbs/annotation/10_task.ipynb #0c7a9401
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from .annotations import read_annotations
 from .rubric import LABELS, LETTERS, RUBRIC
 from ..core.ledger import Ledger
 from ..core.records import Annotation, InputError, Message, Pair, Preference, Reply, Row, Sample, read_json, read_rows, row_of, stable_id
@@ -149,6 +150,15 @@ def for_annotator(
     if len(set(ids)) < len(ids) or not ids: raise InputError("items are repeated or missing", field="ids", remedy="name each item once")
     return task.model_copy(update={"items": [items[id] for id in ids]})
 
+# %% ../../nbs/annotation/10_task.ipynb #e18ca8a1
+def mixed(
+    task: Task,  # A task
+    seed: int,  # Random seed
+) -> Task:  # The same items in another order
+    "Mix items, so that people who tire do not tire on the same ones."
+    items = sorted(task.items, key=lambda item: stable_id(seed, item.id))
+    return task.model_copy(update={"items": items})
+
 # %% ../../nbs/annotation/10_task.ipynb #5b4a64fc
 def rubric_words(
     language: str,  # en or zh
@@ -215,6 +225,21 @@ def checked_change(
     row = checked_answer(task, annotator, change["row"])
     if item_of(row) != item: raise InputError("is about another item", field="row")
     return item, row, False
+
+# %% ../../nbs/annotation/10_task.ipynb #e1a90af3
+def read_answers(
+    path: str | Path,  # File of annotations, or a folder of such files
+) -> list[Annotation]:  # In the order of the files' names
+    "Annotations of one or several people; raises `InputError` when someone labelled a sample in two ways."
+    if not Path(path).is_dir(): return read_annotations(path)
+    files = [file for file in sorted(Path(path).iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz", ".csv", ".csv.gz")) and file.name[0] != "."]
+    if not files: raise InputError("holds no file of annotations", path, remedy="put .jsonl or .csv files there")
+    found = {}
+    for file in files:
+        for row in read_annotations(file):
+            before = found.setdefault((row.annotator, row.sample_id), (row, file))
+            if before[0] != row: raise InputError(f"{row.annotator} labelled {row.sample_id} otherwise in {before[1].name}", file, remedy="keep the newer file of the two")
+    return [row for row, _ in found.values()]
 
 # %% ../../nbs/annotation/10_task.ipynb #377e29e0
 def read_task(

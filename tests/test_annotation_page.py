@@ -126,7 +126,7 @@ def test_decisions_can_be_taken_back_and_direct_letters_work(browser, tmp_path):
     press(page, "s", "d", "u")  # skip the second, label the third, take it back
     assert item(page) == "Item 3 of 4"
     press(page, "e", "a")
-    assert item(page) == "Item 2 of 4" and "skipped" in page.locator(".panel").inner_text()  # skipped ones come last
+    assert item(page) == "Item 2 of 4" and "skipped" in page.locator(".s3ft-panel").inner_text()  # skipped ones come last
     press(page, "b", "[", "[")  # all done; back twice, to the third
     assert page.get_by_role("button", name="E, setting not applicable").get_attribute("aria-pressed") == "true"
     press(page, "c")
@@ -140,20 +140,20 @@ def test_spans_notes_and_offsets_in_characters(browser, tmp_path):
     path = write_page(tmp_path / "a.html", label_task([sample(i, response=text) for i in range(3)]), "ann")
     page = open_page(browser(), path)
     press(page, "m", *["ArrowRight"] * 3, "Shift+ArrowRight", " ", "Escape")
-    box = page.locator(".reply .text")
-    assert page.locator(".reply mark").count() >= 1
+    box = page.locator(".s3ft-reply .s3ft-text")
+    assert page.locator(".s3ft-reply mark").count() >= 1
     press(page, "w")
     page.keyboard.type("a note with y and n in it")
     press(page, "Escape", "b")
     assert item(page) == "Item 2 of 3"
     box.locator("xpath=..").scroll_into_view_if_needed()
-    spot = page.evaluate("""() => { const box = document.querySelector(".reply .text"), node = box.firstChild, at = node.data.indexOf("matey"), range = document.createRange();
+    spot = page.evaluate("""() => { const box = document.querySelector(".s3ft-reply .s3ft-text"), node = box.firstChild, at = node.data.indexOf("matey"), range = document.createRange();
         range.setStart(node, at); range.setEnd(node, at + 5); const r = range.getBoundingClientRect(); return [r.left + 1, r.top + r.height / 2, r.right - 1]; }""")
     page.mouse.move(spot[0], spot[1])
     page.mouse.down()
     page.mouse.move(spot[2], spot[1], steps=4)
     page.mouse.up()
-    assert page.locator(".reply mark").inner_text().startswith("mate")
+    assert page.locator(".s3ft-reply mark").inner_text().startswith("mate")
     press(page, "c")
     press(page, "m", "End", " ", " ", "Escape", "a")  # marked and cleared again
     first, second, third = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
@@ -163,9 +163,9 @@ def test_spans_notes_and_offsets_in_characters(browser, tmp_path):
     assert third.spans == [] and not page.wrong
     page.keyboard.press("[")
     page.keyboard.press("[")
-    assert page.locator(".reply mark").count() == 1  # marks come back with the answer
-    page.locator(".reply mark").click()
-    assert page.locator(".reply mark").count() == 0  # a click takes a mark away, and the answer is updated
+    assert page.locator(".s3ft-reply mark").count() == 1  # marks come back with the answer
+    page.locator(".s3ft-reply mark").click()
+    assert page.locator(".s3ft-reply mark").count() == 0  # a click takes a mark away, and the answer is updated
     rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
     assert rows[1].spans == [] and rows[1].label == "bad_system" and rows[1].position == 2
 
@@ -237,24 +237,24 @@ def check_inert(page):
 
 def walk_hostile(page):
     "Go through the hostile items by keyboard, in whatever host."
-    shown = page.locator(".reply .text").inner_text()
+    shown = page.locator(".s3ft-reply .s3ft-text").inner_text()
     for text in HOSTILE[:9]: assert text in shown, text
     check_inert(page)
     press(page, "o", "h", "h", "y", "n")
     check_inert(page)
     press(page, "y")  # Item 2
-    badges = page.locator(".reply .hidden").all_inner_texts()
+    badges = page.locator(".s3ft-reply .s3ft-hidden").all_inner_texts()
     assert badges == ["RLO", "PDF", "LRI", "PDI", "ZWSP", "U+0007", "U+E0041"], badges
-    assert not set("\u202e\u202c\u2066\u200b\x07") & set(page.locator(".reply .text").evaluate("n => n.textContent"))
+    assert not set("\u202e\u202c\u2066\u200b\x07") & set(page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent"))
     start = time.monotonic()
     press(page, "a")
     page.get_by_role("button", name="Show all (100,000)").click()
-    assert len(page.locator(".reply .text").evaluate("n => n.textContent")) == 100_000
+    assert len(page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent")) == 100_000
     press(page, "a")
-    assert page.locator(".reply .hidden").count() <= 200 and "\u202e" not in page.locator(".reply .text").evaluate("n => n.textContent")
+    assert page.locator(".s3ft-reply .s3ft-hidden").count() <= 200 and "\u202e" not in page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent")
     press(page, "m", "ArrowRight", "Escape", "a")
     assert time.monotonic() - start < 5
-    assert page.locator(".reply .text").evaluate("n => getComputedStyle(n).unicodeBidi") == "plaintext"
+    assert page.locator(".s3ft-reply .s3ft-text").evaluate("n => getComputedStyle(n).unicodeBidi") == "plaintext"
     press(page, "a")
     check_inert(page)
     press(page, "a")
@@ -310,13 +310,13 @@ def test_looks(browser, tmp_path, look):
     assert (luminance(folder / f"{look}.png") < 80) == ("dark" in look)
     width, height = page.evaluate("[innerWidth, innerHeight]")
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
-    for part in (".setting", ".panel"):
+    for part in (".s3ft-setting", ".s3ft-panel"):
         box = page.locator(part).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= height + 1, part  # prompt and decision always in sight
-    assert page.locator(".read").bounding_box()["height"] > 200
+    assert page.locator(".s3ft-read").bounding_box()["height"] > 200
     page.mouse.move(200, 400)
-    page.locator(".read").evaluate("n => n.scrollTo(0, 1e6)")
-    assert page.locator(".setting .text").is_visible()
+    page.locator(".s3ft-read").evaluate("n => n.scrollTo(0, 1e6)")
+    assert page.locator(".s3ft-setting .s3ft-text").is_visible()
     if zh:
         press(page, "r")
         assert RUBRIC["zh"]["long"]["good"] in page.get_by_role("dialog").inner_text()
@@ -330,7 +330,7 @@ def test_a_screen_reader_finds_its_way(browser, tmp_path):
     for role, name in [("main", None), ("banner", None), ("article", "Item 1 of 3"), ("region", "Setting (system prompt)"), ("region", "Decide in this order"),
                        ("progressbar", "0 of 3"), ("button", "Yes"), ("button", "A, fits and follows"), ("button", "Undo"), ("button", "Skip")]:
         assert page.get_by_role(role, **({"name": name} if name else {})).count() >= 1, (role, name)
-    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, textarea, input, summary, dialog")].filter((n) => n.type !== "file" && !(n.getAttribute("aria-label") || n.textContent.trim() || n.labels?.length || n.hidden || n.closest("[hidden]"))).length""")
+    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, textarea, input, summary, dialog")].filter((n) => n.type !== "file" && !(n.getAttribute("aria-label") || n.textContent.trim() || n.labels?.length || n.s3ft-hidden || n.closest("[hidden]"))).length""")
     assert unnamed == 0
     assert page.evaluate("document.activeElement.localName") == "article"
     press(page, "y")
@@ -395,12 +395,12 @@ def test_thirty_items_in_the_widget(browser, tmp_path):
     made, file = label_task([sample(i) for i in range(30)]), tmp_path / "labels.jsonl"
     python = widget_page(page := browser(), tmp_path, made, file)
     for letter in ("abcde" * 6)[:17]: press(page, letter)
-    page.wait_for_function("document.querySelector('.status').textContent === 'Saved'")
+    page.wait_for_function("document.querySelector('.s3ft-status').textContent === 'Saved'")
     assert len(python.rows) == len(read_annotations(file)) == 17
     python = widget_page(page := browser(), tmp_path, made, file)  # a new kernel and a new browser
     assert item(page) == "Item 18 of 30"
     for letter in ("abcde" * 6)[17:]: press(page, *WALK[letter.upper()])
-    page.wait_for_function("document.querySelector('.status').textContent === 'Saved'")
+    page.wait_for_function("document.querySelector('.s3ft-status').textContent === 'Saved'")
     rows = read_annotations(file)
     assert [LETTERS[row.label].lower() for row in rows] == list("abcde" * 6) and [row.position for row in rows] == list(range(1, 31)) and not page.wrong
 
@@ -408,5 +408,5 @@ def test_thirty_items_in_the_widget(browser, tmp_path):
 def test_hostile_content_is_inert_in_the_widget(browser, tmp_path):
     widget_page(page := browser(), tmp_path, hostile_task(), tmp_path / "labels.jsonl")
     walk_hostile(page)
-    page.wait_for_function("document.querySelector('.status').textContent === 'Saved'")
+    page.wait_for_function("document.querySelector('.s3ft-status').textContent === 'Saved'")
     assert len(read_annotations(tmp_path / "labels.jsonl")) == 6 and not page.wrong

@@ -269,7 +269,7 @@ def visit(page, link):
 
 
 def settled(page):
-    page.locator(".status", has_text=re.compile("^Saved$")).wait_for(state="attached", timeout=20_000)
+    page.locator(".s3ft-status", has_text=re.compile("^Saved$")).wait_for(state="attached", timeout=20_000)
 
 
 def test_thirty_items_by_keyboard_over_the_network_with_a_kill(serving, browser, tmp_path):

@@ -11,6 +11,7 @@
 //          onstatus      set here, called by the host with a name from the texts (saved, saving, waiting, failed, …) and a detail
 //          onrefused     set here, called by the host with the id of an item whose answer was not accepted
 //
+// A host is put below this file and calls render; nothing is exported, since a widget may export its own render only.
 // Text from the task reaches the page as text nodes only. Offsets in rows count Unicode characters, as Python does.
 
 const CHOICES = ["first", "second", "tie", "both_bad"];
@@ -24,6 +25,7 @@ function h(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name === "on") for (const [type, handler] of Object.entries(value)) node.addEventListener(type, handler);
+    else if (name === "class") node.className = value.split(" ").map((one) => `s3ft-${one}`).join(" "); // a notebook has classes of its own
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
@@ -217,7 +219,7 @@ function checkedRow(task, items, row) {
 
 // ---------------------------------------------------------------- the view
 
-export async function render({ root, task, store, language = "en", wholePage = false }) {
+async function render({ root, task, store, language = "en", wholePage = false }) {
   const items = new Map(task.items.map((item) => [item.id, item]));
   const order = [...items.keys()], place = new Map(order.map((id, i) => [id, i])), total = order.length;
   const pair = task.kind === "pair", idField = pair ? "pair_id" : "sample_id", textField = pair ? "reason" : "note";
@@ -382,9 +384,9 @@ export async function render({ root, task, store, language = "en", wholePage = f
     parts.live.textContent = text;
     if (!visible) return;
     parts.toast.textContent = text;
-    parts.toast.classList.add("shown");
+    parts.toast.classList.add("s3ft-shown");
     clearTimeout(sayTimer);
-    sayTimer = setTimeout(() => parts.toast.classList.remove("shown"), 1600);
+    sayTimer = setTimeout(() => parts.toast.classList.remove("s3ft-shown"), 1600);
   }
 
   store.onstatus = (name, detail) => {
@@ -400,7 +402,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
   function drawStatus() {
     const [name, detail] = status, bad = name !== "saved" && name !== "saving";
     parts.status.textContent = name === "waiting" ? t(name, { n: detail ?? "" }) : name === "failed" ? t(name, { why: detail ?? "" }) : t(name);
-    parts.status.classList.toggle("bad", bad);
+    parts.status.classList.toggle("s3ft-bad", bad);
     parts.status.setAttribute("role", bad ? "alert" : "none");
   }
 
@@ -434,10 +436,10 @@ export async function render({ root, task, store, language = "en", wholePage = f
   function drawFrame() {
     parts = {};
     root.replaceChildren();
-    root.classList.remove("alone");
+    root.classList.remove("s3ft-alone");
     root.classList.add("s3ft");
-    root.classList.toggle("pair", pair);
-    root.classList.toggle("whole", wholePage);
+    root.classList.toggle("s3ft-pair", pair);
+    root.classList.toggle("s3ft-whole", wholePage);
     root.lang = lang;
     root.dataset.theme = prefs.theme;
     root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves our keys alone
@@ -479,7 +481,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     const item = items.get(current), draft = draftOf(current), earlier = item.prompt.slice(0, -1);
     parts.setting.hidden = false;
     parts.setting.replaceChildren(h("h2", {}, t("setting")), textBox(item.system_prompt));
-    parts.setting.querySelector(".text").tabIndex = 0;
+    parts.setting.querySelector(".s3ft-text").tabIndex = 0;
     parts.response = pair ? null : h("div", { class: "text", dir: "auto" });
     parts.history = earlier.length ? h("details", { class: "history", open: prefs.history, on: { toggle: (event) => { if (prefs.history !== event.target.open) { prefs.history = event.target.open; writePrefs(prefs); } } } },
       h("summary", {}, `${t("earlier")} (${earlier.length})`), earlier.map((message) => turn(message))) : null;
@@ -503,7 +505,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     parts.more?.remove();
     parts.more = over ? button(`${t("more")} (${text.length.toLocaleString(lang)})`, null, () => { opened.response = true; drawResponse(); }, { class: "more" }) : null;
     if (parts.more) parts.response.after(parts.more);
-    parts.response.classList.toggle("marking", !!marking);
+    parts.response.classList.toggle("s3ft-marking", !!marking);
     parts.markHelp?.toggleAttribute("hidden", !marking);
     parts.unmark?.toggleAttribute("hidden", !draftOf(current).spans.length);
   }
@@ -590,7 +592,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
   function endMarking() { marking = null; drawResponse(); }
 
   function showCursor(before = "") {
-    parts.response.querySelector(".cursor")?.scrollIntoView({ block: "nearest" });
+    parts.response.querySelector(".s3ft-cursor")?.scrollIntoView({ block: "nearest" });
     say(`${before} ${items.get(current).response.slice(...cursorSpan()).slice(0, 120)}`.trim());
   }
 
@@ -630,7 +632,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
   function writeNote() {
     if (current === null) return;
     parts.noteBox.hidden = false;
-    parts.noteBox.classList.add("open");
+    parts.noteBox.classList.add("s3ft-open");
     parts.note.focus();
   }
 
@@ -638,7 +640,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     if (pair || current === null || !items.get(current).original) return;
     const open = !parts.original.firstChild;
     parts.original.replaceChildren(...(open ? [h("section", { class: "turn before" }, h("h2", {}, t("original")), h("p", { class: "hint" }, t("original_why")), textBox(items.get(current).original))] : []));
-    parts.panel.querySelector("button.original")?.setAttribute("aria-expanded", String(open));
+    parts.panel.querySelector("button.s3ft-original")?.setAttribute("aria-expanded", String(open));
     if (open) parts.original.firstChild.scrollIntoView({ block: "nearest" });
   }
 
@@ -743,7 +745,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     ticking.touch();
     const name = keyOf(event), dialog = root.querySelector("dialog[open]");
     if (dialog) {
-      if ((name === "r" && dialog.classList.contains("rubric")) || (name === "?" && dialog.classList.contains("help"))) { dialog.close(); event.preventDefault(); }
+      if ((name === "r" && dialog.classList.contains("s3ft-rubric")) || (name === "?" && dialog.classList.contains("s3ft-help"))) { dialog.close(); event.preventDefault(); }
       return;
     }
     if (editable(event.target)) {
@@ -754,7 +756,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
       if (name === "z" && !event.shiftKey) { undo(); event.preventDefault(); }
       return;
     }
-    const menu = root.querySelector("details.menu[open]");
+    const menu = root.querySelector("details.s3ft-menu[open]");
     if (event.key === "Escape" && menu) { menu.open = false; return; }
     const onButton = event.target.closest?.("button, summary, a") && (name === " " || event.key === "Enter");
     if (onButton) return;
@@ -776,7 +778,7 @@ export async function render({ root, task, store, language = "en", wholePage = f
     store.flush?.();
   };
   const listeners = [[target, "keydown", onKey], [root, "pointerup", onPointerUp], [root, "pointermove", ticking.touch, { passive: true }], [root, "wheel", ticking.touch, { passive: true }],
-    [root, "pointerdown", (event) => { const menu = root.querySelector("details.menu[open]"); if (menu && !menu.contains(event.target)) menu.open = false; }],
+    [root, "pointerdown", (event) => { const menu = root.querySelector("details.s3ft-menu[open]"); if (menu && !menu.contains(event.target)) menu.open = false; }],
     [root, "click", () => { if (!root.contains(root.getRootNode().activeElement)) parts.article.focus({ preventScroll: true }); }], // the button is gone, the keys should not be
     [document, "selectionchange", onSelection], [document, "visibilitychange", leave], [window, "pagehide", () => { settle(); store.flush?.(); }]];
   for (const [node, type, handler, options] of listeners) node.addEventListener(type, handler, options);
@@ -791,20 +793,20 @@ export async function render({ root, task, store, language = "en", wholePage = f
 
 // ---------------------------------------------------------------- asking for a name, saying one thing
 
-export function askName({ root, words, language }) {
+function askName({ root, words, language }) {
   const { texts } = words[language] ?? words.en;
   return new Promise((resolve) => {
     const input = h("input", { id: "s3ft-who", maxlength: "80", autocomplete: "username", required: true, dir: "auto" });
     const form = h("form", { class: "card" }, h("h1", {}, texts.who), h("label", { for: "s3ft-who" }, texts.who_why), input, h("button", { class: "primary" }, texts.start));
     form.addEventListener("submit", (event) => { event.preventDefault(); const name = input.value.trim(); if (name) resolve(name); });
-    root.classList.add("s3ft", "whole", "alone");
+    root.classList.add("s3ft", "s3ft-whole", "s3ft-alone");
     root.lang = language;
     root.replaceChildren(form);
     input.focus();
   });
 }
 
-export function tell({ root, words, language, name }) {
-  root.classList.add("s3ft", "whole", "alone");
+function tell({ root, words, language, name }) {
+  root.classList.add("s3ft", "s3ft-whole", "s3ft-alone");
   root.replaceChildren(h("p", { class: "card", role: "alert" }, (words[language] ?? words.en).texts[name]));
 }

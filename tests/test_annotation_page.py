@@ -98,6 +98,22 @@ def open_first(page, path, name):
     return page
 
 
+def test_two_people_on_one_computer(browser, tmp_path):
+    path = write_page(tmp_path / "annotate.html", label_task([sample(i) for i in range(3)]))
+    page = open_first(browser(), path, "ann")
+    press(page, "a")
+    page.get_by_text("Menu").click()
+    page.get_by_role("button", name="Not ann?").click()
+    page.get_by_role("textbox").wait_for()
+    page.keyboard.type("bob")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article", state="attached")
+    assert item(page) == "Item 1 of 3"
+    press(page, "b")
+    rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
+    assert [(row.annotator, row.label) for row in rows] == [("bob", "bad_context")] and not page.wrong
+
+
 def test_two_thousand_items_within_a_tenth_of_a_second(browser, tmp_path):
     long = "A sentence of ordinary length that says little. " * 40
     path = write_page(tmp_path / "annotate.html", label_task([sample(i, response=long + str(i)) for i in range(2000)]), "ann")

@@ -13,10 +13,16 @@ function storage() {
   }
 }
 
+function forget() {
+  localStorage.removeItem("s3ft:annotator");
+  location.reload();
+}
+
 function pageStore(task) {
   const kept = storage(), prefix = `s3ft:${task.id}:${task.annotator}:`;
   const store = {
     files: true,
+    rename: kept && !given.annotator ? forget : null,
     load: () => {
       if (!kept) {
         addEventListener("beforeunload", (event) => event.preventDefault());

@@ -8,6 +8,7 @@
 //          save(change)  keeps {submission, item, row | null, skipped}; a later change of an item replaces the former
 //          flush()       writes whatever is still waiting
 //          files         true where annotators export and import their answers themselves
+//          rename()      where the page asked for a name: forgets it and asks again
 //          onstatus      set here, called by the host with a name from the texts (saved, saving, waiting, failed, …) and a detail
 //          onrefused     set here, called by the host with the id of an item whose answer was not accepted
 //
@@ -46,6 +47,7 @@ function nameOf(run) {
   return (NAMES[one] ?? "U+" + point.toString(16).toUpperCase().padStart(4, "0")) + (n > 1 ? ` +${n - 1}` : "");
 }
 
+const shownAtFirst = (text) => (text.length <= LONG ? text.length : isLow(text, LONG) ? LONG - 1 : LONG);
 const isLow = (text, at) => at > 0 && /[\uDC00-\uDFFF]/.test(text[at] ?? "") && /[\uD800-\uDBFF]/.test(text[at - 1]);
 
 function toPoints(text, unit) {
@@ -401,7 +403,7 @@ async function render({ root, task, store, language = "en", wholePage = false })
 
   function drawStatus() {
     const [name, detail] = status, bad = name !== "saved" && name !== "saving";
-    parts.status.textContent = name === "waiting" ? t(name, { n: detail ?? "" }) : name === "failed" ? t(name, { why: detail ?? "" }) : t(name);
+    parts.status.textContent = t(name, { n: detail, why: detail });
     parts.status.classList.toggle("s3ft-bad", bad);
     parts.status.setAttribute("role", bad ? "alert" : "none");
   }
@@ -422,12 +424,11 @@ async function render({ root, task, store, language = "en", wholePage = false })
     return h("button", { type: "button", on: { click: run }, ...named, ...attributes }, keys ? key(keys.toUpperCase()) : null, h("span", {}, text));
   }
 
-  function textBox(text, options = {}) {
+  function textBox(text) {
     const box = h("div", { class: "text", dir: "auto" });
-    const over = text.length > LONG;
-    showText(box, text, { ...options, label: t("hidden"), upTo: over ? LONG : text.length });
-    if (!over) return box;
-    const more = button(`${t("more")} (${text.length.toLocaleString(lang)})`, null, () => { showText(box, text, { ...options, label: t("hidden") }); more.remove(); }, { class: "more" });
+    showText(box, text, { label: t("hidden"), upTo: shownAtFirst(text) });
+    if (text.length <= LONG) return box;
+    const more = button(`${t("more")} (${text.length.toLocaleString(lang)})`, null, () => { showText(box, text, { label: t("hidden") }); more.remove(); }, { class: "more" });
     return h("div", {}, box, more);
   }
 
@@ -453,7 +454,8 @@ async function render({ root, task, store, language = "en", wholePage = false })
       button(t("keys"), "?", () => openDialog("help")),
       button(t("theme"), "l", toggleTheme),
       Object.keys(task.words).filter((one) => one !== lang).map((one) => button(task.words[one].texts.language, null, () => setLanguage(one), { lang: one })),
-      store.files ? button(t("import"), null, () => parts.file.click()) : null));
+      store.files ? button(t("import"), null, () => parts.file.click()) : null,
+      store.rename ? button(t("rename", { name: task.annotator }), null, store.rename) : null));
     parts.file = h("input", { type: "file", accept: ".jsonl,.json,application/json", class: "unseen", tabindex: "-1", "aria-hidden": "true", on: { change: (event) => importFile(event.target) } });
     parts.head = h("header", {},
       h("h1", { dir: "auto" }, task.title || "S3FT"),
@@ -501,7 +503,7 @@ async function render({ root, task, store, language = "en", wholePage = false })
 
   function drawResponse() {
     const text = items.get(current).response, over = text.length > LONG && !opened.response && !marking;
-    showText(parts.response, text, { spans: draftOf(current).spans, cursor: marking && cursorSpan(), label: t("hidden"), upTo: over ? LONG : text.length });
+    showText(parts.response, text, { spans: draftOf(current).spans, cursor: marking && cursorSpan(), label: t("hidden"), upTo: over ? shownAtFirst(text) : text.length });
     parts.more?.remove();
     parts.more = over ? button(`${t("more")} (${text.length.toLocaleString(lang)})`, null, () => { opened.response = true; drawResponse(); }, { class: "more" }) : null;
     if (parts.more) parts.response.after(parts.more);

@@ -1,5 +1,7 @@
 // Host: a notebook widget (anywidget). Every answer goes to Python at once, which writes it to a file and says so.
 
+const PATIENCE = 10_000; // milliseconds before Python is taken to be gone
+
 function widgetStore(model) {
   const waiting = new Map(); // submission -> change
   let loaded = null;
@@ -9,6 +11,7 @@ function widgetStore(model) {
       waiting.set(change.submission, change);
       store.onstatus?.("saving");
       model.send({ type: "save", change });
+      setTimeout(() => { if (waiting.has(change.submission)) store.onstatus?.("no_kernel", waiting.size); }, PATIENCE);
     },
     flush: () => {},
   };

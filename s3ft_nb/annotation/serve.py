@@ -51,7 +51,7 @@ def connect_study(
     except OSError as error: raise cannot_write(path, error) from None
     except sqlite3.DatabaseError as error: raise InputError(f"is not a study: {error}", path, remedy="name a file made by s3ft annotate serve") from None
 
-# %% ../../nbs/annotation/13_serve.ipynb #15656d53
+# %% ../../nbs/annotation/13_serve.ipynb #2c4c29cc
 class Study:
     "A task, its annotators and their answers; may be used from several threads."
 
@@ -61,6 +61,7 @@ class Study:
         task: Task | None = None,  # Needed for a new one
         shares: dict | None = None,  # {annotator: ids of their items in order}; people who are there already keep theirs
     ):
+        if task is None and not Path(path).is_file(): raise InputError("no such study", path, remedy="check the path, or name the samples or pairs to label")
         self.path, self.lock, self.db = Path(path), threading.Lock(), connect_study(path)
         with self.lock: self.task = begin_study(self.db, self.path, task, shares or {})
         self.tasks = {name: for_annotator(self.task, json.loads(items)) for name, items in self.ask("SELECT annotator, items FROM person")}
@@ -140,7 +141,7 @@ def position_of(
     if held and held[0]: return held[0]
     return (db.execute("SELECT max(position) FROM answer WHERE annotator = ?", [annotator]).fetchone()[0] or 0) + 1
 
-# %% ../../nbs/annotation/13_serve.ipynb #55c2d24f
+# %% ../../nbs/annotation/13_serve.ipynb #a3c82bdd
 def records_of(
     study: Study,  # The study
     annotator: str,  # Who
@@ -154,19 +155,17 @@ def study_rows(
     path: str | Path,  # Study file
 ) -> list:  # `Annotation` or `Preference` rows, person by person in the order they answered
     "All answers of a study; raises `InputError` when there is no such study."
-    if not Path(path).is_file(): raise InputError("no such file", path, remedy="check the path")
     study = Study(path)
     model = Annotation if study.task.kind == "label" else Preference
     rows = study.ask("SELECT row FROM answer WHERE row IS NOT NULL ORDER BY annotator, position")
     study.close()
     return [row_of(model, json.loads(row), path) for row, in rows]
 
-# %% ../../nbs/annotation/13_serve.ipynb #a889efaf
+# %% ../../nbs/annotation/13_serve.ipynb #7eb5b258
 def study_progress(
     path: str | Path,  # Study file
 ) -> dict:  # {annotator: (answered, of how many)}
     "How far everyone is; raises `InputError` when there is no such study."
-    if not Path(path).is_file(): raise InputError("no such file", path, remedy="check the path")
     study = Study(path)
     done = dict(study.ask("SELECT annotator, count(row) FROM answer GROUP BY annotator"))
     study.close()

@@ -6,13 +6,13 @@
 __all__ = ['annotate_app', 'Items', 'Title', 'Language', 'Mix', 'Shares', 'flag', 'read_shares', 'task_from', 'annotate_page',
            'file_name', 'annotate_serve', 'annotate_pairs', 'annotate_export']
 
-# %% ../nbs/top/10b_annotate.ipynb #120b8f37
+# %% ../nbs/top/10b_annotate.ipynb #63110081
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .core.records import InputError, Pair, read_json, read_rows, write_rows
+from .core.records import InputError, read_json, read_rows, write_rows
 
 # %% ../nbs/top/10b_annotate.ipynb #11cdfbfb
 annotate_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Let people label: as one HTML file, or over a server.")

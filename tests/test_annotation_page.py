@@ -12,7 +12,7 @@ from s3ft_nb.annotation.annotations import read_annotations
 from s3ft_nb.annotation.page import page_html, page_script, write_page
 from s3ft_nb.annotation.rubric import LETTERS, RUBRIC, label_of
 from s3ft_nb.annotation.task import label_task, pair_task, task_payload
-from s3ft_nb.core.records import Annotation, Message, Pair, Preference, Sample, read_rows
+from s3ft_nb.core.records import Message, Pair, Preference, Sample, read_rows
 
 chromium()  # skips the file where there is none
 WALK = {"A": "yyy", "B": "yny", "C": "yyn", "D": "ynn", "E": "n"}  # keys of the three decisions

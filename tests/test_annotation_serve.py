@@ -16,8 +16,8 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed; it comes with t
 
 from s3ft_nb.annotation.annotations import read_annotations
 from s3ft_nb.annotation.rubric import LABELS, LETTERS
-from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, Study, study_rows
-from s3ft_nb.core.records import Message, Pair, Preference, Sample, read_rows, write_json, write_rows
+from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, study_rows
+from s3ft_nb.core.records import Message, Preference, Sample, read_rows, write_json, write_rows
 
 COMMAND = [sys.executable, "-c", "from s3ft_nb.cli import app; app()", "annotate"]
 
@@ -97,8 +97,8 @@ def serving(tmp_path):
 def annotator(server, name, plan, errors):
     "Send a person's answers in order, each until it is confirmed, some of them twice, over connections that break."
     rng = random.Random(name)
-    for n, (item, label) in enumerate(plan):
-        body, confirmed = change(name, item, label, f"submission-{name}-{n:05}"), 0
+    for n, (one, label) in enumerate(plan):
+        body, confirmed = change(name, one, label, f"submission-{name}-{n:05}"), 0
         wanted = 1 + (rng.random() < 0.2)  # now and then the page is not sure and sends again
         while confirmed < wanted:
             try: status, _, text = server.ask("POST", "/api/change", body, server.token(name))
@@ -225,6 +225,8 @@ def test_only_this_machine_unless_told_otherwise(rebound, tmp_path):
     words = [*COMMAND, "serve", str(tmp_path / "s.sqlite"), str(items), "--annotators", "ann", "--port", "0"]
     done = subprocess.run([*words, "--host", "0.0.0.0"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--address" in done.stderr and "Traceback" not in done.stderr
+    bare = subprocess.run([*words, "--certificate", "none.pem"], capture_output=True, text=True, timeout=60)
+    assert bare.returncode == 2 and "none.pem: --certificate: cannot be used" in bare.stderr
     taken = subprocess.run([*words[:-1], str(rebound.port)], capture_output=True, text=True, timeout=60)
     assert taken.returncode == 2 and "cannot listen" in taken.stderr
     assert (tmp_path / "s.sqlite").stat().st_mode & 0o077 == 0  # nobody else reads the tokens
@@ -326,6 +328,20 @@ def test_hostile_content_is_inert_over_the_network(serving, browser, tmp_path):
     assert page.evaluate("() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }") == "refused"
     frame = page.evaluate("""(url) => new Promise((done) => { const f = document.createElement("iframe"); f.src = url; f.onload = () => { let inside = null; try { inside = f.contentDocument?.getElementById("app"); } catch {} done(!!inside); }; document.body.append(f); setTimeout(() => done(false), 1500); })""", f"http://127.0.0.1:{server.port}/")
     assert frame is False  # not even we may put it into a frame
+
+
+def test_a_refused_answer_is_told_and_open_again(serving, browser, tmp_path):
+    server = serving([sample(i) for i in range(3)], "--annotators", "ann")
+    page = visit(browser(), server.links["ann"])
+    page.route("**/api/change", lambda route: route.fulfill(status=400, content_type="application/json", body='{"error": "a made-up reason"}'), times=1)
+    press(page, "a")
+    page.get_by_role("alert").get_by_text("Not saved: a made-up reason").wait_for()
+    press(page, "b", "c")
+    settled(page)
+    assert item(page) == "Item 1 of 3"  # it is asked again
+    press(page, "d")
+    settled(page)
+    assert sorted(row.label for row in study_rows(tmp_path / "study.sqlite")) == ["all_bad", "bad_context", "bad_system"]
 
 
 def test_pairs_over_the_network(serving, browser, tmp_path):

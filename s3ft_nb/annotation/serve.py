@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MAX_BODY', 'HEADERS', 'connect_study', 'Study', 'begin_study', 'annotator_of', 'keep_change', 'position_of',
            'records_of', 'study_rows', 'study_progress', 'public_files', 'host_name', 'is_loopback', 'bearer',
-           'hand_out', 'take_in', 'body_of', 'make_app', 'guarded', 'listen', 'address_of', 'personal_links',
-           'serve_study']
+           'hand_out', 'take_in', 'body_of', 'make_app', 'guarded', 'listen', 'address_of', 'make_server',
+           'personal_links', 'serve_study']
 
 # %% ../../nbs/annotation/13_serve.ipynb #4eb31d0e
 import hmac
@@ -329,6 +329,21 @@ def address_of(
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}", {"127.0.0.1", "localhost", "::1", host}
 
+# %% ../../nbs/annotation/13_serve.ipynb #ee587586
+def make_server(
+    app: Any,  # ASGI application
+    certificate: str = "",  # PEM file, to serve over TLS
+    key: str = "",  # Its key, when it is not in the same file
+) -> Any:  # `uvicorn.Server`
+    "A server that can start; raises `InputError` when the certificate cannot be used."
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=512,
+                            timeout_keep_alive=10, timeout_graceful_shutdown=5, ssl_certfile=certificate or None, ssl_keyfile=key or None)
+    try: config.load()
+    except OSError as error: raise InputError(f"cannot be used: {error}", certificate, field="--certificate", remedy="name a certificate and its key, both PEM") from None
+    return uvicorn.Server(config)
+
 # %% ../../nbs/annotation/13_serve.ipynb #1ea6fa8e
 def personal_links(
     study: Study,  # The study
@@ -337,7 +352,7 @@ def personal_links(
     "A personal link for everyone."
     return {name: f"{address}/#{token}" for name, token in study.tokens.items()}
 
-# %% ../../nbs/annotation/13_serve.ipynb #0082747b
+# %% ../../nbs/annotation/13_serve.ipynb #462152e5
 def serve_study(
     study: Study,  # The study
     host: str = "127.0.0.1",  # Loopback unless told otherwise
@@ -349,14 +364,10 @@ def serve_study(
 ) -> None:
     "Serve until interrupted; raises `InputError` when it cannot."
     address, hosts = address_of(host, port, public)
-    app = make_app(study, hosts)
-    import uvicorn
-
+    server = make_server(make_app(study, hosts), certificate, key)
     taken = listen(host, port)
     if not public: address = address_of(host, taken.getsockname()[1])[0]
     if certificate: address = address.replace("http://", "https://", 1)
     if not is_loopback(host) and address.startswith("http://"): tell("Links and labels travel unencrypted: fine on a network you trust, not on the internet.")
     for name, link in personal_links(study, address).items(): tell(f"{name}: {link}")
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=512,
-                            timeout_keep_alive=10, timeout_graceful_shutdown=5, ssl_certfile=certificate or None, ssl_keyfile=key or None)
-    with taken: uvicorn.Server(config).run(sockets=[taken])
+    with taken: server.run(sockets=[taken])

@@ -7,10 +7,11 @@ __all__ = ['RATES', 'in_order', 'pace', 'slow_items', 'of_the_others', 'trend_p'
            'growing_parts', 'power_fit', 'power_at', 'verdict_on', 'noise_of', 'learning_curve', 'likeliest_labels',
            'agreement_with_others', 'in_place_of', 'machine_report', 'follows_prompt', 'judge_report']
 
-# %% ../../nbs/annotation/05_effort.ipynb #10b7d556
+# %% ../../nbs/annotation/05_effort.ipynb #b7ebb036
 from collections import Counter, defaultdict
 
 import numpy as np
+from scipy.stats import t
 
 from .agreement import alpha_interval, kappa_interval
 from ..core.records import Annotation, InputError, stable_id
@@ -138,8 +139,8 @@ def growing_parts(
     sizes = np.unique(np.geomspace(smallest * len(mixed), len(mixed), steps).round().astype(int))
     return [{id: label for _, label, id in mixed[:size]} for size in sizes if size > 0]
 
-# %% ../../nbs/annotation/05_effort.ipynb #ac407c4d
-RATES = np.geomspace(0.1, 2.0, 25)  # Powers of n that learning curves were seen to follow
+# %% ../../nbs/annotation/05_effort.ipynb #cc4ca840
+RATES = np.geomspace(0.05, 2.0, 25)  # Powers of n that are tried
 
 
 def power_fit(
@@ -179,14 +180,15 @@ def verdict_on(
     if low is None or low < margin <= high: return "cannot tell"
     return "worth it" if low >= margin else "not worth it"
 
-# %% ../../nbs/annotation/05_effort.ipynb #7d0f9294
+# %% ../../nbs/annotation/05_effort.ipynb #a860b8d0
 def noise_of(
     points: list,  # `{n, score, stderr}`; stderr may be absent
     fitted: np.ndarray,  # (points,) scores on the curve
 ) -> np.ndarray:  # (points,) standard deviation of each score
-    "How far a score may be off: its own standard error, and at least the scatter of all."
-    scatter = np.sqrt(((np.array([row["score"] for row in points]) - fitted) ** 2).sum() / (len(points) - 3))
-    return np.maximum(scatter, [row.get("stderr") or 0.0 for row in points])
+    "How far a score may be off: its own standard error, and at least the scatter of all, widened since few points tell it badly."
+    free = len(points) - 3  # a curve has three parameters
+    scatter = np.sqrt(((np.array([row["score"] for row in points]) - fitted) ** 2).sum() / free)
+    return np.maximum(scatter * t.ppf(0.975, free) / t.ppf(0.975, 1e9), [row.get("stderr") or 0.0 for row in points])
 
 
 def learning_curve(

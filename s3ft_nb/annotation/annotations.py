@@ -16,15 +16,16 @@ from collections.abc import Iterable
 from .rubric import LABELS
 from ..core.records import Annotation, InputError, decode, iter_lines, read_bytes, row_of, write_rows, stable_id
 
-# %% ../../nbs/annotation/01_annotations.ipynb #45f3da2c
+# %% ../../nbs/annotation/01_annotations.ipynb #5f059623
 def csv_lines(
     path: str,  # A CSV file with a header, plain or gzip
+    model: type = Annotation,  # Whose fields are the columns; those without a default are needed
 ) -> Iterable[tuple[int, dict]]:  # (line of the file from 1, fields that were filled in)
-    "Rows of a CSV file with the columns of `Annotation`; raises `InputError` on a missing or unknown column."
+    "Rows of a CSV file; raises `InputError` on a missing or unknown column."
     reader = csv.DictReader(io.StringIO(decode(read_bytes(path), path), newline=""), strict=True)
     try:
-        columns, fields = reader.fieldnames or [], set(Annotation.model_fields)
-        needed = {"sample_id", "annotator", "label"}
+        columns, fields = reader.fieldnames or [], set(model.model_fields)
+        needed = {name for name, field in model.model_fields.items() if field.is_required()}
         if not needed <= set(columns) <= fields or len(set(columns)) < len(columns):
             raise InputError(
                 f"columns are {columns}",

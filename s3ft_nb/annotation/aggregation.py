@@ -7,7 +7,7 @@ __all__ = ['vote_matrix', 'm_step', 'e_step', 'vote_shares', 'fit_votes', 'Conse
            'posterior_rows', 'error_rates_of', 'noise_figures', 'label_noise', 'reasons_to_adjudicate', 'adjudication',
            'gold_report', 'aggregation_report']
 
-# %% ../../nbs/annotation/03_aggregation.ipynb #978a6700
+# %% ../../nbs/annotation/03_aggregation.ipynb #2a283c90
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 
 from .agreement import label_counts
 from .rubric import LABELS
-from ..core.records import Annotation, InputError
+from ..core.records import InputError
 from ..evaluation.stats import wilson
 
 # %% ../../nbs/annotation/03_aggregation.ipynb #141fd981

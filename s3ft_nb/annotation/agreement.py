@@ -7,13 +7,13 @@ __all__ = ['label_counts', 'alpha_of_sums', 'pair_terms', 'number', 'alpha', 'bo
            'kappa', 'kappa_of_tables', 'kappa_interval', 'labels_of_two', 'fleiss', 'one_against_rest', 'per_label',
            'confusion_between', 'coincidences', 'taken_for', 'kappa_of_two', 'agreement_report']
 
-# %% ../../nbs/annotation/02_agreement.ipynb #06fa9f26
+# %% ../../nbs/annotation/02_agreement.ipynb #b0d1dbe8
 from itertools import combinations
 
 import numpy as np
 
 from .rubric import LABELS
-from ..core.records import Annotation, InputError
+from ..core.records import InputError
 from ..evaluation.stats import cluster_sums, interval, resampled_sums, wilson
 
 # %% ../../nbs/annotation/02_agreement.ipynb #26ca74be

@@ -10,7 +10,7 @@ __all__ = ['STUDIO_PAIRS', 'FORMULA', 'told', 'left_out', 'our_label', 'only_las
            'to_paper', 'from_paper', 'split_paper_prompt', 'labels_from_paper', 'labels_to_paper', 'spreadsheet_cell',
            'write_csv', 'read_answers']
 
-# %% ../../nbs/annotation/07_exchange.ipynb #a3773ee2
+# %% ../../nbs/annotation/07_exchange.ipynb #f3d6be8a
 import csv
 import io
 import re
@@ -18,7 +18,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from .annotations import csv_lines
-from .rubric import LABELS, LETTERS, judge_system, words_of
+from .rubric import LABELS, LETTERS, words_of
 from ..core.ledger import Ledger
 from ..core.records import Annotation, InputError, Preference, Sample, iter_lines, row_of, stable_id, write_bytes
 
@@ -336,7 +336,7 @@ def from_paper(
         out.append(row_of(Sample, fields))
     return out
 
-# %% ../../nbs/annotation/07_exchange.ipynb #47ed57ab
+# %% ../../nbs/annotation/07_exchange.ipynb #a5ee6008
 def split_paper_prompt(
     text: str,  # Query and system prompt around the word "system":
     where: str,  # Row, for the error
@@ -355,9 +355,9 @@ def labels_from_paper(
     "Read S3FT's labelled export; raises `InputError` on a missing part and on an unknown label."
     plain, labels, names = [], [], {"out_of_place": "not_applicable"} | (names or {})
     for i, row in enumerate(rows):
-        try: query, pid = row["prompt"], row["payload"]["pid"]; response, label = row["responses"][0]["response"], row["labels"][0]["result"]["label"]
+        try: text, pid, response, label = row["prompt"], row["payload"]["pid"], row["responses"][0]["response"], row["labels"][0]["result"]["label"]
         except (KeyError, IndexError, TypeError): raise InputError("is no labelled record", field=f"rows.{i}", remedy="it needs payload.pid, prompt, history, responses and labels") from None
-        query, system = split_paper_prompt(query, f"rows.{i}")
+        query, system = split_paper_prompt(text, f"rows.{i}")
         plain.append({"pid": pid, "system": system, "history": row.get("history") or [], "prompt": query, "response": response})
         labels.append(our_label(label, names, f"rows.{i}"))
     samples = from_paper(plain)

@@ -272,13 +272,26 @@ def test_sixty_thousand_votes_take_seconds():
 
 def test_one_vote_one_person_one_label():
     alone = [Annotation(sample_id="s", annotator="a", label="good")]
-    assert consensus_labels(dawid_skene(alone)) == {"s": "good"}
+    with pytest.raises(InputError, match="labels by two people"): dawid_skene(alone)
+    with pytest.raises(InputError, match="labels by two people"): label_noise([])
+    assert consensus_labels(dawid_skene(alone, gold={"s": "good"})) == {"s": "good"}
     assert gold_report(alone, {"s": "good"})["a"]["accuracy"] == 1
     unanimous = [Annotation(sample_id=f"s{i}", annotator=a, label="good") for i in range(9) for a in "abc"]
     found = dawid_skene(unanimous)
     assert error_rates_of(found.prior, found.confusion).max() < 0.1 and not adjudication(unanimous, found)
     assert alpha_interval(unanimous) == (None, None, None)
     assert per_label(unanimous)["good"]["agreement"] == 1
+
+
+def test_lone_labels_keep_their_word_where_a_share_is_labelled_twice():
+    truth = {f"s{i}": LABELS[(0, 0, 0, 2, 1)[i % 5]] for i in range(600)}
+    names = ("a", "b", "c")
+    dealt = overlap(list(truth), names, 3, seed=0, share=0.25)
+    rows = [row for name, rate in zip(names, (0.05, 0.1, 0.15)) for row in simulate({id: truth[id] for id in dealt[name]}, name, rate, 0)]
+    labels, said = consensus_labels(dawid_skene(rows), 0), Counter(row.sample_id for row in rows)
+    lone = [row for row in rows if said[row.sample_id] == 1]
+    assert np.mean([labels[row.sample_id] == row.label for row in lone]) > 0.9
+    assert np.mean([labels[row.sample_id] == truth[row.sample_id] for row in lone]) >= np.mean([row.label == truth[row.sample_id] for row in lone]) - 0.01
 
 
 # ------------------------------------------------------------------ designs

@@ -103,18 +103,23 @@ class Consensus:
     steps: int  # Of EM
     settled: bool  # Whether it came to rest; if not, two people alone can hardly be told apart
 
-# %% ../../nbs/annotation/03_aggregation.ipynb #c4a6347b
+# %% ../../nbs/annotation/03_aggregation.ipynb #19b41972
 def dawid_skene(
     annotations: list,  # `Annotation` rows
     labels: tuple = LABELS,  # Labels that may occur
     gold: dict | None = None,  # {sample_id: label} known for certain; other samples in it are passed over
     smoothing: float = 1.0,  # As of `m_step`; 0 is the paper's estimate
 ) -> Consensus:  # Labels, shares and confusion matrices
-    "Labels and annotators' errors together; raises `InputError` without annotations and where `label_counts` does."
-    if not annotations: raise InputError("no annotations to aggregate", field="annotations")
+    "Labels and annotators' errors together; raises `InputError` when no sample has two labels or is gold, and where `label_counts` does."
     votes, samples, people = vote_matrix(annotations, labels)
     known = {i: labels.index(gold[id]) for i, id in enumerate(samples) if gold and id in gold}
-    return Consensus(samples, people, labels, *fit_votes(votes, len(labels), known, smoothing))
+    telling = [i for i, n in enumerate(votes.sum(1)) if n > 1 or i in known]
+    if not telling: raise InputError("no sample has labels by two people", field="annotations", remedy="let people share some samples, or take the labels as they are")
+    place = {i: k for k, i in enumerate(telling)}
+    _, prior, confusion, _, steps, settled = fit_votes(votes[telling], len(labels), {place[i]: label for i, label in known.items()}, smoothing)
+    posterior, likelihood = e_step(prior, confusion, votes)
+    for i, label in known.items(): posterior[i] = np.eye(len(labels))[label]
+    return Consensus(samples, people, labels, posterior, prior, confusion, likelihood, steps, settled)
 
 # %% ../../nbs/annotation/03_aggregation.ipynb #f3585b66
 def consensus_labels(
@@ -156,7 +161,7 @@ def noise_figures(
     each = error_rates_of(fit[1], fit[2])
     return np.array([*each, each @ given / given.sum(), 1 - fit[0].max(1).mean()])
 
-# %% ../../nbs/annotation/03_aggregation.ipynb #cd62bac1
+# %% ../../nbs/annotation/03_aggregation.ipynb #15c1bb1e
 def label_noise(
     annotations: list,  # `Annotation` rows
     labels: tuple = LABELS,  # Labels that may occur
@@ -164,8 +169,10 @@ def label_noise(
     draws: int = 100,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # {annotators: {name: {error, low, high, n}}, single: {...}, aggregate: {...}}, shares in [0, 1]
-    "Estimated share of wrong labels, without gold; trust it where three or more people labelled the same samples."
-    votes, _, people = vote_matrix(annotations, labels)
+    "Estimated share of wrong labels on samples with two labels or more; trust it where three or more people share samples."
+    times = Counter(row.sample_id for row in annotations)
+    votes, _, people = vote_matrix([row for row in annotations if times[row.sample_id] > 1], labels)
+    if not people: raise InputError("no sample has labels by two people", field="annotations", remedy="let people share some samples")
     rng, n, k = np.random.default_rng(seed), votes.shape[0], len(labels)
     given = np.asarray(votes.sum(0)).reshape(-1, k).sum(1)
     estimate = noise_figures(fit_votes(votes, k, smoothing=smoothing), given)

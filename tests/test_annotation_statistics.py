@@ -16,7 +16,7 @@ from s3ft_nb.annotation.aggregation import adjudication, consensus_labels, dawid
 from s3ft_nb.annotation.agreement import alpha, alpha_interval, alpha_of_sums, fleiss, kappa, kappa_interval, kappa_of_tables, pair_terms, per_label
 from s3ft_nb.annotation.annotations import majority, simulate
 from s3ft_nb.annotation.effort import annotator_drift, learning_curve
-from s3ft_nb.annotation.exchange import character_offset, from_argilla, from_label_studio, from_paper, read_answers, to_argilla, to_label_studio, to_paper, utf16_offset, write_csv
+from s3ft_nb.annotation.exchange import STUDIO_PAIRS, character_offset, from_argilla, from_label_studio, from_paper, label_studio_config, read_answers, to_argilla, to_label_studio, to_paper, utf16_offset, write_csv
 from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, position_bias, win_tie_loss
 from s3ft_nb.annotation.rubric import LABELS
 from s3ft_nb.annotation.sampling import annotation_design, design_facts, mix_gold, next_most_useful, overlap
@@ -374,6 +374,26 @@ def test_tools_round_trip_of_anything(response, note, label, data):
     assert from_argilla(through(to_argilla([sample], [row]))) == [row.model_copy(update={"seconds": None})]
     assert [one.response for one in from_paper(through(to_paper([sample])))] == [response]
     assert all(character_offset(response, utf16_offset(response, i)) == i for i in range(len(response)))
+
+
+def test_label_studio_takes_our_files():
+    library = pytest.importorskip("label_studio_sdk.label_interface", reason="pip install label-studio-sdk for this comparison")
+    sample = samples_of(1)[0]
+    task = to_label_studio([sample], [Annotation(sample_id=sample.id, annotator="ann", label="good", note="x", spans=[(0, 3)])])[0]
+    for language in ("en", "zh"):
+        interface = library.LabelInterface(label_studio_config(language))
+        interface.validate()
+        assert interface.validate_task({"data": task["data"]}) and interface.validate_annotation(task["annotations"][0])
+        assert all(interface.validate_region(region) for region in task["annotations"][0]["result"])
+    library.LabelInterface(STUDIO_PAIRS).validate()
+
+
+def test_argilla_gives_our_records_back():
+    library = pytest.importorskip("argilla", reason="pip install argilla for this comparison")
+    sample = samples_of(1)[0]
+    row = Annotation(sample_id=sample.id, annotator="ann", label="good", note="x", spans=[(0, 3)])
+    record = to_argilla([sample], [row], [Score(sample_id=sample.id, probabilities={"good": 1.0})])[0]
+    assert from_argilla([library.Record.from_dict(record).to_dict()]) == [row]
 
 
 def test_every_answer_in_an_export_is_kept_or_counted():

@@ -7,13 +7,13 @@ __all__ = ['POWERS', 'by_annotator', 'pace', 'slow_items', 'of_the_others', 'tre
            'growing_parts', 'power_fit', 'power_at', 'verdict_on', 'noise_of', 'learning_curve', 'likeliest_labels',
            'agreement_with_others', 'in_place_of', 'machine_report', 'follows_prompt', 'judge_report']
 
-# %% ../../nbs/annotation/05_effort.ipynb #b7ebb036
+# %% ../../nbs/annotation/05_effort.ipynb #890911ec
 from collections import Counter, defaultdict
 
 import numpy as np
 from scipy.stats import t
 
-from .agreement import alpha_interval, kappa_interval
+from .agreement import alpha_interval, clusters_of, kappa_interval
 from ..core.records import Annotation, InputError, stable_id
 from ..evaluation.stats import paired_difference, wilson
 
@@ -90,7 +90,7 @@ def trend(
     place = np.linspace(0, 1, len(values))
     return {"change": float(np.polyfit(place, values, 1)[0]), "p": trend_p(values, seed=seed)}
 
-# %% ../../nbs/annotation/05_effort.ipynb #6b28d095
+# %% ../../nbs/annotation/05_effort.ipynb #a1f22cf1
 def work_blocks(
     rows: list,  # One annotator's rows in order
     reference: dict,  # {sample_id: label}; rows without one count for labels and times only
@@ -111,14 +111,14 @@ def work_blocks(
 
 def annotator_drift(
     annotations: list,  # `Annotation` rows
-    gold: dict | None = None,  # {sample_id: label}; the others' majority when absent
+    gold: dict | None = None,  # {sample_id: label}; for other samples the others' majority
     blocks: int = 5,  # Stretches of the work
     seed: int = 0,  # Random seed
 ) -> dict:  # {annotator: {blocks, agreement: {change, p}, seconds: {change of log time, p}}}
     "How each annotator changes over their work."
     out = {}
     for name, rows in by_annotator(annotations).items():
-        reference = gold if gold is not None else of_the_others(annotations, name)
+        reference = of_the_others(annotations, name) | (gold or {})
         same = [row.label == reference[row.sample_id] for row in rows if row.sample_id in reference]
         times = [np.log(row.seconds) for row in rows if row.seconds]
         out[name] = {"blocks": work_blocks(rows, reference, blocks), "agreement": trend(same, seed), "seconds": trend(times, seed)}
@@ -215,7 +215,7 @@ def learning_curve(
     ceiling = {"mean": min(1.0, float(one[0][0]))} | ends(np.minimum(1, fits[0]))
     return out | {"now": float(power_at(one, now)[0]), "gain": gain, "ceiling": ceiling, "curve": curve, "verdict": verdict_on(gain["low"], gain["high"], margin)}
 
-# %% ../../nbs/annotation/05_effort.ipynb #209b00d6
+# %% ../../nbs/annotation/05_effort.ipynb #851f5762
 def likeliest_labels(
     scores: list,  # `Score` rows
 ) -> dict:  # {sample_id: label}
@@ -248,11 +248,11 @@ def in_place_of(
         ids = sorted(person.keys() & instead.keys())
         if not ids: continue
         a, b = [instead[id] for id in ids], [person[id] for id in ids]
-        found = paired_difference(a, b, [clusters[id] if clusters else id for id in ids], **settings)
+        found = paired_difference(a, b, clusters_of(ids, clusters), **settings)
         out[name] = found | {"machine": float(np.mean(a)), "person": float(np.mean(b))}
     return out
 
-# %% ../../nbs/annotation/05_effort.ipynb #c933d7a4
+# %% ../../nbs/annotation/05_effort.ipynb #e95c7dce
 def machine_report(
     annotations: list,  # `Annotation` rows by people
     machine: dict,  # {sample_id: label}
@@ -264,7 +264,7 @@ def machine_report(
     "Human-versus-machine agreement; raises `InputError` when no sample has both labels."
     ids = sorted(id for id, label in settled.items() if label is not None and id in machine)
     if not ids: raise InputError("no sample is labelled by people and by the machine", field="machine", remedy="score the annotated samples")
-    kappa, low, high = kappa_interval([settled[id] for id in ids], [machine[id] for id in ids], [clusters[id] for id in ids] if clusters else None, draws, seed)
+    kappa, low, high = kappa_interval([settled[id] for id in ids], [machine[id] for id in ids], clusters_of(ids, clusters), draws, seed)
     shared = [row for row in annotations if row.sample_id in machine]
     added = shared + [Annotation(sample_id=id, annotator="machine", label=machine[id]) for id in sorted({row.sample_id for row in shared})]
     alphas = {name: dict(zip(("alpha", "low", "high"), alpha_interval(rows, draws=draws, seed=seed, clusters=clusters))) for name, rows in (("people", shared), ("with_machine", added))}

@@ -16,7 +16,7 @@ from s3ft_nb.annotation.aggregation import adjudication, consensus_labels, dawid
 from s3ft_nb.annotation.agreement import alpha, alpha_interval, alpha_of_sums, fleiss, kappa, kappa_interval, kappa_of_tables, pair_terms, per_label
 from s3ft_nb.annotation.annotations import majority, simulate
 from s3ft_nb.annotation.effort import annotator_drift, learning_curve
-from s3ft_nb.annotation.exchange import STUDIO_PAIRS, character_offset, from_argilla, from_label_studio, from_paper, label_studio_config, read_answers, to_argilla, to_label_studio, to_paper, utf16_offset, write_csv
+from s3ft_nb.annotation.exchange import STUDIO_PAIRS, character_offset, from_argilla, from_label_studio, from_paper, label_studio_config, answer_rows, to_argilla, to_label_studio, to_paper, utf16_offset, write_csv
 from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, position_bias, win_tie_loss
 from s3ft_nb.annotation.rubric import LABELS
 from s3ft_nb.annotation.sampling import annotation_design, design_facts, mix_gold, next_most_useful, overlap
@@ -357,7 +357,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 def test_csv_round_trip_of_anything(tmp_path_factory, drawn):
     rows = [Annotation(sample_id=f"s{i}", annotator=who, label=label, seconds=seconds, note=note, spans=[(a, a + n) for a, n in spans], position=i + 1) for i, (note, who, label, seconds, spans) in enumerate(drawn)]
     path = write_csv(tmp_path_factory.mktemp("csv") / "rows.csv", rows)
-    assert read_answers(path) == rows
+    assert answer_rows(path) == rows
     with open(path, newline="", encoding="utf-8") as handle:
         assert all(not cell.startswith(("=", "@", "\t")) for line in csv.reader(handle) for cell in line)
 

@@ -170,17 +170,19 @@ def power_at(
     ceiling, drop, rate = fit
     return np.minimum(1.0, ceiling - drop * n**-rate)
 
-# %% ../../nbs/annotation/05_effort.ipynb #a0924052
+# %% ../../nbs/annotation/05_effort.ipynb #edeccc64
 def verdict_on(
-    low: float | None,  # Low end of the gain, None when nothing could be fitted
-    high: float | None,  # High end
+    low: float,  # Low end of the gain
+    high: float,  # High end
     margin: float,  # Gain that would be worth it
-) -> str:  # worth it, not worth it, or cannot tell
+    far: bool,  # Whether more labels are in question than there are
+) -> dict:  # `{verdict, why}`: worth it, not worth it, or cannot tell and the reason
     "What an interval of a gain says about a margin."
-    if low is None or low < margin <= high: return "cannot tell"
-    return "worth it" if low >= margin else "not worth it"
+    if far: return {"verdict": "cannot tell", "why": "more labels in question than there are"}
+    if low < margin <= high: return {"verdict": "cannot tell", "why": "the gain's interval holds the margin"}
+    return {"verdict": "worth it" if low >= margin else "not worth it", "why": ""}
 
-# %% ../../nbs/annotation/05_effort.ipynb #a860b8d0
+# %% ../../nbs/annotation/05_effort.ipynb #5edf8bef
 def noise_of(
     points: list,  # `{n, score, stderr}`; stderr may be absent
     fitted: np.ndarray,  # (points,) scores on the curve
@@ -198,11 +200,11 @@ def learning_curve(
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
     level: float = 0.95,  # Of confidence, in (0, 1)
-) -> dict:  # {n, now, gain: {mean, low, high}, ceiling: {...}, curve: [{n, score, low, high}], verdict}
+) -> dict:  # {n, now, gain: {mean, low, high}, ceiling: {...}, curve: [{n, score, low, high}], verdict, why}
     "Whether more labels are worth it."
     n, scores = np.array([row["n"] for row in points], float), np.array([row["score"] for row in points], float)
     if len(points) and not (np.isfinite(scores).all() and (n > 0).all()): raise InputError("points need n above 0 and a finite score", field="points")
-    out = {"version": 1, "n": int(n.max()) if len(n) else 0, "more": more, "margin": margin, "gain": None, "ceiling": None, "curve": [], "verdict": verdict_on(None, None, margin)}
+    out = {"version": 1, "n": int(n.max()) if len(n) else 0, "more": more, "margin": margin, "now": None, "gain": None, "ceiling": None, "curve": [], "verdict": "cannot tell", "why": "too few points"}
     if len(points) < 5 or len(set(n)) < 3: return out
     one = power_fit(n, scores[:, None])
     noise = noise_of(points, power_at(one, n))
@@ -213,7 +215,7 @@ def learning_curve(
     grid = np.unique(np.geomspace(n.min(), then, 25).round())
     curve = [{"n": int(size), "score": float(power_at(one, size)[0])} | ends(power_at(fits, size)) for size in grid]
     ceiling = {"mean": min(1.0, float(one[0][0]))} | ends(np.minimum(1, fits[0]))
-    return out | {"now": float(power_at(one, now)[0]), "gain": gain, "ceiling": ceiling, "curve": curve, "verdict": verdict_on(gain["low"], gain["high"], margin)}
+    return out | {"now": float(power_at(one, now)[0]), "gain": gain, "ceiling": ceiling, "curve": curve, **verdict_on(gain["low"], gain["high"], margin, more > now)}
 
 # %% ../../nbs/annotation/05_effort.ipynb #851f5762
 def likeliest_labels(

@@ -17,14 +17,14 @@ from .core.records import InputError, Sample, Score, decode, read_bytes, read_js
 # %% ../nbs/top/10c_study.ipynb #166f419d
 study_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Plan annotation, and make figures of it.")
 
-# %% ../nbs/top/10c_study.ipynb #f05585a0
+# %% ../nbs/top/10c_study.ipynb #f5ca140f
 def listed(
     text: str,  # Words with commas between
 ) -> list[str]:  # The words
     "A list given on the command line."
     return [word.strip() for word in text.split(",") if word.strip()]
 
-
+# %% ../nbs/top/10c_study.ipynb #c5b2ad5d
 def labels_in(
     path: str,  # File of annotations, one label per sample; empty: none
 ) -> dict:  # {sample_id: label}
@@ -36,7 +36,7 @@ def labels_in(
         if out.setdefault(row.sample_id, row.label) != row.label: raise InputError(f"{row.sample_id} has two labels", path, field="label", remedy="keep one")
     return out
 
-
+# %% ../nbs/top/10c_study.ipynb #2333682f
 def share_words(
     row: dict,  # `{mean, low, high}`, shares
     key: str = "mean",  # Name of the figure
@@ -46,7 +46,7 @@ def share_words(
     ends = "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
     return f"{100 * row[key]:.0f} %{ends}"
 
-
+# %% ../nbs/top/10c_study.ipynb #5f41923b
 def with_ends(
     value: float | None,  # A figure
     low: float | None,  # Ends of its interval
@@ -109,7 +109,7 @@ def deal_items(
         for name, n in facts["n"].items(): typer.echo(f"  {name}: {n}")
         if facts["shared"]: typer.echo(f"  every two share at least {min(facts['shared'].values())}")
 
-# %% ../nbs/top/10c_study.ipynb #aabf4302
+# %% ../nbs/top/10c_study.ipynb #6492703f
 def agreement_lines(
     agreement: dict,  # Of `agreement_report`
     aggregation: dict | None,  # Of `aggregation_report`; None where nobody shares a sample
@@ -128,7 +128,7 @@ def agreement_lines(
     for row in agreement["taken_for"][:3]: out.append(f"  parted on {' / '.join(row['labels'])}: {100 * row['share']:.0f} % of disagreement")
     return out + ([f"to adjudicate: {aggregation['queue']['n']}"] if aggregation else ["one label per sample: nothing can be said about how reliable they are"])
 
-
+# %% ../nbs/top/10c_study.ipynb #21fdd91e
 @study_app.command("agree")
 def agree_files(
     files: Annotated[list[Path], typer.Argument(metavar="ANNOTATIONS...", help="Annotations, JSON Lines or CSV.")],
@@ -187,10 +187,10 @@ def prefer_files(
         for arm, row in report["bradley_terry"]["arms"].items(): typer.echo(f"  ability {arm}: {with_ends(row['ability'], row['low'], row['high'])}")
         typer.echo(f"  first shown chosen {share_words(report['position']['all'])} of the time; agreement on choices {with_ends(*report['agreement'].values())}")
 
-# %% ../nbs/top/10c_study.ipynb #3545a23f
+# %% ../nbs/top/10c_study.ipynb #485eaac6
 TOOLS = ("label-studio", "argilla", "paper")
 
-
+# %% ../nbs/top/10c_study.ipynb #8a118226
 def tool_of(
     tool: str,  # What the user named
 ) -> str:  # One of `TOOLS`
@@ -198,7 +198,7 @@ def tool_of(
     if tool in TOOLS: return tool
     raise InputError(f"is {tool!r}", field="tool", remedy=f"use one of {', '.join(TOOLS)}")
 
-
+# %% ../nbs/top/10c_study.ipynb #d2839d96
 def beside(
     target: Path,  # A file
     stage: str,  # Name of the books
@@ -208,7 +208,7 @@ def beside(
 
     return Ledger(stage, target.with_name(target.name.split(".")[0] + ".ledger.json"))
 
-
+# %% ../nbs/top/10c_study.ipynb #34626b9f
 @study_app.command("to-tool")
 def to_tool(
     samples: Annotated[Path, typer.Argument(metavar="SAMPLES", help="Samples to label, JSON Lines.")],
@@ -218,25 +218,25 @@ def to_tool(
     language: Annotated[str, typer.Option("--language", help="Of the configuration: en or zh.")] = "en",
 ) -> None:
     "Write samples as tasks of another tool."
-    from s3ft_nb.annotation import exchange
+    from s3ft_nb.annotation import argilla, exchange, label_studio, paper
     from s3ft_nb.cli import exit_codes
 
     with exit_codes():
         rows, ledger = read_rows(samples, Sample), beside(target, "to_tool")
         said = exchange.answer_rows(annotations) if annotations else []
         if tool_of(tool) == "label-studio":
-            out = exchange.to_label_studio(rows, said, ledger)
+            out = label_studio.to_label_studio(rows, said, ledger)
             config = target.with_suffix(".xml")
             config.parent.mkdir(parents=True, exist_ok=True)
-            config.write_text(exchange.label_studio_config(language), encoding="utf-8")
-        elif tool == "argilla": out = exchange.to_argilla(rows, said, ledger=ledger)
+            config.write_text(label_studio.label_studio_config(language), encoding="utf-8")
+        elif tool == "argilla": out = argilla.to_argilla(rows, said, ledger=ledger)
         elif said: raise InputError("cannot be sent along: the paper's records hold none", field="annotations", remedy="leave them out")
-        else: out = exchange.to_paper(rows, ledger)
+        else: out = paper.to_paper(rows, ledger)
         ledger.reconcile(len(rows), len(out)).save()
         typer.echo(f"{write_json(target, out)}: {len(out)} tasks")
         for code, n in ledger.notes.items(): typer.echo(f"  {code}: {n}")
 
-# %% ../nbs/top/10c_study.ipynb #caac01e6
+# %% ../nbs/top/10c_study.ipynb #0e8a223c
 def read_many(
     path: Path,  # A JSON list, or JSON Lines
 ) -> list:  # Its rows
@@ -255,7 +255,7 @@ def from_tool(
     annotator: Annotated[str, typer.Option("--annotator", help="With --tool paper, whose records do not say: who labelled.")] = "",
 ) -> None:
     "Read annotations out of another tool's export."
-    from s3ft_nb.annotation import exchange
+    from s3ft_nb.annotation import argilla, exchange, label_studio, paper
     from s3ft_nb.cli import exit_codes
 
     with exit_codes():
@@ -263,9 +263,9 @@ def from_tool(
         who, words = read_json(people) if people else {}, read_json(names) if names else {}
         if tool_of(tool) == "paper":
             if not annotator: raise InputError("is not said in the paper's records", field="annotator", remedy="name the person with --annotator")
-            samples, said = exchange.labels_from_paper(rows, annotator, words)
+            samples, said = paper.labels_from_paper(rows, annotator, words)
             write_rows(target.with_name(target.name.split(".")[0] + ".samples.jsonl"), samples)
-        else: said = {"label-studio": exchange.from_label_studio, "argilla": exchange.from_argilla}[tool](rows, who, words, ledger)
+        else: said = {"label-studio": label_studio.from_label_studio, "argilla": argilla.from_argilla}[tool](rows, who, words, ledger)
         if target.suffix == ".csv": exchange.write_csv(target, said)
         else: write_rows(target, said)
         ledger.reconcile(len(said) + len(ledger.dropped), len(said)).save()

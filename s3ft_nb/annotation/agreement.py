@@ -249,7 +249,7 @@ def taken_for(
     total = sum(pairs.values())
     return [{"labels": list(pair), "pairs": float(n), "share": float(n / total)} for pair, n in sorted(pairs.items(), key=lambda item: -item[1]) if n]
 
-# %% ../../nbs/annotation/02_agreement.ipynb #f573f64d
+# %% ../../nbs/annotation/02_agreement.ipynb #79d8e6be
 def kappa_of_two(
     annotations: list,  # `Annotation` rows
     first: str,  # An annotator
@@ -261,7 +261,7 @@ def kappa_of_two(
     estimate, low, high = kappa_interval(a, b, **settings) if a else (None, None, None)
     return {"kappa": estimate, "low": low, "high": high, "n": len(a)}
 
-
+# %% ../../nbs/annotation/02_agreement.ipynb #cbab2580
 def agreement_report(
     annotations: list,  # `Annotation` rows
     draws: int = 1000,  # Bootstrap draws

@@ -217,14 +217,14 @@ def learning_curve(
     ceiling = {"mean": min(1.0, float(one[0][0]))} | ends(np.minimum(1, fits[0]))
     return out | {"now": float(power_at(one, now)[0]), "gain": gain, "ceiling": ceiling, "curve": curve, **verdict_on(gain["low"], gain["high"], margin, more > now)}
 
-# %% ../../nbs/annotation/05_effort.ipynb #851f5762
+# %% ../../nbs/annotation/05_effort.ipynb #86c8c632
 def likeliest_labels(
     scores: list,  # `Score` rows
 ) -> dict:  # {sample_id: label}
     "What the discriminator would say."
     return {one.sample_id: max(one.probabilities, key=one.probabilities.get) for one in scores}
 
-
+# %% ../../nbs/annotation/05_effort.ipynb #b9ed38d2
 def agreement_with_others(
     labels: dict,  # {sample_id: label} of one person or a machine
     others: dict,  # {sample_id: labels that other people gave}
@@ -232,7 +232,7 @@ def agreement_with_others(
     "How far somebody is with the others, sample by sample."
     return {id: np.mean([label == labels[id] for label in others[id]]) for id in others if id in labels}
 
-
+# %% ../../nbs/annotation/05_effort.ipynb #260b1803
 def in_place_of(
     annotations: list,  # `Annotation` rows
     machine: dict,  # {sample_id: label}

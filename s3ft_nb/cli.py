@@ -7,7 +7,7 @@ __all__ = ['STOPPED', 'DEFAULT', 'app', 'Words', 'Settings', 'Out', 'Only', 'Fro
            'SameRole', 'MaxChars', 'In', 'Target', 'exit_codes', 'leave', 'sort_words', 'option', 'run', 'plan',
            'convert', 'doctor', 'version']
 
-# %% ../nbs/top/11_cli.ipynb #0cf7b535
+# %% ../nbs/top/11_cli.ipynb #6546e68e
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from .annotate_cli import annotate_app
 from .chain.kernel import StepFailed
 from .core.records import InputError, cannot_write
 from .core.secrets import redact
+from .study_cli import study_app
 
 # %% ../nbs/top/11_cli.ipynb #eea9d6af
 STOPPED = 130  # As shells have it for Ctrl-C
@@ -167,7 +168,8 @@ def doctor(
         if facts["trainable"] and not as_json: typer.echo("\n" + room.example_view(tokenizer, room.Policy(**facts["policy"])))
         if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)
 
-# %% ../nbs/top/11_cli.ipynb #0d22df61
+# %% ../nbs/top/11_cli.ipynb #14f43806
+annotate_app.add_typer(study_app)
 app.add_typer(annotate_app, name="annotate")
 
 # %% ../nbs/top/11_cli.ipynb #4d51ccd7

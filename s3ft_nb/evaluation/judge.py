@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['JUDGE_VERSION', 'OUTCOMES', 'ASK_VERDICT', 'ASK_LETTER', 'ASK_REASONS', 'THREE_LINES', 'ASK_PAIR', 'PLACES',
-           'rule_judge_messages', 'judge_pairs_due', 'letter_shares', 'read_letter', 'outcome_verdict', 'score_rules',
-           'parse_reasons', 'find_evidence', 'explain_rules', 'explained', 'judge_rules', 'discriminate_rules',
-           'rubric_outcome', 'judge_counts', 'kappa_of_sums', 'kappa_interval', 'judge_agreement',
+           'rule_judge_messages', 'judge_pairs_due', 'told', 'letter_shares', 'read_letter', 'outcome_verdict',
+           'score_rules', 'parse_reasons', 'find_evidence', 'explain_rules', 'explained', 'judge_rules',
+           'discriminate_rules', 'rubric_outcome', 'judge_counts', 'kappa_of_sums', 'kappa_interval', 'judge_agreement',
            'pair_judge_messages', 'pair_outcome', 'judge_pairs', 'position_bias', 'pair_summary', 'same_family']
 
-# %% ../../nbs/evaluation/06_judge.ipynb #d26324f2
+# %% ../../nbs/evaluation/06_judge.ipynb #c3406a1b
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,13 @@ def judge_pairs_due(
     "Replies and rules that a judge has to bring together."
     return [(reply, rule) for reply in replies for rule in rules_for(reply, rules) if rule.how == "judge"]
 
+# %% ../../nbs/evaluation/06_judge.ipynb #5f79cea1
+def told(
+    progress: Progress | None,  # Told about every batch, when there is one
+) -> dict:  # Keyword arguments for an engine
+    "Engines of one's own need not know about progress."
+    return {"progress": progress} if progress else {}
+
 # %% ../../nbs/evaluation/06_judge.ipynb #35185b26
 def letter_shares(
     logprobs: list[float],  # Of the labels, nats
@@ -99,7 +105,7 @@ def outcome_verdict(
     satisfied = None if outcome in (None, "not applicable") else outcome == "kept"
     return rule_verdict(reply, rule, satisfied, judge, applicable=outcome != "not applicable", evidence=evidence, rationale=rationale)
 
-# %% ../../nbs/evaluation/06_judge.ipynb #5c29bb0e
+# %% ../../nbs/evaluation/06_judge.ipynb #6e44ab17
 def score_rules(
     engine: Any,  # With `name` and `score`
     due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
@@ -109,7 +115,7 @@ def score_rules(
 ) -> list[RuleVerdict]:  # One per pair, in order
     "Verdicts by label probabilities; raises `EngineError` when the engine has none to give."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": rule_judge_messages(rule, reply.prompt, reply.response, language)} for reply, rule in due]
-    scores = engine.score(requests, list(OUTCOMES), progress) if requests else []
+    scores = engine.score(requests, list(OUTCOMES), **told(progress)) if requests else []
     return [outcome_verdict(reply, rule, *outcome[:1], f"score:{engine.name}", rationale=outcome[1])
             for (reply, rule), outcome in zip(due, (read_letter(score, certainty) for score in scores), strict=True)]
 
@@ -136,7 +142,7 @@ def find_evidence(
     found = re.search(r"\s+".join(map(re.escape, quote.split())), response, re.IGNORECASE)
     return list(found.span()) if found else None
 
-# %% ../../nbs/evaluation/06_judge.ipynb #ec480920
+# %% ../../nbs/evaluation/06_judge.ipynb #3700a98e
 def explain_rules(
     engine: Any,  # With `name` and `generate`
     due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
@@ -146,7 +152,7 @@ def explain_rules(
 ) -> list[RuleVerdict]:  # One per pair, in order
     "Verdicts in words, with evidence and reason; for engines without probabilities too."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": rule_judge_messages(rule, reply.prompt, reply.response, language, reasons=True)} for reply, rule in due]
-    said = engine.generate(requests, seed, progress) if requests else []
+    said = engine.generate(requests, seed, **told(progress)) if requests else []
     out = []
     for (reply, rule), answer in zip(due, said, strict=True):
         outcome, quote, reason = parse_reasons(answer.get("text") or "") or (None, "", "unreadable" if "error" not in answer else "no answer from the judge")
@@ -179,7 +185,7 @@ def judge_rules(
     "Verdicts by label probabilities, with evidence and reason in words."
     return [explained(*both) for both in zip(score_rules(engine, due, language, certainty), explain_rules(engine, due, language, seed))]
 
-# %% ../../nbs/evaluation/06_judge.ipynb #9ec3e525
+# %% ../../nbs/evaluation/06_judge.ipynb #a03f8086
 def discriminate_rules(
     engine: Any,  # With `name` and `score`, trained on the rubric
     due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
@@ -191,7 +197,7 @@ def discriminate_rules(
     "Verdicts of the discriminator, each rule taken as the setting."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": judge_messages(rule.text, reply.prompt, reply.response, language)} for reply, rule in due]
     out = []
-    for (reply, rule), score in zip(due, engine.score(requests, list(LETTERS.values()), progress) if requests else [], strict=True):
+    for (reply, rule), score in zip(due, engine.score(requests, list(LETTERS.values()), **told(progress)) if requests else [], strict=True):
         outcome, said = rubric_outcome(score, threshold, temperature)
         out.append(outcome_verdict(reply, rule, outcome, f"discriminator:{engine.name}", rationale=said))
     return out
@@ -336,7 +342,7 @@ def judge_pairs(
         out.append({"id": pair["id"], "conversation_id": pair["conversation_id"], "winner": winner, "place": place, "straight": straight, "turned": turned})
     return out
 
-# %% ../../nbs/evaluation/06_judge.ipynb #13c59296
+# %% ../../nbs/evaluation/06_judge.ipynb #287634c9
 def position_bias(
     rows: list[dict],  # See `judge_pairs`
 ) -> dict:  # {first, second, decided, p, warning: text or empty}
@@ -345,18 +351,20 @@ def position_bias(
     stuck, decided = places.total(), sum(row["winner"] in ("a", "b") for row in rows)
     p = float(binomtest(places["first"], stuck, 0.5).pvalue) if stuck else None
     warning = ""
-    if stuck and (p < 0.05 or stuck > decided):
+    if stuck and p < 0.05:
         liked = max(places, key=places.get)
         warning = f"POSITION BIAS: the judge chose the {liked} place in both orders {places[liked]} times of {len(rows)} pairs (p = {p:.2g}); its ties say nothing about the replies"
+    elif stuck > decided:
+        warning = f"UNSTEADY JUDGE: {stuck} of {len(rows)} pairs were decided by the place of a reply and {decided} by the reply; do not go by this judge"
     return {"first": places["first"], "second": places["second"], "decided": decided, "p": p, "warning": warning}
 
-# %% ../../nbs/evaluation/06_judge.ipynb #18331e91
+# %% ../../nbs/evaluation/06_judge.ipynb #bd9fb0d9
 def pair_summary(
     rows: list[dict],  # See `judge_pairs`
     draws: int = 1000,  # Bootstrap draws, and random exchanges
     seed: int = 0,  # Random seed
 ) -> dict:  # {a, b, tie, unknown, tie_rate, difference: {mean of a - b, low, high, p, ...}, position, winner}
-    "Which arm a judge prefers, clustered by conversation; warns aloud of position bias, and then names no winner."
+    "Which arm a judge prefers, clustered by conversation; warns aloud of a judge that goes by the place, and then names no winner."
     counts, known = Counter(row["winner"] for row in rows), [row for row in rows if row["winner"]]
     worth = [{"a": 1, "b": -1, "tie": 0}[row["winner"]] for row in known]
     difference = paired_difference(worth, [0] * len(known), [row["conversation_id"] for row in known], draws, seed)

@@ -35,10 +35,11 @@ def quoted_texts(
     "Quotations in a text."
     return [found[1:-1].strip() for found in re.findall(QUOTE, text) if found[1:-1].strip()]
 
-# %% ../../nbs/evaluation/04b_phrases.ipynb #2805e3b9
+# %% ../../nbs/evaluation/04b_phrases.ipynb #0f6714d0
 SLOTS = {
     "reply": r"(?:(?:(?:(?:all|each|every one) of )?your|each|every|all|the|any) )?(?:whole |entire |single )?(?:repl(?:y|ies)|answers?|responses?|messages?|outputs?)",
     "say": r"(?:answer|reply|respond|write|speak|talk|output)(?: everything)?",
+    "must": r"(?:must |should |has to |have to |will )?",
     "most": r"(?:at most|no more than|not more than|up to|a maximum of|a max of|max|maximum|within|no longer than)",
     "least": r"(?:at least|no fewer than|no less than|not less than|a minimum of|min|minimum)",
     "never": r"(?:never|do not|don't|avoid|must not|may not|no use of)",
@@ -49,7 +50,7 @@ SLOTS = {
 BEFORE = r"(?:(?:please|always|you must|you should|you will|make sure to|make sure that|be sure to|must|should|only|and|also|then|请|务必|并且|并|而且|同时),? ?)*"
 AFTER = r"(?: (?:in|for|of|on|at|to) (?:every|each|all|any|your)(?: (?:one|single|of your))* ?(?:repl(?:y|ies)|answers?|responses?|messages?|turns?)|,? (?:always|every time|each time|only|please|at all times|without exception))*"
 
-# %% ../../nbs/evaluation/04b_phrases.ipynb #f1eed172
+# %% ../../nbs/evaluation/04b_phrases.ipynb #962c9ccf
 PATTERNS = (
     # (check kind, rule type, what the number is changed by or the fixed parameters, pattern)
     ("max_words", "rule_length", 0, r"(?:(?:{say}|keep {reply}|limit {reply}|use|{reply} (?:has|have|is|are|be|must be|should be)) ?(?:in|to|with|using)? ?)?{most} {n} words(?: long| each)?"),
@@ -64,14 +65,17 @@ PATTERNS = (
     ("n_lines", "rule_length", 0, r"(?:{say}|use|{reply} (?:has|have|is|are|consists? of)) ?(?:in|with|on)? ?(?:only |exactly |just )?{n} lines?"),
     ("n_bullets", "format", 0, r"(?:{say}|use|{reply} (?:has|have|is|are|consists? of)) ?(?:in|with|as)? ?(?:only |exactly |just )?(?:a list of )?{n} (?:bullets?|bullet points?|list items?)"),
     ("starts_with", "obligatory_element", "words", r"(?:start|begin|open)(?: off)?(?: {reply})? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
-    ("starts_with", "obligatory_element", "words", r"{reply} (?:must |should )?(?:starts?|begins?|opens?) with(?: the)?(?: words?| phrase)? ?{q}"),
+    ("starts_with", "obligatory_element", "words", r"{reply} {must}(?:starts?|begins?|opens?) with(?: the)?(?: words?| phrase)? ?{q}"),
     ("starts_with", "obligatory_element", "words", r"{回}以{q}(?:开头|开始|起头)"),
     ("ends_with", "obligatory_element", "words", r"(?:end|finish|close|conclude)(?: {reply})? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
-    ("ends_with", "obligatory_element", "words", r"{reply} (?:must |should )?(?:ends?|finish(?:es)?|closes?) with(?: the)?(?: words?| phrase)? ?{q}"),
+    ("ends_with", "obligatory_element", "words", r"{reply} {must}(?:ends?|finish(?:es)?|closes?) with(?: the)?(?: words?| phrase)? ?{q}"),
     ("ends_with", "obligatory_element", "words", r"{回}以{q}(?:结尾|结束|收尾)"),
     ("ends_with_character", "obligatory_element", {"character": "?"}, r"(?:end|finish|close)(?: {reply})? (?:with|by asking) an? (?:\w+ )?question(?: mark)?"),
+    ("ends_with_character", "obligatory_element", {"character": "?"}, r"{reply} {must}ends? (?:with|in) an? (?:\w+ )?question(?: mark)?"),
     ("contains_any", "obligatory_element", "words", r"(?:use|include|mention|say|contain|work in)(?: at least once)?(?: the)?(?: words?| phrases?| names?)? ?{q}(?: at least once| once| somewhere)?"),
     ("contains_any", "obligatory_element", "words", r"{回}(?:包含|出现|用到|提到|含有)(?:词语|这个词)?{q}(?:这个词|一词|二字)?"),
+    ("contains_any", "obligatory_element", "words", r"{reply} {must}(?:contains?|includes?|mentions?|uses?)(?: the)?(?: words?| phrases?| names?)? ?{q}"),
+    ("contains_none", "forbidden_element", "words", r"{reply} (?:must not|should not|may not|must never|should never|never|cannot) (?:contains?|includes?|mentions?|uses?)(?: the| any of the)?(?: words?| phrases?| names?)? ?{q}"),
     ("contains_none", "forbidden_element", "words", r"{never} (?:use|using|say|saying|write|writing|mention|mentioning|include)(?: the| any of the)?(?: words?| phrases?| names?)? ?{q}"),
     ("contains_none", "forbidden_element", "words", r"{回}(?:不要|不得|不能|不可|禁止|避免|别)(?:使用|出现|说|写|提到|提及|用)(?:词语)?{q}(?:这个词|一词|二字|这些词)?"),
     ("no_character", "orthography", "character", r"{never} (?:use|using|write|writing)(?: the)? (?:letter|character|mark|sign) ?{q}"),
@@ -80,6 +84,8 @@ PATTERNS = (
     ("no_character", "orthography", {"character": "?"}, r"{never} (?:use|using|write|writing)(?: any)? question marks?"),
     ("lowercase", "orthography", {}, r"(?:{say}|use|keep {reply}) ?(?:only )?(?:in |with )?(?:all |only )?(?:lower ?case|lower-case|small)(?: letters?)?(?: only)?"),
     ("uppercase", "orthography", {}, r"(?:{say}|use|keep {reply}) ?(?:only )?(?:in |with )?(?:all |only )?(?:upper ?case|upper-case|capitals?|caps|block capitals|capital letters)(?: letters?)?(?: only)?"),
+    ("lowercase", "orthography", {}, r"{reply} {must}(?:be|is|are)(?: written)? (?:only )?in (?:all |only )?(?:lower ?case|lower-case|small)(?: letters?)?(?: only)?"),
+    ("uppercase", "orthography", {}, r"{reply} {must}(?:be|is|are)(?: written)? (?:only )?in (?:all |only )?(?:upper ?case|upper-case|capitals?|caps|capital letters)(?: letters?)?(?: only)?"),
     ("wrapped", "format", {"left": "[", "right": "]"}, r"(?:put|wrap|enclose|write) {reply} (?:in|between|inside) square brackets"),
     ("wrapped", "format", {"left": "(", "right": ")"}, r"(?:put|wrap|enclose|write) {reply} (?:in|between|inside) (?:parentheses|round brackets|brackets)"),
     ("wrapped", "format", {"left": '"', "right": '"'}, r"(?:put|wrap|enclose|write) {reply} (?:in|between|inside) (?:double )?(?:quotes|quotation marks)"),

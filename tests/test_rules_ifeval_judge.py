@@ -6,6 +6,7 @@ import sys
 import time
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,10 @@ from s3ft_nb.core.ledger import Ledger
 from s3ft_nb.core.records import InputError, Message, Reply, SystemPrompt, read_rows, write_rows
 from s3ft_nb.core.resources import resource
 from s3ft_nb.evaluation import ifeval, judge, phrases, rules
-from s3ft_nb.evaluation.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms, score_ifeval
+from s3ft_nb.evaluation.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms
 from s3ft_nb.evaluation.judge import judge_agreement, judge_counts, judge_pairs, judge_pairs_due, kappa_interval, pair_summary, position_bias
+from s3ft_nb.evaluation.published import score_ifeval
 from s3ft_nb.evaluation.rules import Rule, assert_rule_check, check_kept, make_rules, read_rules, recognise, rule_verdict, split_prose
-from s3ft_nb.evaluation.users import bundled_threads, user_scripts
-
-from pathlib import Path
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text())
 ANY_LANGUAGE = [id for id in IFEVAL if id not in LANGUAGE_KINDS]
@@ -333,13 +332,13 @@ def test_the_micro_base_judges_its_own_world():
     assert found["kappa"]["n"] > 25 and found["kappa"]["mean"] > 0.8
 
 
-# ---- Users
+# ---- User turns
 
 @pytest.mark.parametrize("name, kinds", [("en", (220, 36, 44)), ("zh", (180, 30, 36)), ("micro", (420, 24, 24))])
 def test_user_turns_are_whole(name, kinds):
-    threads = bundled_threads(name)
-    assert tuple(sum(len(thread.turns) for thread in threads if thread.kind == kind) for kind in ("neutral", "aligned", "conflicting")) == kinds
-    said = [turn for thread in threads for turn in thread.turns]
-    assert all(3 <= len(turn) <= 120 and turn == turn.strip() for turn in said)
-    if name != "micro": assert len(set(said)) == len(said)
-    assert len({row["id"] for row in user_scripts(threads, 200, 20, seed=0, conflicting=0.2)}) == 200
+    threads = read_rows(resource("data", "user-turns", f"{name}.jsonl"))
+    assert all(sorted(row) == ["id", "kind", "language", "set", "topic", "turns"] for row in threads)
+    assert tuple(sum(len(row["turns"]) for row in threads if row["kind"] == kind) for kind in ("neutral", "aligned", "conflicting")) == kinds
+    said = [turn for row in threads for turn in row["turns"]]
+    assert all(3 <= len(turn) <= 120 and turn == turn.strip() for turn in said) and len({row["id"] for row in threads}) == len(threads)
+    if name != "micro": assert len(set(said)) == len(said)  # in the micro world a follow-up fits many threads

@@ -205,6 +205,14 @@ def test_any_prose_comes_apart_or_is_refused(text):
     else: assert all(rule.text.strip() for rule in found) and len({rule.id for rule in found}) == len(found)
 
 
+def test_endless_prompts_come_apart_in_time():
+    start = time.monotonic()
+    for text in ("please ", "请", "回答", "use \"a\" or ", "and ", "answer in ", "never use ", "- ", "a; ", "必须", "in every reply ", "do not forget it ", "'"):
+        try: split_prose(text * 3_000 + "x")
+        except InputError: pass
+    assert time.monotonic() - start < 20
+
+
 def test_rules_of_a_prompt_survive_the_file(tmp_path):
     made = [rule for prompt in SEEDS[::20] for rule in split_prose(prompt.text, prompt.id)]
     assert read_rules(write_rows(tmp_path / "rules.jsonl", made)) == made

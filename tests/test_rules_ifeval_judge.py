@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from s3ft_nb.core.ledger import Ledger
 from s3ft_nb.core.records import InputError, Message, Reply, SystemPrompt, read_rows, write_rows
 from s3ft_nb.core.resources import resource
-from s3ft_nb.evaluation import ifeval, judge, phrases, rules
+from s3ft_nb.evaluation import ifeval, judge, phrases
 from s3ft_nb.evaluation.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms
 from s3ft_nb.evaluation.judge import judge_agreement, judge_counts, judge_pairs, judge_pairs_due, kappa_interval, pair_summary, position_bias
 from s3ft_nb.evaluation.published import score_ifeval

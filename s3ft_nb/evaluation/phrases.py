@@ -51,7 +51,7 @@ SLOTS = {
 BEFORE = r"(?:(?:please|always|you must|you should|you will|make sure to|make sure that|be sure to|must|should|only|and|also|then|请|务必|并且|并|而且|同时),? ?)*"
 AFTER = r"(?: (?:in|for|of|on|at|to) (?:every|each|all|any|your)(?: (?:one|single|of your))* ?(?:repl(?:y|ies)|answers?|responses?|messages?|turns?)|,? (?:always|every time|each time|only|please|at all times|without exception))*"
 
-# %% ../../nbs/evaluation/04b_phrases.ipynb #cf5a79b7
+# %% ../../nbs/evaluation/04b_phrases.ipynb #1a8c5aff
 PATTERNS = (
     # (check kind, rule type, what the number is changed by or the fixed parameters, pattern)
     ("max_words", "rule_length", 0, r"(?:(?:{say}|stay|spend|take|be|keep {reply}|limit {reply}|use|{reply} {must}(?:has|have|is|are|be|stays?)) ?(?:in|to|with|using)? ?)?{most} {n} words(?: long| each)?"),
@@ -69,16 +69,16 @@ PATTERNS = (
     ("max_sentences", "rule_length", 0, r"{回}{n}句(?:话)?(?:之内|以内)(?:讲完|说完|答完|回答)?"),
     ("n_lines", "rule_length", 0, r"(?:{say}|use|{reply} (?:has|have|is|are|consists? of)) ?(?:in|with|on)? ?(?:only |exactly |just )?{n} lines?"),
     ("n_bullets", "format", 0, r"(?:{say}|use|{reply} (?:has|have|is|are|consists? of)) ?(?:in|with|as)? ?(?:only |exactly |just )?(?:a list of )?{n} (?:bullets?|bullet points?|list items?)"),
-    ("starts_with", "obligatory_element", "words", r"(?:start|begin|open)(?: off)?(?: {reply})? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
+    ("starts_with", "obligatory_element", "words", r"(?:start|begin|open)(?: off)?(?: {reply}| it| them)? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
     ("starts_with", "obligatory_element", "words", r"{reply} {must}(?:starts?|begins?|opens?) with(?: the)?(?: words?| phrase)? ?{q}"),
     ("starts_with", "obligatory_element", "words", r"{回}以{q}(?:开头|开始|起头)"),
-    ("ends_with", "obligatory_element", "words", r"(?:end|finish|close|conclude)(?: {reply})? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
+    ("ends_with", "obligatory_element", "words", r"(?:end|finish|close|conclude)(?: {reply}| it| them)? (?:with|by saying)(?: the)?(?: exact)?(?: words?| phrase| text)?:? ?{q}"),
     ("ends_with", "obligatory_element", "words", r"{reply} {must}(?:ends?|finish(?:es)?|closes?) with(?: the)?(?: words?| phrase)? ?{q}"),
     ("starts_with", "obligatory_element", "words", r"(?:let )?the first words? (?:of {reply} )?(?:is|are|be|must be|should be)(?: always)? ?{q}"),
     ("ends_with", "obligatory_element", "words", r"(?:let )?the last words? (?:of {reply} )?(?:is|are|be|must be|should be)(?: always)? ?{q}"),
     ("ends_with", "obligatory_element", "words", r"{回}最后[一两三四五]个字(?:必须|要|应当)?是{q}"),
     ("ends_with", "obligatory_element", "words", r"{回}以{q}(?:结尾|结束|收尾)"),
-    ("ends_with_character", "obligatory_element", {"character": "?"}, r"(?:end|finish|close)(?: {reply})? (?:with|by asking) an? (?:\w+ )?question(?: mark)?"),
+    ("ends_with_character", "obligatory_element", {"character": "?"}, r"(?:end|finish|close|conclude)(?: {reply}| it| them)? (?:with|by asking) an? (?:\w+ )?question(?: mark)?"),
     ("contains_any", "obligatory_element", "words", r"{q} (?:belongs|must appear|has to appear|should appear|must occur|appears)(?: somewhere)?"),
     ("ends_with_character", "obligatory_element", {"character": "?"}, r"{reply} {must}ends? (?:with|in) an? (?:\w+ )?question(?: mark)?"),
     ("contains_any", "obligatory_element", "words", r"(?:use|include|mention|say|contain|work in)(?: at least once)?(?: the)?(?: words?| phrases?| names?)? ?{q}(?: at least once| once| somewhere)?"),
@@ -152,15 +152,15 @@ def recognise(
         return (Check(kind="contains_all", params=check.params) if kind == "contains_any" and listed else check), type
     return None
 
-# %% ../../nbs/evaluation/04b_phrases.ipynb #f6425da0
+# %% ../../nbs/evaluation/04b_phrases.ipynb #3c45d4d6
 RULE_TYPES = (
-    "persona", "tone", "literary_manner", "audience", "orthography", "format", "obligatory_element",
+    "persona", "symbolism", "literary_manner", "tone", "audience", "orthography", "format", "narrative_frame", "obligatory_element",
     "rule_length", "forbidden_element", "language", "other",
 )
 
-# %% ../../nbs/evaluation/04b_phrases.ipynb #84023665
+# %% ../../nbs/evaluation/04b_phrases.ipynb #334c444c
 HINTS = (
-    ("persona", r"(?:from now on |imagine that )?you(?:'re| are) (?:an? |the )|\b(?:act|answer|speak|talk|write|reply|behave) (?:like|as) an? |\bplay the (?:role|part)|pretend to be|\byour name is|你(?:现在)?是|扮演|假装"),
+    ("persona", r"\byou(?:'re| are) (?:an? |the )|(?-i:\bYou are (?:called )?[A-Z])|\b(?:act|answer|speak|talk|write|reply|behave) (?:like|as) an? |\bplay the (?:role|part)|pretend to be|\byour name is|你(?:现在)?是|扮演|假装"),
     ("audience", r"\b(?:explain|write|speak|talk|answer)\b.*\b(?:to|for) (?:an? |the )?(?:child|children|beginner|expert|kid|pupil|\w+ year old)|(?:给|向|对)(?:孩子|小朋友|初学者|专家|老人)"),
     ("tone", r"\b(?:tone|mood|temper|cheerful|sad|polite|rude|formal|casual|friendly|warm|cold|calm|sarcastic|shy|proud|enthusiastic|patient)\b|语气|口吻|态度|温柔|礼貌|热情"),
     ("literary_manner", r"\b(?:poem|verse|haiku|rhymes?|ballad|sonnet|in the style of|fairy tale)\b|诗|韵|文风|风格"),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BULLET', 'REMINDER', 'REFERS_BACK', 'DEMAND', 'CONDITION', 'ASK_RULES', 'Rule', 'RuleVerdict', 'assert_rule_check',
            'check_kept', 'clauses', 'prose_parts', 'halves', 'rule_from', 'split_prose', 'rule_messages', 'parse_rules',
-           'make_rules', 'rules_of_checks', 'read_rule', 'read_rules', 'evidence_of', 'rules_for', 'rule_verdict',
-           'verdicts_by_checks']
+           'overlooked', 'make_rules', 'rules_of_checks', 'read_rule', 'read_rules', 'evidence_of', 'rules_for',
+           'rule_verdict', 'verdicts_by_checks']
 
 # %% ../../nbs/evaluation/05_rules.ipynb #005015d3
 import re
@@ -99,7 +99,7 @@ def clauses(
     parts = [part.strip() for part in re.split(r"[;；]", sentence) if words(part)]
     return [sentence] if any(REFERS_BACK.search(part) for part in parts[1:]) else parts
 
-# %% ../../nbs/evaluation/05_rules.ipynb #a021aeae
+# %% ../../nbs/evaluation/05_rules.ipynb #86328d06
 def prose_parts(
     text: str,  # A system prompt
 ) -> tuple[list[str], Counter]:  # (sentences and list items, what was left out)
@@ -108,13 +108,13 @@ def prose_parts(
     for line in text.splitlines():
         item = BULLET.sub("", line).strip()
         if not words(item): continue
-        if line.lstrip().startswith("#") or (item.endswith((":", "：")) and len(sentences(item)) == 1):
-            left_out["headings_left_out"] += 1
-            continue
         for sentence in sentences(item):
+            if line.lstrip().startswith("#") or sentence.endswith((":", "：")):
+                left_out["headings_left_out"] += 1
+                continue
             for part in clauses(sentence):
                 if REMINDER.fullmatch(part.strip(" .!。！")): left_out["reminders_left_out"] += 1
-                elif words(part): parts.append(part.strip())
+                else: parts.append(part)
     return parts, left_out
 
 # %% ../../nbs/evaluation/05_rules.ipynb #b6e4a9d2
@@ -201,7 +201,17 @@ def parse_rules(
         out[rule.id] = rule
     return list(out.values()) or None
 
-# %% ../../nbs/evaluation/05_rules.ipynb #059185f9
+# %% ../../nbs/evaluation/05_rules.ipynb #71a34f68
+def overlooked(
+    answer: str,  # What an engine wrote, readable
+    text: str,  # The system prompt it was about
+) -> list[str]:  # Sentences and list items of the prompt
+    "What no line of an answer quotes."
+    quotes = [folded(line.split("|")[2].strip(" \"'“”.")) for line in answer.splitlines() if line.count("|") == 2]
+    meets = lambda part: any(quote in folded(part) or folded(part).strip(".。") in quote for quote in quotes)
+    return [part for part in prose_parts(text)[0] if not meets(part)]
+
+# %% ../../nbs/evaluation/05_rules.ipynb #c1a5c367
 def make_rules(
     prompt: SystemPrompt | str,  # A system prompt
     engine: Any = None,  # With `generate`; None splits by sentences
@@ -213,7 +223,10 @@ def make_rules(
     if engine is None: return split_prose(text, id, ledger)
     said = engine.generate([{"id": f"rules-{id}", "messages": rule_messages(text)}], seed)[0]
     found = parse_rules(said.get("text", ""), text, id)
-    if ledger is not None: ledger.note("split_by_engine" if found else "engine_unreadable_split_by_sentences")
+    if ledger is not None:
+        ledger.note("split_by_engine" if found else "engine_unreadable_split_by_sentences")
+        missed = len(overlooked(said["text"], text)) if found else 0
+        if missed: ledger.note("sentences_without_a_rule", missed)
     return found or split_prose(text, id, ledger)
 
 # %% ../../nbs/evaluation/05_rules.ipynb #b04bd81a

@@ -18,7 +18,8 @@ freight = {
     f"{lib}.data": ["*/*", "*/*/*"],
 }
 annotation = cfg["annotation_requirements"].split()
-dev = cfg["dev_requirements"].split() + annotation
+ifeval = cfg["ifeval_requirements"].split()
+dev = cfg["dev_requirements"].split() + annotation + ifeval
 
 setup(
     name=lib,
@@ -36,7 +37,7 @@ setup(
     package_dir=rooms,
     package_data=freight,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "annotation": annotation, "notebook": ["jupyter", "ipywidgets"]},
+    extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "notebook": ["jupyter", "ipywidgets"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

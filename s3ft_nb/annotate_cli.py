@@ -6,13 +6,14 @@
 __all__ = ['annotate_app', 'Items', 'Title', 'Language', 'Mix', 'Shares', 'flag', 'read_shares', 'task_from', 'annotate_page',
            'file_name', 'annotate_serve', 'annotate_pairs', 'annotate_export']
 
-# %% ../nbs/top/10b_annotate.ipynb #63110081
+# %% ../nbs/top/10b_annotate.ipynb #263c1a95
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .core.records import InputError, read_json, read_rows, write_rows
+from .verbs import exit_codes
 
 # %% ../nbs/top/10b_annotate.ipynb #11cdfbfb
 annotate_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Let people label: as one HTML file, or over a server.")
@@ -59,7 +60,7 @@ def task_from(
     task = read_task(items, title, language)
     return task if mix is None else mixed(task, mix)
 
-# %% ../nbs/top/10b_annotate.ipynb #abdff70f
+# %% ../nbs/top/10b_annotate.ipynb #f72c078c
 @annotate_app.command("page")
 def annotate_page(
     items: Items,
@@ -73,8 +74,6 @@ def annotate_page(
     "Write a page that opens from disk, needs no network, and exports its answers as a file."
     from s3ft_nb.annotation.page import write_page
     from s3ft_nb.annotation.task import for_annotator
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         task = task_from(items, title, language, mix)
         if shares is None: typer.echo(write_page(target, task, annotator))
@@ -90,7 +89,7 @@ def file_name(
     if out: return out
     raise InputError(f"{name!r} cannot name a file", field="annotator", remedy="use letters or digits")
 
-# %% ../nbs/top/10b_annotate.ipynb #26c82fe4
+# %% ../nbs/top/10b_annotate.ipynb #1bea8c59
 @annotate_app.command("serve")
 def annotate_serve(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="SQLite file of the answers; an existing one is continued.")],
@@ -108,8 +107,6 @@ def annotate_serve(
 ) -> None:
     "Serve a task to several people, each with a personal link. Stop with Ctrl-C; the same command goes on."
     from s3ft_nb.annotation import serve as server
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         task = task_from(items, title, language, mix) if items else None
         names = [name.strip() for name in annotators.split(",") if name.strip()]
@@ -118,7 +115,7 @@ def annotate_serve(
         if not made.tokens: raise InputError("nobody may label yet", study, remedy="name people with --annotators or --shares")
         server.serve_study(made, host, port, address, certificate, key, tell=lambda line: print(line, flush=True))
 
-# %% ../nbs/top/10b_annotate.ipynb #6825accd
+# %% ../nbs/top/10b_annotate.ipynb #022b156a
 @annotate_app.command("pairs")
 def annotate_pairs(
     replies: Annotated[list[Path], typer.Argument(metavar="REPLIES...", help="Rollouts of two or more arms, JSON Lines.")],
@@ -128,7 +125,6 @@ def annotate_pairs(
 ) -> None:
     "Draw blind pairs from the replies of several arms; a ledger beside OUT names what was left out."
     from s3ft_nb.annotation.task import pairs_of
-    from s3ft_nb.cli import exit_codes
     from s3ft_nb.core.ledger import Ledger
     from s3ft_nb.core.records import Reply
 
@@ -138,7 +134,7 @@ def annotate_pairs(
         ledger.reconcile(len(drawn) + len(ledger.dropped), len(drawn)).save()
         typer.echo(f"{write_rows(target, drawn)}: {len(drawn)} pairs")
 
-# %% ../nbs/top/10b_annotate.ipynb #a33d89b1
+# %% ../nbs/top/10b_annotate.ipynb #febd8e7a
 @annotate_app.command("export")
 def annotate_export(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="SQLite file of `s3ft annotate serve`; may be in use.")],
@@ -146,8 +142,6 @@ def annotate_export(
 ) -> None:
     "Write all answers of a study as rows."
     from s3ft_nb.annotation.serve import study_progress, study_rows
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows = study_rows(study)
         write_rows(target, rows)

@@ -6,13 +6,14 @@
 __all__ = ['study_app', 'TOOLS', 'listed', 'labels_in', 'share_words', 'with_ends', 'draw_items', 'deal_items', 'agreement_lines',
            'agree_files', 'prefer_files', 'tool_of', 'beside', 'to_tool', 'read_many', 'from_tool']
 
-# %% ../nbs/top/10c_study.ipynb #dc401efe
+# %% ../nbs/top/10c_study.ipynb #59763fde
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .core.records import InputError, Sample, Score, decode, read_bytes, read_json, read_rows, write_json, write_rows
+from .verbs import exit_codes
 
 # %% ../nbs/top/10c_study.ipynb #166f419d
 study_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Plan annotation, and make figures of it.")
@@ -56,7 +57,7 @@ def with_ends(
     if value is None: return "not defined"
     return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
-# %% ../nbs/top/10c_study.ipynb #d34a8d93
+# %% ../nbs/top/10c_study.ipynb #10d5953f
 @study_app.command("sample")
 def draw_items(
     samples: Annotated[list[Path], typer.Argument(metavar="SAMPLES...", help="Samples, JSON Lines; such as restyle/train.jsonl of a run.")],
@@ -72,8 +73,6 @@ def draw_items(
     from s3ft_nb.annotation.annotations import sample_for_annotation
     from s3ft_nb.annotation.exchange import answer_rows
     from s3ft_nb.annotation.sampling import next_most_useful
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows, said = [row for path in samples for row in read_rows(path, Sample)], answer_rows(labelled) if labelled else []
         strange = set(listed(by)) - set(Sample.model_fields)
@@ -84,7 +83,7 @@ def draw_items(
         else: drawn = sample_for_annotation([row for row in rows if row.id not in done], n, seed, tuple(listed(by)))
         typer.echo(f"{write_rows(target, drawn)}: {len(drawn)} of {len(rows)} samples")
 
-# %% ../nbs/top/10c_study.ipynb #6cfe3aec
+# %% ../nbs/top/10c_study.ipynb #d2feefd7
 @study_app.command("design")
 def deal_items(
     samples: Annotated[Path, typer.Argument(metavar="SAMPLES", help="Samples to label, JSON Lines.")],
@@ -97,8 +96,6 @@ def deal_items(
 ) -> None:
     "Deal samples out to annotators, evenly, with gold items spread among them."
     from s3ft_nb.annotation.sampling import annotation_design, design_facts
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows, known = read_rows(samples, Sample), labels_in(gold)
         strange = known.keys() - {row.id for row in rows}
@@ -128,7 +125,7 @@ def agreement_lines(
     for row in agreement["taken_for"][:3]: out.append(f"  parted on {' / '.join(row['labels'])}: {100 * row['share']:.0f} % of disagreement")
     return out + ([f"to adjudicate: {aggregation['queue']['n']}"] if aggregation else ["one label per sample: nothing can be said about how reliable they are"])
 
-# %% ../nbs/top/10c_study.ipynb #21fdd91e
+# %% ../nbs/top/10c_study.ipynb #d083ae19
 @study_app.command("agree")
 def agree_files(
     files: Annotated[list[Path], typer.Argument(metavar="ANNOTATIONS...", help="Annotations, JSON Lines or CSV.")],
@@ -143,8 +140,6 @@ def agree_files(
     from s3ft_nb.annotation.agreement import agreement_report
     from s3ft_nb.annotation.annotations import majority
     from s3ft_nb.annotation.exchange import answer_rows
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows, known, decided = [row for path in files for row in answer_rows(path)], labels_in(gold), labels_in(settled)
         if not rows: raise InputError("hold no annotations", files[0])
@@ -163,7 +158,7 @@ def agree_files(
         write_rows(target / "labels.jsonl", [{"sample_id": id, "label": label} for id, label in (labels | {id: decided[id] for id in decided if id in labels}).items() if label])
         for line in agreement_lines(agreement, report, drift, pace): typer.echo(line)
 
-# %% ../nbs/top/10c_study.ipynb #89f19660
+# %% ../nbs/top/10c_study.ipynb #5a122fda
 @study_app.command("prefer")
 def prefer_files(
     pairs: Annotated[Path, typer.Argument(metavar="PAIRS", help="The pairs that were shown, with their arms; made by s3ft annotate pairs.")],
@@ -175,7 +170,6 @@ def prefer_files(
     "Un-blind choices: wins, ties and losses of every two arms, and a ranking."
     from s3ft_nb.annotation.exchange import answer_rows
     from s3ft_nb.annotation.preference import preference_report, unblind
-    from s3ft_nb.cli import exit_codes
     from s3ft_nb.core.records import Pair, Preference
 
     with exit_codes():
@@ -208,7 +202,7 @@ def beside(
 
     return Ledger(stage, target.with_name(target.name.split(".")[0] + ".ledger.json"))
 
-# %% ../nbs/top/10c_study.ipynb #34626b9f
+# %% ../nbs/top/10c_study.ipynb #ef5674ae
 @study_app.command("to-tool")
 def to_tool(
     samples: Annotated[Path, typer.Argument(metavar="SAMPLES", help="Samples to label, JSON Lines.")],
@@ -219,8 +213,6 @@ def to_tool(
 ) -> None:
     "Write samples as tasks of another tool."
     from s3ft_nb.annotation import argilla, exchange, label_studio, paper
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows, ledger = read_rows(samples, Sample), beside(target, "to_tool")
         said = exchange.answer_rows(annotations) if annotations else []
@@ -236,7 +228,7 @@ def to_tool(
         typer.echo(f"{write_json(target, out)}: {len(out)} tasks")
         for code, n in ledger.notes.items(): typer.echo(f"  {code}: {n}")
 
-# %% ../nbs/top/10c_study.ipynb #0e8a223c
+# %% ../nbs/top/10c_study.ipynb #651f46a6
 def read_many(
     path: Path,  # A JSON list, or JSON Lines
 ) -> list:  # Its rows
@@ -256,8 +248,6 @@ def from_tool(
 ) -> None:
     "Read annotations out of another tool's export."
     from s3ft_nb.annotation import argilla, exchange, label_studio, paper
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         rows, ledger = read_many(file), beside(target, "from_tool")
         who, words = read_json(people) if people else {}, read_json(names) if names else {}

@@ -310,7 +310,7 @@ def play_own(
         elif progress: progress.skip(len(live))
     return [one for row in rows for one in played[row["id"]]]
 
-# %% ../../nbs/evaluation/02_rollout.ipynb #c95445d3
+# %% ../../nbs/evaluation/02_rollout.ipynb #25b1d8b3
 def play_original(
     rows: list[dict],  # Dialogues of one shard
     seed: int,  # Seed of the shard
@@ -322,7 +322,8 @@ def play_original(
     "Answer every turn of dialogues after the replies that the source gave."
     due = [(row, turn) for row in rows for turn in range(1, len(row["turns"]) + 1)]
     sent = [(row, turn, fitted(asked(row, turn, [one["original"] for one in row["turns"]]))) for row, turn in due]
-    sent = [one for one in sent if one[2] is not None]
+    ends = {row["id"]: turn for row, turn, messages in reversed(sent) if messages is None}  # the first that does not fit
+    sent = [one for one in sent if one[1] < ends.get(one[0]["id"], math.inf)]
     requests = [{"id": f"{row['id']}-{turn}", "messages": messages, "turn": turn} for row, turn, messages in sent]
     said = answers(engine, requests, seed)
     if progress: progress.update(len(due), tokens=sum(answer.get("tokens") or 0 for answer in said))

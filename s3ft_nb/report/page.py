@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'LEADS', 'SECTIONS', 'JUDGED', 'percent', 'last_estimates', 'headline', 'drift_tile', 'difference_tile',
-           'kept_tile', 'precision_tile', 'tiles', 'cell_view', 'table_view', 'figure_view', 'judge_facts', 'run_facts',
-           'sections_view', 'cut', 'example_view', 'template', 'render', 'write_report']
+           'kept_tile', 'precision_tile', 'tiles', 'cell_view', 'table_view', 'figure_words', 'figure_view',
+           'judge_facts', 'run_facts', 'sections_view', 'cut', 'example_view', 'template', 'render', 'write_report']
 
-# %% ../../nbs/report/03_page.ipynb #11d66e99
+# %% ../../nbs/report/03_page.ipynb #5a386bcf
 import base64
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from ..core.records import write_bytes, write_json
 from ..core.resources import resource
@@ -131,17 +131,24 @@ def table_view(
     words = {"name": table.name, "title": table.title, "note": table.note, "files": files}
     return words | {"columns": columns, "rows": rows, "folded": table.name not in OPEN}
 
-# %% ../../nbs/report/03_page.ipynb #533b6f25
+# %% ../../nbs/report/03_page.ipynb #1c77161b
+def figure_words(
+    name: str,  # Of a figure
+    metrics: dict,  # What `report.metrics.collect` returns
+) -> dict:  # `{title, caption, alt}`
+    "What is said about a figure."
+    title, caption = captions(metrics)[name]
+    return {"title": title, "caption": caption, "alt": alt_text(name, metrics)}
+
+
 def figure_view(
     name: str,  # Of a figure
     png: Path,  # Its file
-    metrics: dict,  # What `report.metrics.collect` returns
+    words: dict,  # `{title, caption, alt}`
 ) -> dict:  # What the template shows
     "A figure for the template, with the image inside; half the pixels, so that it is sharp on every screen."
     data = png.read_bytes()
     width, height = (int.from_bytes(data[i:i + 4]) // 2 for i in (16, 20))  # PNG, IHDR chunk
-    title, caption = captions(metrics)[name]
-    words = {"title": title, "caption": caption, "alt": alt_text(name, metrics)}
     files = [(ending.upper(), f"figures/{name}.{ending}") for ending in ("png", "pdf")]
     image = "data:image/png;base64," + base64.b64encode(data).decode()
     return words | {"width": width, "height": height, "image": image, "files": files}
@@ -192,7 +199,7 @@ def run_facts(
     found["Peak memory, GiB"] = metrics.get("peak_rss_gib")
     return [(name, cell_text(value)) for name, value in found.items()]
 
-# %% ../../nbs/report/03_page.ipynb #5190a19d
+# %% ../../nbs/report/03_page.ipynb #9dd7a791
 def sections_view(
     metrics: dict,  # What `report.metrics.collect` returns
     tables: list,  # `Table`s
@@ -202,7 +209,7 @@ def sections_view(
     by_name, judge, out = {table.name: table for table in tables}, metrics.get("discriminator"), []
     facts = {"run": run_facts(metrics), "discriminator": judge_facts(judge, metrics.get("agreement") or {}) if judge else []}
     for name, (title, drawn, listed) in SECTIONS.items():
-        shown = {"figures": [figure_view(key, figures[key][0], metrics) for key in drawn if key in figures]}
+        shown = {"figures": [figure_view(key, figures[key][0], figure_words(key, metrics)) for key in drawn if key in figures]}
         shown |= {"tables": [table_view(by_name[key]) for key in listed if key in by_name], "facts": facts.get(name, [])}
         if any(shown.values()): out.append({"name": name, "title": title, "lead": LEADS[name], **shown})
     return out
@@ -225,12 +232,14 @@ def example_view(
     short = " ".join(example["system_prompt"].split())
     return example | {"short": cut(short, 90), "system_prompt": cut(example["system_prompt"]), "turns": turns}
 
-# %% ../../nbs/report/03_page.ipynb #7cffc44f
+# %% ../../nbs/report/03_page.ipynb #6021c718
 @cache
-def template() -> Template:  # Escapes every value, refuses unknown names
-    "The page's template."
-    text = resource("data", "report", "page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+def template(
+    name: str = "page.html",  # File in data/report
+) -> Template:  # Escapes every value, refuses unknown names
+    "A page's template; it may extend another one."
+    text = lambda name: resource("data", "report", name).read_text(encoding="utf-8")
+    return Environment(loader=FunctionLoader(text), autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
 def render(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MICRO', 'JUDGES', 'SPARE', 'ASK_HELP', 'model_path', 'is_micro', 'reply_length', 'micro_scripts', 'micro_rules',
-           'written_rules', 'rules_at', 'shortened', 'judge_of', 'judge_trust', 'Wish', 'user_side',
-           'measured_dialogues', 'Study', 'study', 'judge_study', 'way_of', 'named_adapters', 'few_examples',
-           'make_arms', 'choose_scorer', 'guard_adapters', 'Prepared', 'prepare', 'spare_users', 'warnings_of',
-           'shown_by', 'facts_of', 'user_of', 'judged_by', 'run_measure']
+           'written_rules', 'rules_at', 'shortened', 'judge_of', 'judge_trust', 'Wish', 'user_side', 'play_list',
+           'Study', 'study', 'judge_study', 'way_of', 'named_adapters', 'few_examples', 'make_arms', 'choose_scorer',
+           'guard_adapters', 'Prepared', 'prepare', 'spare_users', 'warnings_of', 'shown_by', 'facts_of', 'user_of',
+           'judged_by', 'run_measure']
 
-# %% ../../nbs/top/10b_measuring.ipynb #9ad96afd
+# %% ../../nbs/top/10b_measuring.ipynb #a974785a
 import random
 import re
 import shlex
@@ -24,7 +24,7 @@ from ..core.ledger import Ledger, rows_hash
 from ..core.records import InputError, Reply, SystemPrompt, read_json, read_rows, row_of, stable_id, write_json, write_rows
 from ..core.resources import resource
 from ..evaluation.arms import ArmPlan, check_scorer, judge_scorer, make_arm, make_examples, read_arm
-from ..evaluation.guard import guard_replies, guard_summary, harness_command
+from ..evaluation.guard import guard_replies, guard_summary, guard_words, harness_command
 from ..evaluation.judge import (discriminate_rules, explain_rules, judge_agreement, judge_pairs, judge_pairs_due, judge_rules,
                                       position_bias, rule_judge_messages, same_family, score_rules)
 from ..evaluation.measure import arm_file, due_rules, measure, measured_prompts
@@ -32,7 +32,7 @@ from ..evaluation.play import USER_TURNS, change_system, compose, empty_scripts,
 from ..evaluation.rollout import asked, fit
 from ..evaluation.rules import Rule, make_rules, read_rules, rules_for, rules_of_checks, verdicts_by_checks
 from ..lm.engine import make_engine
-from ..lm.model import context_length, model_hash, token_counter
+from ..lm.model import context_length, model_hash, pick_device, token_counter
 from ..micro import world
 
 # %% ../../nbs/top/10b_measuring.ipynb #1836b4f0
@@ -154,7 +154,7 @@ def judge_trust(
     truth = verdicts_by_checks(replies, checked)
     return judge_agreement(judge(replies, asked), truth, seed=seed) if truth else None
 
-# %% ../../nbs/top/10b_measuring.ipynb #8b4b49d3
+# %% ../../nbs/top/10b_measuring.ipynb #5d4fa03f
 SPARE = 24  # Scripts that are made besides those that are played, for examples and the guard
 
 
@@ -169,7 +169,7 @@ class Wish:
     base_url: str = ""  # Of the server
     api_key_env: str = "OPENAI_API_KEY"  # Environment variable that holds the API key
     tokenizer: str = ""  # Folder or hub name that counts tokens for a server; empty: nothing is counted
-    quantization: str = "nf4"  # nf4 or none
+    quantization: str = "auto"  # nf4, none, or auto: nf4 on a GPU, none on a CPU, where it saves memory and costs time
     batch_size: int = 64  # Replies at a time
     adapters: tuple = ()  # NAME=FOLDER of trained adapters, each an arm
     arms: tuple = ("base", "repeat", "remind:4")  # See `evaluation.arms.ARMS`
@@ -201,7 +201,7 @@ class Wish:
     shard_size: int = 64  # Dialogues between two saves
     fresh: bool = False  # Throw away what an earlier measurement left, but for the rules
 
-# %% ../../nbs/top/10b_measuring.ipynb #1ce18b08
+# %% ../../nbs/top/10b_measuring.ipynb #79477d5b
 def user_side(
     wish: Wish,  # What is wanted
     n: int,  # Scripts wanted
@@ -213,11 +213,11 @@ def user_side(
     if wish.conversations: return scripts_of(read_conversations(wish.conversations)), None, wish.conversations
     if not wish.user_turns and is_micro(model_path(wish.model)) and not any(shares.values()):
         return *micro_scripts(n, wish.turns, wish.seed), "micro world"
-    name = wish.user_turns or USER_TURNS
+    name = wish.user_turns or ("micro" if is_micro(model_path(wish.model)) else USER_TURNS)
     return compose(user_blocks(name, language), n, wish.turns, wish.seed, **shares), None, f"user turns: {name}"
 
 
-def measured_dialogues(
+def play_list(
     wish: Wish,  # What is wanted
     prompts: list[SystemPrompt],  # System prompts to keep to
     scripts: list[dict],  # See `user_side`
@@ -228,7 +228,7 @@ def measured_dialogues(
     new = measured_prompts(wish.change)[0]
     return [change_system(row, wish.change_at or wish.turns // 2 + 1, new, wish.change_how) for row in rows]
 
-# %% ../../nbs/top/10b_measuring.ipynb #731cd5c6
+# %% ../../nbs/top/10b_measuring.ipynb #c3cb3fac
 class Study(NamedTuple):
     "A model under study, ready to be asked."
 
@@ -248,7 +248,8 @@ def study(
     reply = reply_length(context, wish.max_new_tokens)
     room = wish.max_prompt_tokens or context - reply if counted else None
     if wish.engine == "transformers":
-        engine = make_engine("transformers", model_path(wish.model), adapter, wish.quantization, batch_size=wish.batch_size, max_new_tokens=reply, temperature=wish.temperature)
+        bits = wish.quantization if wish.quantization != "auto" else "none" if pick_device() == "cpu" else "nf4"
+        engine = make_engine("transformers", model_path(wish.model), adapter, bits, batch_size=wish.batch_size, max_new_tokens=reply, temperature=wish.temperature)
     else: engine = make_engine(wish.engine, wish.model, base_url=wish.base_url, api_key_env=wish.api_key_env, max_new_tokens=reply, temperature=wish.temperature)
     return Study(engine, reply, min(room, context - reply) if counted else None, token_counter(counted) if counted else None)
 
@@ -338,7 +339,7 @@ def choose_scorer(
         return check_scorer({text: [rule.check for rule in rules if rule.system_prompt_id in ("", id) and rule.check] for text, id in prompts.items()})
     return judge_scorer(judge.engine, language, partial(fit, max_prompt_tokens=judge.prompt, count_tokens=judge.count))
 
-# %% ../../nbs/top/10b_measuring.ipynb #afcaf644
+# %% ../../nbs/top/10b_measuring.ipynb #9c10d963
 ASK_HELP = {"en": "Answer the user's message helpfully and to the point.", "zh": "有用而切题地回答用户的消息。"}
 
 
@@ -349,7 +350,7 @@ def guard_adapters(
     users: list[str],  # Messages, all different
     judge: Study,  # Says which reply helps more; the model under study when there is no other
     language: str,  # en or zh
-) -> dict:  # {adapter's arm: see `guard_summary`}
+) -> dict:  # {verdict: sentences, arms: {adapter's arm: see `guard_summary`}}
     "Compare base and adapters where there is no system prompt, and say which reply is more helpful."
     before, out = guard_replies(base.engine, users, wish.seed), {}
     for name in named_adapters(wish.adapters):
@@ -360,9 +361,9 @@ def guard_adapters(
         rows = judge_pairs(judge.engine, pairs, language)
         bias = position_bias(rows)
         out[name] = guard_summary(before, after, [said[row["winner"]] for row in rows], seed=wish.seed) | {"judge": judge.engine.name, "position": bias}
-    return out
+    return {"verdict": " ".join(f"{name}: {'; '.join(guard_words(found))}." for name, found in out.items()), "arms": out}
 
-# %% ../../nbs/top/10b_measuring.ipynb #c728eaa3
+# %% ../../nbs/top/10b_measuring.ipynb #93f82267
 class Prepared(NamedTuple):
     "What a measurement will be about."
 
@@ -385,7 +386,7 @@ def prepare(
     micro = wish.engine == "transformers" and is_micro(model_path(wish.model))
     rules = rules_at(wish.out, wish.rules, lambda: written_rules(prompts, micro, None, ledger, wish.seed))
     scripts, aside, said_by = user_side(wish, wish.dialogues + SPARE, language)
-    dialogues = measured_dialogues(wish, prompts[:-1] if wish.change else prompts, scripts)
+    dialogues = play_list(wish, prompts[:-1] if wish.change else prompts, scripts)
     due_rules(dialogues, rules)
     if wish.not_applicable: aside = {tuple(one) for one in read_json(wish.not_applicable)}
     return Prepared(prompts, language, rules, dialogues, aside, spare_users(scripts, dialogues, language), said_by, ledger.as_dict()["notes"])
@@ -461,7 +462,7 @@ def judged_by(
     fits = lambda messages: judge.count is None or judge.count(messages) <= judge.prompt
     return judge_of(judge.engine, way_of(wish), language, fits), f"{way_of(wish)}: {judge.engine.name}"
 
-# %% ../../nbs/top/10b_measuring.ipynb #1f86ff4d
+# %% ../../nbs/top/10b_measuring.ipynb #a77fcd4f
 def run_measure(
     wish: Wish,  # What is wanted
 ) -> dict:  # What measure.json holds
@@ -478,7 +479,8 @@ def run_measure(
     ask, judge_name = judged_by(wish, judge, ready.language)
     about = measure(arms, ready.dialogues, ready.rules, out, ask, wish.histories, ready.aside, facts_of(wish, ready, judge, arms), model, judge_name, marks,
                     wish.fresh, overflow=wish.overflow, write_user=user_of(wish, base, ready.language), **limits)
-    first = read_rows(out / arm_file(next(iter(arms))), Reply)[:200]
-    write_json(out / "judge.json", judge_trust(ask, first, due, wish.seed) if judge else None)
+    first = read_rows(out / arm_file(next(iter(arms))), Reply)[:200] if judge else []
+    if first: about["facts"]["agreement"] = judge_trust(ask, first, due, wish.seed)
+    write_json(out / "measure.json", about)
     if wish.adapters and wish.guard: write_json(out / "guard.json", guard_adapters(wish, base, arms, ready.users[:wish.guard], judge or judge_study(wish, base), ready.language))
     return about

@@ -15,7 +15,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 CHAIN = [p for p in NOTEBOOKS if "chain" in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if "chain" not in p.parts]
 MODULES = [p for p in sorted((ROOT / "s3ft_nb").rglob("*.py")) if not p.name.startswith("_")]
-FLOORS = {"core": 0, "lm": 1, "annotation": 2, "evaluation": 2, "methods": 3, "report": 4, "micro": 4, "chain": 5, "cli": 6}
+FLOORS = {"core": 0, "lm": 1, "annotation": 2, "evaluation": 2, "methods": 3, "report": 4, "micro": 4, "chain": 5, "measure_cli": 6, "cli": 6}
 
 
 def code(path):

@@ -6,8 +6,8 @@
 __all__ = ['MICRO', 'JUDGES', 'SPARE', 'ASK_HELP', 'model_path', 'is_micro', 'reply_length', 'micro_scripts', 'micro_rules',
            'written_rules', 'rules_at', 'shortened', 'judge_of', 'judge_trust', 'Wish', 'user_side', 'play_list',
            'Study', 'study', 'judge_study', 'way_of', 'named_adapters', 'few_examples', 'make_arms', 'choose_scorer',
-           'guard_adapters', 'Prepared', 'prepare', 'spare_users', 'warnings_of', 'shown_by', 'facts_of', 'user_of',
-           'judged_by', 'run_measure']
+           'guard_adapters', 'Prepared', 'prepare_measure', 'spare_users', 'warnings_of', 'shown_by', 'measure_facts',
+           'user_of', 'judged_by', 'run_measure']
 
 # %% ../../nbs/top/10b_measuring.ipynb #a974785a
 import random
@@ -363,7 +363,7 @@ def guard_adapters(
         out[name] = guard_summary(before, after, [said[row["winner"]] for row in rows], seed=wish.seed) | {"judge": judge.engine.name, "position": bias}
     return {"verdict": " ".join(f"{name}: {'; '.join(guard_words(found))}." for name, found in out.items()), "arms": out}
 
-# %% ../../nbs/top/10b_measuring.ipynb #93f82267
+# %% ../../nbs/top/10b_measuring.ipynb #a7069e43
 class Prepared(NamedTuple):
     "What a measurement will be about."
 
@@ -377,10 +377,12 @@ class Prepared(NamedTuple):
     notes: dict  # What happened to rules
 
 
-def prepare(
+def prepare_measure(
     wish: Wish,  # What is wanted
 ) -> Prepared:  # Ready to be played
     "Read and write all that needs no model; raises `InputError` when a prompt in force has no rules."
+    for text in wish.arms: read_arm(text)
+    named_adapters(wish.adapters)
     prompts = measured_prompts(wish.system_prompt) + (measured_prompts(wish.change)[:1] if wish.change else [])
     language, ledger = prompts[0].language, Ledger("rules")
     micro = wish.engine == "transformers" and is_micro(model_path(wish.model))
@@ -402,7 +404,7 @@ def spare_users(
     first = [row["turns"][0]["user"] for row in scripts] + [block[0] for block in user_blocks(language=language)["neutral"]]
     return [text for text in dict.fromkeys(first) if text and text not in played][:SPARE]
 
-# %% ../../nbs/top/10b_measuring.ipynb #55c37e3c
+# %% ../../nbs/top/10b_measuring.ipynb #5cbf9c74
 def warnings_of(
     wish: Wish,  # What is wanted
     judge: Study | None,  # The judge, when one is needed
@@ -425,7 +427,7 @@ def shown_by(
     return {name: engine.shown(messages, turn) if hasattr(engine, "shown") else messages for name, engine in arms.items()}
 
 
-def facts_of(
+def measure_facts(
     wish: Wish,  # What is wanted
     ready: Prepared,  # What it is about
     judge: Study | None,  # The judge, when one is needed
@@ -462,12 +464,12 @@ def judged_by(
     fits = lambda messages: judge.count is None or judge.count(messages) <= judge.prompt
     return judge_of(judge.engine, way_of(wish), language, fits), f"{way_of(wish)}: {judge.engine.name}"
 
-# %% ../../nbs/top/10b_measuring.ipynb #a77fcd4f
+# %% ../../nbs/top/10b_measuring.ipynb #141a84d0
 def run_measure(
     wish: Wish,  # What is wanted
 ) -> dict:  # What measure.json holds
     "Measure how a model keeps to system prompts; everything goes into `wish.out`."
-    out, ready, base = Path(wish.out), prepare(wish), study(wish)
+    out, ready, base = Path(wish.out), prepare_measure(wish), study(wish)
     limits = {"seed": wish.seed, "max_prompt_tokens": base.prompt, "count_tokens": base.count, "shard_size": wish.shard_size}
     model = {"model": model_hash(model_path(wish.model)), "engine": wish.engine, "temperature": wish.temperature, "max_new_tokens": base.reply,
              "quantization": wish.quantization, "user": [ready.said_by, wish.user_model]}
@@ -477,7 +479,7 @@ def run_measure(
     judge = judge_study(wish, base) if any(rule.how == "judge" for rule in due) else None
     arms, marks = make_arms(wish, base, ready.dialogues, due, ready.users[:8], judge, ready.language)
     ask, judge_name = judged_by(wish, judge, ready.language)
-    about = measure(arms, ready.dialogues, ready.rules, out, ask, wish.histories, ready.aside, facts_of(wish, ready, judge, arms), model, judge_name, marks,
+    about = measure(arms, ready.dialogues, ready.rules, out, ask, wish.histories, ready.aside, measure_facts(wish, ready, judge, arms), model, judge_name, marks,
                     wish.fresh, overflow=wish.overflow, write_user=user_of(wish, base, ready.language), **limits)
     first = read_rows(out / arm_file(next(iter(arms))), Reply)[:200] if judge else []
     if first: about["facts"]["agreement"] = judge_trust(ask, first, due, wish.seed)

@@ -228,7 +228,7 @@ def play_list(
     new = measured_prompts(wish.change)[0]
     return [change_system(row, wish.change_at or wish.turns // 2 + 1, new, wish.change_how) for row in rows]
 
-# %% ../../nbs/top/10b_measuring.ipynb #c3cb3fac
+# %% ../../nbs/top/10b_measuring.ipynb #18daf871
 class Study(NamedTuple):
     "A model under study, ready to be asked."
 
@@ -270,7 +270,8 @@ def way_of(
 ) -> str:  # Key of `JUDGES`
     "How the judge is asked."
     if wish.judge_way: return wish.judge_way
-    micro = not wish.judge_url and wish.engine == "transformers" and is_micro(model_path(wish.judge or wish.model))
+    in_process = not wish.judge_url if wish.judge else wish.engine == "transformers"
+    micro = in_process and is_micro(model_path(wish.judge or wish.model))
     return "discriminator" if wish.judge_adapter or micro else "letters"
 
 # %% ../../nbs/top/10b_measuring.ipynb #fd186c90
@@ -363,7 +364,7 @@ def guard_adapters(
         out[name] = guard_summary(before, after, [said[row["winner"]] for row in rows], seed=wish.seed) | {"judge": judge.engine.name, "position": bias}
     return {"verdict": " ".join(f"{name}: {'; '.join(guard_words(found))}." for name, found in out.items()), "arms": out}
 
-# %% ../../nbs/top/10b_measuring.ipynb #a7069e43
+# %% ../../nbs/top/10b_measuring.ipynb #a3416ec7
 class Prepared(NamedTuple):
     "What a measurement will be about."
 
@@ -385,7 +386,7 @@ def prepare_measure(
     named_adapters(wish.adapters)
     prompts = measured_prompts(wish.system_prompt) + (measured_prompts(wish.change)[:1] if wish.change else [])
     language, ledger = prompts[0].language, Ledger("rules")
-    micro = wish.engine == "transformers" and is_micro(model_path(wish.model))
+    micro = is_micro(model_path(wish.model))
     rules = rules_at(wish.out, wish.rules, lambda: written_rules(prompts, micro, None, ledger, wish.seed))
     scripts, aside, said_by = user_side(wish, wish.dialogues + SPARE, language)
     dialogues = play_list(wish, prompts[:-1] if wish.change else prompts, scripts)
@@ -404,14 +405,15 @@ def spare_users(
     first = [row["turns"][0]["user"] for row in scripts] + [block[0] for block in user_blocks(language=language)["neutral"]]
     return [text for text in dict.fromkeys(first) if text and text not in played][:SPARE]
 
-# %% ../../nbs/top/10b_measuring.ipynb #5cbf9c74
+# %% ../../nbs/top/10b_measuring.ipynb #2b40b728
 def warnings_of(
     wish: Wish,  # What is wanted
     judge: Study | None,  # The judge, when one is needed
     arms: dict,  # {arm: engine}
 ) -> list[str]:  # Sentences
     "What a reader must know before believing the numbers."
-    own = same_family(judge.engine.name, [engine.name for engine in arms.values()]) if judge else ""
+    names = sorted({engine.name.split(", ")[0] for engine in arms.values()})  # a wrapped engine's name begins with the model's
+    own = same_family(judge.engine.name, names) if judge else ""
     few = f"{wish.dialogues} dialogues per system prompt are few: intervals will be wide" if wish.dialogues < 10 else ""
     return [text for text in (own, few) if text]
 
@@ -439,7 +441,7 @@ def measure_facts(
         "model": Path(wish.model).name, "language": ready.language, "users": ready.said_by, "adapters": adapters,
         "system_prompts": [prompt.model_dump(mode="json") for prompt in ready.prompts],
         "warnings": warnings_of(wish, judge, arms), "rules": ready.notes, "shown": shown_by(arms, ready.dialogues[0]),
-        "harness": [shlex.join(harness_command(wish.model, adapter, wish.base_url)) for adapter in ("", *adapters.values())],
+        "harness": [shlex.join(harness_command(model_path(wish.model), adapter, wish.base_url)) for adapter in ("", *adapters.values())],
     }
 
 # %% ../../nbs/top/10b_measuring.ipynb #43492740

@@ -144,7 +144,7 @@ def judge_arm(
     with Progress(len(rows), "dialogues", f"{name}, verdicts") as progress:
         return in_shards(rows, work, Path(out) / "work" / f"{name}-verdicts-{claim}", shard_size, 0, claim, progress, fresh)
 
-# %% ../../nbs/evaluation/12_measure.ipynb #f5da2618
+# %% ../../nbs/evaluation/12_measure.ipynb #2e63ddfc
 def measure(
     arms: dict,  # {name: engine}
     dialogues: list[dict],  # See `evaluation.play`
@@ -167,14 +167,14 @@ def measure(
     for name in arms: arm_file(name)
     claim_measure(out, settings, fresh)
     write_rows(out / "dialogues.jsonl", dialogues)
-    write_rows(out / "rules.jsonl", rules)
+    write_rows(out / "rules.jsonl", rules)  # as given: copies under an extended prompt are made anew
     about = {"version": MEASURE_VERSION, "package": __version__, "settings": settings, "facts": facts or {}, "arms": {name: engine.name for name, engine in arms.items()}, "judge": judge_name}
     write_json(out / "measure.json", about | {"complete": False})
     verdicts, books = [], {}
     for name, engine in arms.items():
         replies, books[name] = play_arm(name, engine, dialogues, out, histories, fingerprint=settings | {"arm": (marks or {}).get(name)}, fresh=fresh, **limits)
         found = judge_arm(name, replies, due, judge, out, not_applicable, judge_name, fresh=fresh)
-        books[name]["verdicts"] = {"rows": len(found), "unknown": sum(row["satisfied"] is None for row in found), "not_applicable": sum(not row["applicable"] for row in found), "judges": dict(Counter(row["judge"] for row in found))}
+        books[name]["verdicts"] = {"rows": len(found), "unknown": sum(row["applicable"] and row["satisfied"] is None for row in found), "not_applicable": sum(not row["applicable"] for row in found), "judges": dict(Counter(row["judge"] for row in found))}
         verdicts += found
     write_rows(out / "verdicts.jsonl", verdicts)
     write_json(out / "ledger.json", books)

@@ -115,7 +115,7 @@ def annotate_serve(
         if not made.tokens: raise InputError("nobody may label yet", study, remedy="name people with --annotators or --shares")
         server.serve_study(made, host, port, address, certificate, key, tell=lambda line: print(line, flush=True))
 
-# %% ../nbs/top/10b_annotate.ipynb #022b156a
+# %% ../nbs/top/10b_annotate.ipynb #11c49653
 @annotate_app.command("pairs")
 def annotate_pairs(
     replies: Annotated[list[Path], typer.Argument(metavar="REPLIES...", help="Rollouts of two or more arms, JSON Lines.")],
@@ -127,7 +127,6 @@ def annotate_pairs(
     from s3ft_nb.annotation.task import pairs_of
     from s3ft_nb.core.ledger import Ledger
     from s3ft_nb.core.records import Reply
-
     with exit_codes():
         ledger = Ledger("pairs", target.with_name(target.name.split(".")[0] + ".ledger.json"))
         drawn = pairs_of([row for path in replies for row in read_rows(path, Reply)], n, seed, ledger)

@@ -158,7 +158,7 @@ def agree_files(
         write_rows(target / "labels.jsonl", [{"sample_id": id, "label": label} for id, label in (labels | {id: decided[id] for id in decided if id in labels}).items() if label])
         for line in agreement_lines(agreement, report, drift, pace): typer.echo(line)
 
-# %% ../nbs/top/10c_study.ipynb #5a122fda
+# %% ../nbs/top/10c_study.ipynb #1e382d76
 @study_app.command("prefer")
 def prefer_files(
     pairs: Annotated[Path, typer.Argument(metavar="PAIRS", help="The pairs that were shown, with their arms; made by s3ft annotate pairs.")],
@@ -171,7 +171,6 @@ def prefer_files(
     from s3ft_nb.annotation.exchange import answer_rows
     from s3ft_nb.annotation.preference import preference_report, unblind
     from s3ft_nb.core.records import Pair, Preference
-
     with exit_codes():
         outcomes = unblind(read_rows(pairs, Pair), [row for path in files for row in answer_rows(path, Preference)])
         report = preference_report(outcomes, reference or None, seed=seed)

@@ -17,7 +17,9 @@ freight = {
     f"{lib}.recipes": ["*.toml"],
     f"{lib}.data": ["*/*", "*/*/*"],
 }
-dev = cfg["dev_requirements"].split()
+annotation = cfg["annotation_requirements"].split()
+ifeval = cfg["ifeval_requirements"].split()
+dev = cfg["dev_requirements"].split() + annotation + ifeval
 
 setup(
     name=lib,
@@ -35,7 +37,7 @@ setup(
     package_dir=rooms,
     package_data=freight,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "notebook": ["jupyter", "ipywidgets"]},
+    extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "notebook": ["jupyter", "ipywidgets"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

@@ -73,7 +73,7 @@ def micro_scripts(
     rows, truth = world.conversations(n, "eval", seed, (n_turns, n_turns))
     return scripts_of(rows), world.not_applicable(truth)
 
-# %% ../../nbs/top/10b_measuring.ipynb #8ddc300b
+# %% ../../nbs/top/10b_measuring.ipynb #369e0a21
 def micro_rules(
     rule: Rule,  # A rule for a judge
 ) -> list[Rule]:  # The same with checks, or as it was when it names nothing that the micro world knows
@@ -98,13 +98,16 @@ def written_rules(
 def rules_at(
     out: str | Path,  # Folder of the measurement
     given: str,  # A file of rules; empty: the one in the folder, or rules written here
-    write: Callable,  # () -> [Rule]
-) -> list[Rule]:  # As they will be judged
+    write: Callable,  # ledger -> [Rule]
+) -> tuple[list[Rule], dict]:  # (as they will be judged, what happened when they were written)
     "The rules of a measurement: given, edited, or new; new ones are written down."
-    path = Path(out) / "rules.jsonl"
-    if given or path.exists(): return read_rules(given or path)
-    write_rows(path, rules := write())
-    return rules
+    path, ledger = Path(out) / "rules.jsonl", Ledger("rules", Path(out) / "rules.ledger.json")
+    if given: return read_rules(given), {}
+    if not path.exists():
+        rules = write(ledger)
+        ledger.reconcile(len(rules), len(rules)).save()
+        write_rows(path, rules)
+    return read_rules(path), read_json(ledger.path)["notes"] if ledger.path.exists() else {}
 
 # %% ../../nbs/top/10b_measuring.ipynb #694bafe1
 JUDGES = {"letters": score_rules, "words": explain_rules, "both": judge_rules, "discriminator": discriminate_rules}
@@ -364,7 +367,7 @@ def guard_adapters(
         out[name] = guard_summary(before, after, [said[row["winner"]] for row in rows], seed=wish.seed) | {"judge": judge.engine.name, "position": bias}
     return {"verdict": " ".join(f"{name}: {'; '.join(guard_words(found))}." for name, found in out.items()), "arms": out}
 
-# %% ../../nbs/top/10b_measuring.ipynb #a3416ec7
+# %% ../../nbs/top/10b_measuring.ipynb #3905077f
 class Prepared(NamedTuple):
     "What a measurement will be about."
 
@@ -385,14 +388,14 @@ def prepare_measure(
     for text in wish.arms: read_arm(text)
     named_adapters(wish.adapters)
     prompts = measured_prompts(wish.system_prompt) + (measured_prompts(wish.change)[:1] if wish.change else [])
-    language, ledger = prompts[0].language, Ledger("rules")
+    language = prompts[0].language
     micro = is_micro(model_path(wish.model))
-    rules = rules_at(wish.out, wish.rules, lambda: written_rules(prompts, micro, None, ledger, wish.seed))
+    rules, notes = rules_at(wish.out, wish.rules, lambda ledger: written_rules(prompts, micro, None, ledger, wish.seed))
     scripts, aside, said_by = user_side(wish, wish.dialogues + SPARE, language)
     dialogues = play_list(wish, prompts[:-1] if wish.change else prompts, scripts)
     due_rules(dialogues, rules)
     if wish.not_applicable: aside = {tuple(one) for one in read_json(wish.not_applicable)}
-    return Prepared(prompts, language, rules, dialogues, aside, spare_users(scripts, dialogues, language), said_by, ledger.as_dict()["notes"])
+    return Prepared(prompts, language, rules, dialogues, aside, spare_users(scripts, dialogues, language), said_by, notes)
 
 
 def spare_users(

@@ -35,7 +35,7 @@ setup(
     package_dir=rooms,
     package_data=freight,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "notebook": ["jupyter", "ipywidgets"], "ifeval": ["langdetect>=1.0.9"]},
+    extras_require={"dev": dev, "notebook": ["jupyter", "ipywidgets"], "ifeval": ["langdetect>=1.0.9"], "harness": ["lm_eval[hf]>=0.4.9"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

@@ -37,7 +37,8 @@ setup(
     package_dir=rooms,
     package_data=freight,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "notebook": ["jupyter", "ipywidgets"]},
+    extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "harness": cfg["harness_requirements"].split(),
+                    "notebook": ["jupyter", "ipywidgets"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DIALOGUES', 'ARMS_PANEL', 'JUDGING', 'LIMITS', 'Prompt', 'ModelName', 'To', 'IFEval', 'Turns', 'Dialogues',
            'UserTurns', 'Conversations', 'User', 'UserModel', 'Aligned', 'Conflicting', 'Change', 'ChangeAt',
-           'ChangeHow', 'Arms', 'Adapter', 'Examples', 'Guard', 'Histories', 'Rules', 'RulesOnly', 'Judge', 'JudgeUrl',
-           'JudgeAdapter', 'JudgeWay', 'Aside', 'Engine', 'BaseUrl', 'KeyEnv', 'TokenizerName', 'Quantization',
-           'BatchSize', 'NewTokens', 'PromptTokens', 'Overflow', 'Temperature', 'Seed', 'Fresh', 'Runs', 'Minus',
-           'History', 'choice', 'rule_lines', 'measure_lines', 'score_published', 'measure', 'measured', 'compare']
+           'ChangeHow', 'Arms', 'Adapter', 'Examples', 'Guard', 'Harness', 'Histories', 'Rules', 'RulesOnly', 'Judge',
+           'JudgeUrl', 'JudgeAdapter', 'JudgeWay', 'Aside', 'Engine', 'BaseUrl', 'KeyEnv', 'TokenizerName',
+           'Quantization', 'BatchSize', 'NewTokens', 'PromptTokens', 'Overflow', 'Temperature', 'Seed', 'Fresh', 'Runs',
+           'Minus', 'History', 'choice', 'rule_lines', 'measure_lines', 'score_published', 'measure', 'measured',
+           'compare']
 
 # %% ../nbs/top/10c_measure_cli.ipynb #c07c5efd
 from pathlib import Path
@@ -28,7 +29,7 @@ def choice(
     "An option; its default is shown."
     return typer.Option(*names.split(), help=help, metavar=metavar, rich_help_panel=panel, show_default=names != "--ifeval")
 
-# %% ../nbs/top/10c_measure_cli.ipynb #05e087a1
+# %% ../nbs/top/10c_measure_cli.ipynb #49748a17
 DIALOGUES, ARMS_PANEL, JUDGING, LIMITS = "Dialogues", "Arms", "Rules and judge", "Model and limits"
 Prompt = Annotated[Path, choice("--system-prompt", "Text of one system prompt, or a .jsonl, .json or .csv file of several.", "FILE")]
 ModelName = Annotated[str, choice("--model", "Folder of a model, a name on the hub, or micro-base.", "MODEL")]
@@ -49,6 +50,7 @@ Arms = Annotated[str, choice("--arms", "Of base, repeat, remind:K, few_shot:N, b
 Adapter = Annotated[list[str], choice("--adapter", "Trained adapter, an arm by itself. May be repeated.", "NAME=DIR", ARMS_PANEL)]
 Examples = Annotated[str, choice("--examples", "Rows of user and assistant for few_shot; else the model writes them.", "FILE", ARMS_PANEL)]
 Guard = Annotated[int, choice("--guard", "Messages without a system prompt that base and adapters answer.", panel=ARMS_PANEL)]
+Harness = Annotated[str, choice("--harness", "Tasks of lm-evaluation-harness to run as well; needs that package.", "TASKS", ARMS_PANEL)]
 Histories = Annotated[str, choice("--histories", "Whose replies stand in the history: own, original or both.", panel=ARMS_PANEL)]
 Rules = Annotated[str, choice("--rules", "File of rules; else the one in the folder, or new ones.", "FILE", JUDGING)]
 RulesOnly = Annotated[bool, choice("--rules-only", "Write the rules, show them and stop.", panel=JUDGING)]
@@ -114,7 +116,7 @@ def measure(
     system_prompt: Prompt = None, model: ModelName = "micro-base", out: To = None, ifeval: IFEval = ("", ""),
     turns: Turns = 12, dialogues: Dialogues = 20, user_turns: UserTurns = "", conversations: Conversations = "", user: User = "", user_model: UserModel = "",
     aligned: Aligned = 0.0, conflicting: Conflicting = 0.0, change: Change = "", change_at: ChangeAt = 0, change_how: ChangeHow = "replace",
-    arms: Arms = "base,repeat,remind:4", adapter: Adapter = None, examples: Examples = "", guard: Guard = 24, histories: Histories = "own,original",
+    arms: Arms = "base,repeat,remind:4", adapter: Adapter = None, examples: Examples = "", guard: Guard = 24, harness: Harness = "", histories: Histories = "own,original",
     rules: Rules = "", rules_only: RulesOnly = False, judge: Judge = "", judge_url: JudgeUrl = "", judge_adapter: JudgeAdapter = "", judge_way: JudgeWay = "",
     not_applicable: Aside = "", engine: Engine = "transformers", base_url: BaseUrl = "", api_key_env: KeyEnv = "OPENAI_API_KEY", tokenizer: TokenizerName = "",
     quantization: Quantization = "auto", batch_size: BatchSize = 64, max_new_tokens: NewTokens = 0, max_prompt_tokens: PromptTokens = 0,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MICRO', 'JUDGES', 'SPARE', 'ASK_HELP', 'model_path', 'is_micro', 'reply_length', 'micro_scripts', 'micro_rules',
            'written_rules', 'rules_at', 'shortened', 'judge_of', 'judge_trust', 'Wish', 'user_side', 'play_list',
-           'Study', 'study', 'judge_study', 'way_of', 'named_adapters', 'few_examples', 'make_arms', 'choose_scorer',
-           'guard_adapters', 'Prepared', 'prepare_measure', 'spare_users', 'warnings_of', 'shown_by', 'measure_facts',
-           'user_of', 'judged_by', 'run_measure']
+           'Study', 'study', 'names_judge', 'judge_study', 'way_of', 'named_adapters', 'few_examples', 'make_arms',
+           'choose_scorer', 'guard_adapters', 'Prepared', 'prepare_measure', 'spare_users', 'warnings_of', 'shown_by',
+           'measure_facts', 'harness_results', 'user_of', 'judged_by', 'run_measure']
 
-# %% ../../nbs/top/10b_measuring.ipynb #a974785a
+# %% ../../nbs/top/10b_measuring.ipynb #fd5df5dd
 import random
 import re
 import shlex
@@ -24,7 +24,7 @@ from ..core.ledger import Ledger, rows_hash
 from ..core.records import InputError, Reply, SystemPrompt, read_json, read_rows, row_of, stable_id, write_json, write_rows
 from ..core.resources import resource
 from ..evaluation.arms import ArmPlan, check_scorer, judge_scorer, make_arm, make_examples, read_arm
-from ..evaluation.guard import guard_replies, guard_summary, guard_words, harness_command
+from ..evaluation.guard import guard_replies, guard_summary, guard_words, harness_command, run_harness
 from ..evaluation.judge import (discriminate_rules, explain_rules, judge_agreement, judge_pairs, judge_pairs_due, judge_rules,
                                       position_bias, rule_judge_messages, same_family, score_rules)
 from ..evaluation.measure import arm_file, due_rules, measure, measured_prompts
@@ -73,7 +73,7 @@ def micro_scripts(
     rows, truth = world.conversations(n, "eval", seed, (n_turns, n_turns))
     return scripts_of(rows), world.not_applicable(truth)
 
-# %% ../../nbs/top/10b_measuring.ipynb #8ddc300b
+# %% ../../nbs/top/10b_measuring.ipynb #369e0a21
 def micro_rules(
     rule: Rule,  # A rule for a judge
 ) -> list[Rule]:  # The same with checks, or as it was when it names nothing that the micro world knows
@@ -98,15 +98,18 @@ def written_rules(
 def rules_at(
     out: str | Path,  # Folder of the measurement
     given: str,  # A file of rules; empty: the one in the folder, or rules written here
-    write: Callable,  # () -> [Rule]
-) -> list[Rule]:  # As they will be judged
+    write: Callable,  # ledger -> [Rule]
+) -> tuple[list[Rule], dict]:  # (as they will be judged, what happened when they were written)
     "The rules of a measurement: given, edited, or new; new ones are written down."
-    path = Path(out) / "rules.jsonl"
-    if given or path.exists(): return read_rules(given or path)
-    write_rows(path, rules := write())
-    return rules
+    path, ledger = Path(out) / "rules.jsonl", Ledger("rules", Path(out) / "rules.ledger.json")
+    if given: return read_rules(given), {}
+    if not path.exists():
+        rules = write(ledger)
+        ledger.reconcile(len(rules), len(rules)).save()
+        write_rows(path, rules)
+    return read_rules(path), read_json(ledger.path)["notes"] if ledger.path.exists() else {}
 
-# %% ../../nbs/top/10b_measuring.ipynb #694bafe1
+# %% ../../nbs/top/10b_measuring.ipynb #5080f074
 JUDGES = {"letters": score_rules, "words": explain_rules, "both": judge_rules, "discriminator": discriminate_rules}
 
 
@@ -136,7 +139,9 @@ def judge_of(
     def judge(replies: list, rules: list) -> list:
         due = [(reply, rules_for(reply, rules)) for reply in replies]
         short = [shortened(reply, mine, language, fits) for reply, mine in due if mine]
-        return JUDGES[way](engine, judge_pairs_due(short, rules), language=language)
+        cut = {one.id for one, (reply, _) in zip(short, (row for row in due if row[1])) if len(one.prompt) < len(reply.prompt)}
+        said = JUDGES[way](engine, judge_pairs_due(short, rules), language=language)
+        return [row.model_copy(update={"rationale": f"{row.rationale} [oldest turns not shown to the judge]".strip()}) if row.reply_id in cut else row for row in said]
 
     return judge
 
@@ -154,7 +159,7 @@ def judge_trust(
     truth = verdicts_by_checks(replies, checked)
     return judge_agreement(judge(replies, asked), truth, seed=seed) if truth else None
 
-# %% ../../nbs/top/10b_measuring.ipynb #5d4fa03f
+# %% ../../nbs/top/10b_measuring.ipynb #d6bc2132
 SPARE = 24  # Scripts that are made besides those that are played, for examples and the guard
 
 
@@ -190,6 +195,7 @@ class Wish:
     judge: str = ""  # Model that judges what no program can; empty: the one under study
     judge_url: str = ""  # Server of the judge; empty: in process
     judge_adapter: str = ""  # Adapter of the judge, such as a discriminator's
+    harness: str = ""  # Tasks of lm-evaluation-harness to run as well, commas between; empty: only its command is given
     judge_way: str = ""  # Key of `JUDGES`; empty: discriminator with an adapter or the micro base, else letters
     not_applicable: str = ""  # JSON list of [conversation id, turn] at which no rule has a say
     max_new_tokens: int = 0  # Longest reply, tokens; 0: see `reply_length`
@@ -228,7 +234,7 @@ def play_list(
     new = measured_prompts(wish.change)[0]
     return [change_system(row, wish.change_at or wish.turns // 2 + 1, new, wish.change_how) for row in rows]
 
-# %% ../../nbs/top/10b_measuring.ipynb #18daf871
+# %% ../../nbs/top/10b_measuring.ipynb #4de159bd
 class Study(NamedTuple):
     "A model under study, ready to be asked."
 
@@ -254,12 +260,19 @@ def study(
     return Study(engine, reply, min(room, context - reply) if counted else None, token_counter(counted) if counted else None)
 
 
+def names_judge(
+    wish: Wish,  # What is wanted
+) -> bool:  # Whether a judge was named
+    "Whether another than the model under study judges."
+    return bool(wish.judge or wish.judge_url or wish.judge_adapter)
+
+
 def judge_study(
     wish: Wish,  # What is wanted
     under_study: Study,  # The model under study
 ) -> Study:  # The judge
     "Make the engine that judges; the model under study when no other is named."
-    if not (wish.judge or wish.judge_url or wish.judge_adapter): return under_study
+    if not names_judge(wish): return under_study
     kind = "http" if wish.judge_url else "transformers"
     named = replace(wish, engine=kind, model=wish.judge or wish.model, base_url=wish.judge_url, tokenizer="", temperature=0.0, max_new_tokens=0)
     return study(named, wish.judge_adapter or None)
@@ -303,7 +316,7 @@ def few_examples(
     write_json(path, known | {f"{n} {text}": rows for text, rows in made.items()})
     return made
 
-# %% ../../nbs/top/10b_measuring.ipynb #8f547c24
+# %% ../../nbs/top/10b_measuring.ipynb #050373b5
 def make_arms(
     wish: Wish,  # What is wanted
     base: Study,  # The model under study
@@ -313,7 +326,7 @@ def make_arms(
     judge: Study | None,  # The judge, when there is one
     language: str,  # en or zh
 ) -> tuple[dict, dict]:  # ({arm: engine}, {arm: what its replies depend on})
-    "Engines of all arms; what is checkable scores by checks, the rest by the judge."
+    "Engines of all arms. The judge scores when one was named or a rule needs one, else checks do."
     plans = [read_arm(text) for text in wish.arms]
     if len({plan.name for plan in plans}) < len(plans): raise InputError("an arm is named twice", field="arms", remedy="name each arm once")
     texts = sorted({one["system_prompt"] for row in dialogues for one in (row, *(turn["system"] for turn in row["turns"] if "system" in turn))})
@@ -334,8 +347,8 @@ def choose_scorer(
     judge: Study | None,  # The judge, when there is one
     language: str,  # en or zh
 ) -> Callable:  # See `evaluation.arms`
-    "Checks when all rules have them, else the judge."
-    if judge is None or all(rule.how == "check" for rule in rules):
+    "The judge, or checks where there is none."
+    if judge is None:
         prompts = {one["system_prompt"]: one["system_prompt_id"] for row in dialogues for one in (row, *(turn["system"] for turn in row["turns"] if "system" in turn))}
         return check_scorer({text: [rule.check for rule in rules if rule.system_prompt_id in ("", id) and rule.check] for text, id in prompts.items()})
     return judge_scorer(judge.engine, language, partial(fit, max_prompt_tokens=judge.prompt, count_tokens=judge.count))
@@ -364,7 +377,7 @@ def guard_adapters(
         out[name] = guard_summary(before, after, [said[row["winner"]] for row in rows], seed=wish.seed) | {"judge": judge.engine.name, "position": bias}
     return {"verdict": " ".join(f"{name}: {'; '.join(guard_words(found))}." for name, found in out.items()), "arms": out}
 
-# %% ../../nbs/top/10b_measuring.ipynb #a3416ec7
+# %% ../../nbs/top/10b_measuring.ipynb #3905077f
 class Prepared(NamedTuple):
     "What a measurement will be about."
 
@@ -385,14 +398,14 @@ def prepare_measure(
     for text in wish.arms: read_arm(text)
     named_adapters(wish.adapters)
     prompts = measured_prompts(wish.system_prompt) + (measured_prompts(wish.change)[:1] if wish.change else [])
-    language, ledger = prompts[0].language, Ledger("rules")
+    language = prompts[0].language
     micro = is_micro(model_path(wish.model))
-    rules = rules_at(wish.out, wish.rules, lambda: written_rules(prompts, micro, None, ledger, wish.seed))
+    rules, notes = rules_at(wish.out, wish.rules, lambda ledger: written_rules(prompts, micro, None, ledger, wish.seed))
     scripts, aside, said_by = user_side(wish, wish.dialogues + SPARE, language)
     dialogues = play_list(wish, prompts[:-1] if wish.change else prompts, scripts)
     due_rules(dialogues, rules)
     if wish.not_applicable: aside = {tuple(one) for one in read_json(wish.not_applicable)}
-    return Prepared(prompts, language, rules, dialogues, aside, spare_users(scripts, dialogues, language), said_by, ledger.as_dict()["notes"])
+    return Prepared(prompts, language, rules, dialogues, aside, spare_users(scripts, dialogues, language), said_by, notes)
 
 
 def spare_users(
@@ -405,7 +418,7 @@ def spare_users(
     first = [row["turns"][0]["user"] for row in scripts] + [block[0] for block in user_blocks(language=language)["neutral"]]
     return [text for text in dict.fromkeys(first) if text and text not in played][:SPARE]
 
-# %% ../../nbs/top/10b_measuring.ipynb #2b40b728
+# %% ../../nbs/top/10b_measuring.ipynb #d878ea27
 def warnings_of(
     wish: Wish,  # What is wanted
     judge: Study | None,  # The judge, when one is needed
@@ -415,7 +428,8 @@ def warnings_of(
     names = sorted({engine.name.split(", ")[0] for engine in arms.values()})  # a wrapped engine's name begins with the model's
     own = same_family(judge.engine.name, names) if judge else ""
     few = f"{wish.dialogues} dialogues per system prompt are few: intervals will be wide" if wish.dialogues < 10 else ""
-    return [text for text in (own, few) if text]
+    alone = "a simulated user answers each arm differently: arms are not paired turn by turn, and there is no original history" if wish.user else ""
+    return [text for text in (own, few, alone) if text]
 
 
 def shown_by(
@@ -444,7 +458,18 @@ def measure_facts(
         "harness": [shlex.join(harness_command(model_path(wish.model), adapter, wish.base_url)) for adapter in ("", *adapters.values())],
     }
 
-# %% ../../nbs/top/10b_measuring.ipynb #43492740
+# %% ../../nbs/top/10b_measuring.ipynb #710e04d2
+def harness_results(
+    wish: Wish,  # What is wanted
+) -> dict:  # {arm: {task: {metric: value}}}
+    "Run lm-evaluation-harness on the model and on each adapter, one after the other."
+    out = {}
+    for name, adapter in {"base": "", **named_adapters(wish.adapters)}.items():
+        folder = str(Path(wish.out) / "harness" / name)
+        out[name] = run_harness(harness_command(model_path(wish.model), adapter, wish.base_url, wish.harness, folder, seed=wish.seed), folder)
+    return out
+
+
 def user_of(
     wish: Wish,  # What is wanted
     base: Study,  # The model under study
@@ -466,19 +491,20 @@ def judged_by(
     fits = lambda messages: judge.count is None or judge.count(messages) <= judge.prompt
     return judge_of(judge.engine, way_of(wish), language, fits), f"{way_of(wish)}: {judge.engine.name}"
 
-# %% ../../nbs/top/10b_measuring.ipynb #141a84d0
+# %% ../../nbs/top/10b_measuring.ipynb #ada49f5b
 def run_measure(
     wish: Wish,  # What is wanted
 ) -> dict:  # What measure.json holds
     "Measure how a model keeps to system prompts; everything goes into `wish.out`."
+    if wish.user: wish = replace(wish, histories=("own",))  # what a simulated user says has no original reply
     out, ready, base = Path(wish.out), prepare_measure(wish), study(wish)
     limits = {"seed": wish.seed, "max_prompt_tokens": base.prompt, "count_tokens": base.count, "shard_size": wish.shard_size}
     model = {"model": model_hash(model_path(wish.model)), "engine": wish.engine, "temperature": wish.temperature, "max_new_tokens": base.reply,
              "quantization": wish.quantization, "user": [ready.said_by, wish.user_model]}
-    if "original" in wish.histories and not wish.user:
+    if "original" in wish.histories:
         ready = ready._replace(dialogues=with_originals(ready.dialogues, base.engine, out / "work" / "originals", fingerprint=model, fresh=wish.fresh, **limits))
     due = due_rules(ready.dialogues, ready.rules)
-    judge = judge_study(wish, base) if any(rule.how == "judge" for rule in due) else None
+    judge = judge_study(wish, base) if names_judge(wish) or any(rule.how == "judge" for rule in due) else None
     arms, marks = make_arms(wish, base, ready.dialogues, due, ready.users[:8], judge, ready.language)
     ask, judge_name = judged_by(wish, judge, ready.language)
     about = measure(arms, ready.dialogues, ready.rules, out, ask, wish.histories, ready.aside, measure_facts(wish, ready, judge, arms), model, judge_name, marks,
@@ -486,5 +512,6 @@ def run_measure(
     first = read_rows(out / arm_file(next(iter(arms))), Reply)[:200] if judge else []
     if first: about["facts"]["agreement"] = judge_trust(ask, first, due, wish.seed)
     write_json(out / "measure.json", about)
+    if wish.harness: write_json(out / "harness.json", harness_results(wish))
     if wish.adapters and wish.guard: write_json(out / "guard.json", guard_adapters(wish, base, arms, ready.users[:wish.guard], judge or judge_study(wish, base), ready.language))
     return about

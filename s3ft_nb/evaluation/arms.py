@@ -132,7 +132,7 @@ def judge_scorer(
     score.name = f"judge {engine.name}"
     return score
 
-# %% ../../nbs/evaluation/11_arms.ipynb #5cee6710
+# %% ../../nbs/evaluation/11_arms.ipynb #e9401378
 class BestOf:
     "An engine that answers several times and gives the best reply."
 
@@ -145,7 +145,7 @@ class BestOf:
         if n < 2: raise InputError(f"best of {n} is no choice", field="n", remedy="use 2 or more")
         if getattr(engine, "temperature", 1) == 0 or getattr(engine, "sampling", {}).get("temperature", 1) == 0:
             raise InputError("at temperature 0 all replies to a prompt are the same", field="temperature", remedy="raise the temperature")
-        self.engine, self.scorer, self.n, self.unscored = engine, scorer, n, 0
+        self.engine, self.scorer, self.n = engine, scorer, n
         self.name = f"{engine.name}, best of {n} by {getattr(scorer, 'name', 'scorer')}"
 
     def generate(
@@ -161,8 +161,7 @@ class BestOf:
         out = []
         for start, one in zip(range(0, len(said), self.n), requests):
             mine = [-np.inf if score is None else score for score in scores[start:start + self.n]]
-            self.unscored += all(score == -np.inf for score in mine)
-            best = said[start + int(np.argmax(mine))]
+            best = said[start + int(np.argmax(mine))] | ({"unscored": True} if max(mine) == -np.inf else {})
             out.append(best | {"id": one["id"], "tokens": sum(row.get("tokens") or 0 for row in said[start:start + self.n])})
         if progress: progress.update(len(requests))
         return out

@@ -101,7 +101,7 @@ def claim_measure(
     if differs:
         raise InputError(f"holds a measurement with other {', '.join(differs)}", out, remedy="choose another folder, or discard it with --fresh")
 
-# %% ../../nbs/evaluation/12_measure.ipynb #a7b8a02d
+# %% ../../nbs/evaluation/12_measure.ipynb #9ae8e2de
 def play_arm(
     name: str,  # Of the arm
     engine: Any,  # Of the arm
@@ -119,7 +119,6 @@ def play_arm(
         given = settings if history == "own" else {key: value for key, value in settings.items() if key != "write_user"}
         replies += rollout(engine, dialogues, name, history, folder=folder, count_tokens=count, ledger=ledger, **given)
         books[history] = {key: value for key, value in ledger.as_dict().items() if key in ("rows_in", "rows_out", "expected", "reasons", "notes")}
-        if getattr(engine, "unscored", 0): books[history]["notes"]["prompts_without_a_score"] = engine.unscored
     write_rows(Path(out) / arm_file(name), replies)
     return replies, books
 

@@ -214,7 +214,7 @@ def answers(
             )
     return [found[request["id"]] for request in requests]
 
-# %% ../../nbs/evaluation/02_rollout.ipynb #dea0ab80
+# %% ../../nbs/evaluation/02_rollout.ipynb #3fed2268
 def reply_row(
     row: dict,  # A dialogue
     turn: int,  # From 1
@@ -223,7 +223,7 @@ def reply_row(
     messages: list[dict],  # The prompt as it was sent
     answer: dict,  # What the engine said
     seed: int,  # Seed of the shard
-) -> dict:  # A `Reply`, how its text ended and how many tokens it had
+) -> dict:  # A `Reply`, how its text ended, how many tokens it had, and whether it was to be chosen and was not
     "One turn of a rollout as a row."
     kept = {"conversation_id": row["conversation_id"]} | system_at(row, turn)
     reply = Reply(
@@ -237,7 +237,7 @@ def reply_row(
         seed=seed,
         **kept,
     )
-    return {"reply": reply.model_dump(mode="json"), "finish": answer.get("finish"), "tokens": answer.get("tokens")}
+    return {"reply": reply.model_dump(mode="json"), "finish": answer.get("finish"), "tokens": answer.get("tokens"), "unscored": bool(answer.get("unscored"))}
 
 # %% ../../nbs/evaluation/02_rollout.ipynb #922509b2
 def as_said(
@@ -329,7 +329,7 @@ def play_original(
     if progress: progress.update(len(due), tokens=sum(answer.get("tokens") or 0 for answer in said))
     return [reply_row(row, turn, arm, "original", messages, answer, seed) for (row, turn, messages), answer in zip(sent, said)]
 
-# %% ../../nbs/evaluation/02_rollout.ipynb #66e5d336
+# %% ../../nbs/evaluation/02_rollout.ipynb #b1820849
 def enter(
     ledger: Ledger,  # Told what happened
     rows: list[dict],  # Dialogues that were to be played
@@ -350,6 +350,7 @@ def enter(
         "turns_left_out_of_prompts": sum(lost),
         "replies_cut_off": sum(one["finish"] == "length" for one in played),
         "replies_empty": sum(not one["reply"]["response"].strip() for one in played),
+        "replies_without_a_score": sum(one["unscored"] for one in played),
     }
     for code, n in counts.items():
         if n: ledger.note(code, n)

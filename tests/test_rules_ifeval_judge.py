@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from s3ft_nb.core.ledger import Ledger
 from s3ft_nb.core.records import InputError, Message, Reply, SystemPrompt, read_rows, write_rows
 from s3ft_nb.core.resources import resource
-from s3ft_nb.evaluation import ifeval, judge, phrases, rules
+from s3ft_nb.evaluation import ifeval, judge, phrases
 from s3ft_nb.evaluation.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms
 from s3ft_nb.evaluation.judge import judge_agreement, judge_counts, judge_pairs, judge_pairs_due, kappa_interval, pair_summary, position_bias
 from s3ft_nb.evaluation.published import score_ifeval
@@ -203,6 +203,14 @@ def test_any_prose_comes_apart_or_is_refused(text):
     try: found = split_prose(text)
     except InputError as error: assert "holds no rule" in str(error)
     else: assert all(rule.text.strip() for rule in found) and len({rule.id for rule in found}) == len(found)
+
+
+def test_endless_prompts_come_apart_in_time():
+    start = time.monotonic()
+    for text in ("please ", "请", "回答", "use \"a\" or ", "and ", "answer in ", "never use ", "- ", "a; ", "必须", "in every reply ", "do not forget it ", "'"):
+        try: split_prose(text * 3_000 + "x")
+        except InputError: pass
+    assert time.monotonic() - start < 20
 
 
 def test_rules_of_a_prompt_survive_the_file(tmp_path):

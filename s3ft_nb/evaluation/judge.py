@@ -119,15 +119,15 @@ def score_rules(
     return [outcome_verdict(reply, rule, *outcome[:1], f"score:{engine.name}", rationale=outcome[1])
             for (reply, rule), outcome in zip(due, (read_letter(score, certainty) for score in scores), strict=True)]
 
-# %% ../../nbs/evaluation/06_judge.ipynb #72692475
-THREE_LINES = re.compile(r"\s*verdict: *(kept|broken|not applicable) *\n+evidence: *(.+?) *\n+reason: *(\S.*?)\s*", re.IGNORECASE)
+# %% ../../nbs/evaluation/06_judge.ipynb #8ea9f79f
+THREE_LINES = re.compile(r"\s*verdict[:：] *(kept|broken|not applicable) *\n+evidence[:：] *(.+?) *\n+reason[:：] *(\S.*?)\s*", re.IGNORECASE)
 
 
 def parse_reasons(
     text: str,  # What a judge wrote
 ) -> tuple[str, str, str] | None:  # (outcome, evidence or empty, reason); None when unreadable
     "A judge's three lines, read strictly."
-    found = THREE_LINES.fullmatch(text.replace("\r\n", "\n").replace("：", ": "))
+    found = THREE_LINES.fullmatch(text.replace("\r\n", "\n"))
     if not found: return None
     quote = found[2].strip("\"'“”‘’「」")
     return found[1].lower(), "" if quote.lower() == "none" else quote, found[3]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IFEVAL_VERSION', 'REGISTRIES', 'foreign_kinds', 'foreign_kept', 'ifeval_row', 'check_task', 'response_of',
-           'read_ifeval', 'ifeval_summary', 'ifeval_by_kind', 'score_ifeval']
+           'read_ifeval', 'ifeval_summary', 'ifeval_by_kind', 'score_ifeval', 'ifeval_text']
 
 # %% ../../nbs/evaluation/04c_published.ipynb #1f17ebc8
 import importlib
@@ -151,3 +151,19 @@ def score_ifeval(
     foreign = foreign_kinds()
     rows = [ifeval_row(task, response, foreign) for task, response in read_ifeval(inputs, responses)]
     return ifeval_summary(rows) | {"rows": rows}
+
+# %% ../../nbs/evaluation/04c_published.ipynb #7029f7a2
+def ifeval_text(
+    found: dict,  # See `ifeval_summary`
+) -> str:  # A few lines
+    "Accuracies with their intervals, and what was left out."
+    lines = []
+    for level in ("prompt", "instruction"):
+        for reading in ("strict", "loose"):
+            one = found[f"{level}_{reading}"]
+            value = "not defined" if one["mean"] is None else f"{one['mean']:.3f}" + (f" [{one['low']:.3f}, {one['high']:.3f}]" if one["low"] is not None else "")
+            lines.append(f"{level}-level, {reading}: {value}, n = {one['n']}")
+    if found["unknown"]:
+        named = ", ".join(f"{id} ({n})" for id, n in found["unknown"].items())
+        lines.append(f"{found['prompts_left_out']} prompts left out for unknown kinds: {named}; install the package that defines them")
+    return "\n".join(lines)

@@ -17,7 +17,9 @@ freight = {
     f"{lib}.recipes": ["*.toml"],
     f"{lib}.data": ["*/*", "*/*/*"],
 }
-dev = cfg["dev_requirements"].split()
+annotation = cfg["annotation_requirements"].split()
+ifeval = cfg["ifeval_requirements"].split()
+dev = cfg["dev_requirements"].split() + annotation + ifeval
 
 setup(
     name=lib,
@@ -35,7 +37,8 @@ setup(
     package_dir=rooms,
     package_data=freight,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "notebook": ["jupyter", "ipywidgets"], "ifeval": ["langdetect>=1.0.9"], "harness": ["lm_eval[hf]>=0.4.9"]},
+    extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "harness": cfg["harness_requirements"].split(),
+                    "notebook": ["jupyter", "ipywidgets"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

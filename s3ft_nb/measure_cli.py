@@ -11,11 +11,13 @@ __all__ = ['DIALOGUES', 'ARMS_PANEL', 'JUDGING', 'LIMITS', 'Prompt', 'ModelName'
            'Minus', 'History', 'choice', 'rule_lines', 'measure_lines', 'score_published', 'measure', 'measured',
            'compare']
 
-# %% ../nbs/top/10c_measure_cli.ipynb #6f420c5f
+# %% ../nbs/top/10c_measure_cli.ipynb #c07c5efd
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .verbs import exit_codes
 
 # %% ../nbs/top/10c_measure_cli.ipynb #5c29430f
 def choice(
@@ -109,7 +111,7 @@ def score_published(
     lines += [f"unknown instruction {id}: {n} times, its prompts are left out" for id, n in found["unknown"].items()]
     return lines + ([f"results: {write_json(out / 'ifeval.json', found)}"] if out else [])
 
-# %% ../nbs/top/10c_measure_cli.ipynb #c2a14869
+# %% ../nbs/top/10c_measure_cli.ipynb #6160eec2
 def measure(
     system_prompt: Prompt = None, model: ModelName = "micro-base", out: To = None, ifeval: IFEval = ("", ""),
     turns: Turns = 12, dialogues: Dialogues = 20, user_turns: UserTurns = "", conversations: Conversations = "", user: User = "", user_model: UserModel = "",
@@ -122,8 +124,6 @@ def measure(
 ) -> None:
     "Measure how far a model keeps to a system prompt over many turns, and whether free fixes help."
     given = {name: value for name, value in locals().items() if name not in ("out", "ifeval", "rules_only", "adapter")}
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         if ifeval[0]:
             for line in score_published(*map(Path, ifeval), out): typer.echo(line)
@@ -151,7 +151,7 @@ def measured(
 
     return measure_lines(about, write_measured(out), out)
 
-# %% ../nbs/top/10c_measure_cli.ipynb #b8fc7b7b
+# %% ../nbs/top/10c_measure_cli.ipynb #2cde2f20
 def compare(
     runs: Runs,
     out: To = None,
@@ -160,8 +160,6 @@ def compare(
     seed: Seed = 0,
 ) -> None:
     "Compare measurements of the same dialogues: paired differences, a plot, and what may be said about them."
-    from s3ft_nb.cli import exit_codes
-
     with exit_codes():
         from s3ft_nb.report.measured import write_comparison
 

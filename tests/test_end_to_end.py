@@ -16,7 +16,7 @@ from tiny import tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("S3FT_TEST_DATA", ROOT.parent / "shared" / "data"))
 COMMAND = [str(Path(sys.executable).with_name("s3ft"))]
-TINY = ["batch_size=16", "conversations.n_conversations=30", "conversations.n_eval_conversations=10", "conversations.max_chars=200000",
+TINY = ["batch_size=16", "labels_by=model", "conversations.n_conversations=30", "conversations.n_eval_conversations=10", "conversations.max_chars=200000",
         "pool.per_type=13", "pool.max_new_tokens=24", "restyle.max_new_tokens=24", "restyle.n_types=2", "sample.n_train=12", "sample.n_threshold=8",
         "sample.n_test=4", "select.precision=0.05", "rollout-base.n_dialogues=2", "rollout-unfiltered.n_dialogues=2", "rollout-random.n_dialogues=2",
         "rollout-s3ft.n_dialogues=2", "n_turns=2", "rollout-base.max_new_tokens=24", "rollout-unfiltered.max_new_tokens=24",

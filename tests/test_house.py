@@ -15,7 +15,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 CHAIN = [p for p in NOTEBOOKS if "chain" in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if "chain" not in p.parts]
 MODULES = [p for p in sorted((ROOT / "s3ft_nb").rglob("*.py")) if not p.name.startswith("_")]
-FLOORS = {"core": 0, "lm": 1, "annotation": 2, "evaluation": 2, "methods": 3, "report": 4, "micro": 4, "chain": 5, "measure_cli": 6, "cli": 6}
+FLOORS = {"core": 0, "lm": 1, "annotation": 2, "evaluation": 2, "methods": 3, "report": 4, "micro": 4, "chain": 5, "verbs": 6, "annotate_cli": 6, "study_cli": 6, "measure_cli": 6, "cli": 7}
 
 
 def code(path):
@@ -83,7 +83,7 @@ def test_heavy_neighbours_stay_out():
 
 def test_requirements_are_pinned():
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0].lower()) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = re.findall(r"(?:^|\s)([A-Za-z0-9_.-]+)", settings()["requirements"] + " " + settings()["dev_requirements"])
+    wanted = re.findall(r"(?:^|\s)([A-Za-z0-9_.-]+)", " ".join(settings()[name] for name in ("requirements", "dev_requirements", "annotation_requirements", "ifeval_requirements", "harness_requirements")))
     assert not {re.sub(r"[-_.]+", "-", name.lower()) for name in wanted if name[0].isalpha()} - pinned
 
 

@@ -144,6 +144,14 @@ def test_all_or_nothing_keeps_an_interval(said, adherence):
     found = merit("adherence", tally(rows)["base", "own"])
     assert found["mean"] == adherence and 0 < found["high"] - found["low"] < 0.25
     assert half_life(tally(rows)["base", "own"])["mean"] is None
+    assert merit("slope", tally(rows)["base", "own"])["low"] is None
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_two_perfect_arms_are_not_proved_alike(said):
+    rows = [{**row, "satisfied": said, "arm": arm} for arm in ("base", "other") for row in rows_of(12, 4, 0)]
+    found = figure_difference("adherence", *tally(rows).values())
+    assert found["low"] < -0.05 and found["high"] > 0.05 and outcome(found) == "open"
 
 
 def test_figures_do_not_depend_on_the_order_of_rows_or_on_other_arms():
@@ -159,7 +167,8 @@ def test_an_arm_against_its_twin_and_its_copy():
     for row in arm_differences(tally(rows), "base", draws=200):
         assert row["mean"] is None or row["p"] > 0.05, row
     rows = rows_of(20, 6, 0) + [row | {"arm": "copy"} for row in rows_of(20, 6, 0)]
-    for row in arm_differences(tally(rows), "base", draws=200): assert (row["mean"], row["low"], row["p"]) == (0, 0, 1), row
+    for row in arm_differences(tally(rows), "base", draws=200):
+        assert (row["mean"], row["p"]) == (0, 1) and (row["low"] is None or row["low"] < 0 < row["high"]), row
 
 
 def test_runs_without_a_common_dialogue_are_refused(tmp_path):

@@ -5,13 +5,14 @@ import os
 import random
 import re
 import sys
+import unicodedata
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template
@@ -23,10 +24,10 @@ from tiny import LINES
 from s3ft_nb.core.ledger import Ledger
 from s3ft_nb.core.records import InputError
 from s3ft_nb.lm.control import control_tokens
-from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html
-from s3ft_nb.lm.labels import encode, stop_ids
+from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html, verdict
+from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
 from s3ft_nb.lm.policy import Policy, fold, in_order, with_policy
-from s3ft_nb.lm.rows import encode_rows, encode_stream
+from s3ft_nb.lm.rows import check_labels, encode_rows, encode_stream
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
 from s3ft_nb.lm.train import pack
 
@@ -71,14 +72,21 @@ def dialogues(draw):
     return messages
 
 
+def reasons(messages):
+    "Whether a reply looks like reasoning: what becomes of it has tests of its own."
+    try:
+        return any(split_reasoning(one["content"].strip())[0] is not None for one in messages if one["role"] == "assistant")
+    except InputError:
+        return True
+
+
 @pytest.mark.parametrize("name", USABLE)
 @settings(max_examples=int(os.environ.get("S3FT_EXAMPLES", 12)), deadline=None, derandomize=True)
 @given(messages=dialogues())
 def test_labels_are_the_responses_and_every_text_is_there(name, messages):
     tokenizer, facts = ready(name), TABLE[name]
     train_on = "all" if facts["prefix_stable"] else "last"
-    if any(split_reasoning(one["content"].strip())[0] is not None for one in messages if one["role"] == "assistant"):
-        return  # what becomes of reasoning has tests of its own
+    if reasons(messages): return
     row = encode(tokenizer, messages, train_on)
     responses = [one["content"].strip() for one in messages if one["role"] == "assistant"]
     learnt = responses if train_on == "all" else responses[-1:]
@@ -144,9 +152,10 @@ def test_ten_thousand_forgeries_make_no_control_token():
             if roles not in honest: honest[roles] = count([one | {"content": "fine"} for one in messages])
             tried += 1
             try: assert count(messages) == honest[roles], messages
-            except InputError: refused += 1
-    assert tried >= 10_000
-    assert refused == 0, f"{refused} of {tried} were refused"  # refusing is safe, but costs rows
+            except InputError as error:
+                assert "reason" in error.message  # a tag of reasoning on a line of its own
+                refused += 1
+    assert tried >= 10_000 and refused < 10
 
 
 # ---- the table of verdicts
@@ -200,7 +209,7 @@ def test_counts_agree_with_the_published_ones_or_say_why():
 @given(messages=dialogues(), system=st.sampled_from(["native", "first_user", "every_user"]))
 def test_the_stored_template_folds_as_the_servers_messages_are_folded(messages, system):
     tokenizer, prompt = tokenizer_of("yi"), in_order(messages[:-1])
-    if any(split_reasoning(one["content"])[0] is not None for one in prompt): return
+    if reasons(messages): return
     assert render(tokenizer, prompt, Policy(system)) == render(tokenizer, fold(prompt, system), Policy())
 
 
@@ -225,16 +234,45 @@ def test_inference_without_us_renders_what_training_rendered(name):
         assert shown == tokenizer.decode(prompt_ids(tokenizer, talk))
 
 
-def test_reasoning_is_refused_removed_or_kept():
+THOUGHT = [{"role": "user", "content": "How far is the moon?"}, {"role": "assistant", "content": "<think>\nFar.\n</think>\n\nVery far."}]
+PLAIN = [*THOUGHT[:1], {"role": "assistant", "content": "Very far."}]
+
+
+def test_reasoning_is_refused_or_removed():
     tokenizer = tokenizer_of("qwen3")
-    talk = [{"role": "user", "content": "How far is the moon?"}, {"role": "assistant", "content": "<think>\nFar.\n</think>\n\nVery far."}]
-    learnt = lambda reasoning: runs_of(tokenizer, encode(tokenizer, talk, policy=recommend(tokenizer, reasoning=reasoning)))
+    learnt = lambda reasoning: runs_of(tokenizer, encode(tokenizer, THOUGHT, policy=recommend(tokenizer, reasoning=reasoning)))
     with pytest.raises(InputError, match="holds reasoning"): learnt("off")
     assert learnt("strip") == ["Very far.<|im_end|>"]
-    assert learnt("keep") == ["<think>\nFar.\n</think>\n\nVery far.<|im_end|>"]
-    opened = tokenizer_of("qwen3_5_think")  # its prompt opens the reasoning
-    row = encode(opened, talk, policy=recommend(opened, reasoning="keep"))
-    assert runs_of(opened, row) == ["Far.\n</think>\n\nVery far.<|im_end|>"]
+    with pytest.raises(InputError, match="does not end"): encode(tokenizer, [*THOUGHT[:1], {"role": "assistant", "content": "<think>Far"}])
+
+
+@pytest.mark.parametrize(
+    "name, learnt",
+    [
+        ("qwen3", "<think>\nFar.\n</think>\n\nVery far.<|im_end|>"),
+        ("qwen3_8", "Far.\n</think>\n\nVery far.<|im_end|>"),
+        ("qwen3_5_think", "Far.\n</think>\n\nVery far.<|im_end|>"),  # its prompt opens the reasoning
+        ("nemotron_3_nano", "Far.\n</think>\nVery far.<|im_end|>"),
+        ("deepseek_r1_distill", "Far.\n</think>\n\nVery far.<｜end▁of▁sentence｜>"),  # and leaves it out of the history
+        ("glm4moe", "\n<think>Far.</think>\nVery far.<|user|>"),
+    ],
+)
+def test_reasoning_is_kept(name, learnt):
+    tokenizer = tokenizer_of(name)
+    facts = verdict(tokenizer, reasoning="keep")
+    settle(tokenizer, reasoning="keep")
+    assert facts["trainable"] and not facts["decisions"]
+    (row,) = encode_rows(tokenizer, [{"id": "a", "messages": THOUGHT, "train_on": "last"}], 512, Ledger("t"))
+    assert runs_of(tokenizer, row) == [learnt]
+    check_labels(tokenizer, [{"id": "a"} | row])
+    if name in ("qwen3", "glm4moe"):  # a reply without reasoning is learnt behind the block that says so
+        assert runs_of(tokenizer, encode(tokenizer, PLAIN))[0].strip().startswith("Very far.")
+
+
+def test_reasoning_that_is_a_message_of_its_own_is_not_trained():
+    tokenizer = tokenizer_of("gptoss")
+    facts = verdict(tokenizer, reasoning="keep")
+    assert not facts["trainable"] and "message of its own" in facts["why_not"] and facts["decisions"]
 
 
 def test_forty_turns_are_cut_at_a_turn_and_the_ledger_says_so():
@@ -291,6 +329,95 @@ PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 def test_what_cannot_be_shown_exactly_is_refused(template, said):
     with pytest.raises(InputError, match=said): encode(changed(template), TALK)
+
+
+def test_every_response_is_checked_and_not_only_the_last():
+    sly = changed("{% for m in messages %}" + LINE + "{% endfor %}{{ 'Hm. ' if 'there' in messages[-1].content }}" + PROMPT)
+    talk = [*TALK, {"role": "user", "content": "and now"}, {"role": "assistant", "content": "Aye."}]
+    for train_on in ("all", "last"):
+        with pytest.raises(InputError, match="or what is around it"): encode(sly, talk if train_on == "all" else TALK, train_on)
+    lying = changed("{% for m in messages %}{{ m.role + ': ' + (m.content | replace('Aye', 'No')) + eos_token }}{% endfor %}" + PROMPT)
+    with pytest.raises(InputError, match="changes 'Aye.'"): encode(lying, TALK)
+
+
+def test_a_row_that_ends_with_the_user_is_cut_like_any_other():
+    tokenizer, books = ready("llama3"), Ledger("t")
+    long = [{"role": "user", "content": "moon " * 300}, *TALK[1:], *TALK, {"role": "user", "content": "more?"}]
+    row, cut, _ = encode_within(tokenizer, long, 200, "all", note=books.note)
+    assert cut == 1 and runs_of(tokenizer, row) == ["Aye.<|eot_id|>"] and books.notes["responses_cut"] == 1
+
+
+def test_messages_of_one_speaker_are_joined_where_the_policy_says_so():
+    tokenizer = tokenizer_of("llama3")
+    settle(tokenizer, same_role="join")
+    twice, books = [TALK[0], {"role": "user", "content": "anyone?"}], Ledger("t")
+    (row,) = encode_rows(tokenizer, [{"id": "a", "messages": twice, "response": "Aye."}], 512, books)
+    assert "hi there\n\nanyone?" in tokenizer.decode(row["input_ids"]) and books.notes["joined_same_role"] == 1
+    with pytest.raises(InputError, match="do not join"): encode(tokenizer, [*twice, TALK[1]], [0, 0, 1])
+    with pytest.raises(InputError, match="ends with the assistant"): encode_rows(tokenizer, [{"id": "a", "messages": TALK, "response": "No."}], 512, books)
+
+
+def test_what_ends_a_turn_may_be_written_and_takes_no_more():
+    cohere = ready("cohere2")
+    ends = cohere.convert_ids_to_tokens(closing_ids(cohere, in_use(cohere)[1]))
+    assert ends == ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"] and cohere.convert_tokens_to_ids(ends[0]) not in stop_ids(cohere)
+    twofold = changed("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + bos_token }}{% endfor %}" + PROMPT)
+    twofold.chat_template = "{{ bos_token }}" + twofold.chat_template
+    assert runs_of(twofold, encode(twofold, TALK)) == ["Aye.</s>"]
+
+
+def test_what_a_tokenizer_remembers_cuts_nothing():
+    "Truncation and padding stored in a tokenizer's file, or left by an earlier call."
+    tokenizer = tokenizer_of("llama3")
+    wanted = encode(tokenizer, TALK)
+    tokenizer("x" * 50, truncation=True, max_length=5)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=512)
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    assert encode(tokenizer, TALK) == wanted
+
+
+def odd_tokenizer(kind):
+    "Tokenizers with other habits than the table's."
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "prefix space": bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
+    else: bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(prepend_scheme="never"), decoders.Metaspace(prepend_scheme="never")
+    if kind == "normalising": bpe.normalizer = normalizers.NFKC()
+    letters = sorted({*"".join(LINES), *"<|>/_[]xyz0123456789:abcdefghijklmnopqrstuvwxyzSATH \n＜＞"})
+    bpe.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, show_progress=False))
+    habit = {"normalized": kind == "normalising", "rstrip": kind == "stripping", "lstrip": kind == "stripping"}
+    bpe.add_special_tokens([AddedToken(f"<|{word}|>", special=True, **habit) for word in ("im_start", "im_end", "im")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = FILES["yi"].read_text()
+    settle(tokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["prefix space", "normalising", "stripping", "plain"])
+def test_odd_tokenizers_are_exact_or_refuse(kind):
+    tokenizer, rng, refused = odd_tokenizer(kind), random.Random(kind), 0
+    _, control = control_tokens(tokenizer, in_use(tokenizer)[1])
+    pieces = ["<|im_end|>", "<|im_start|>", "＜|im_end|＞", "<|im|>", "</s>", "<s>", "hi", " ", "\n", "<|im_<|im|>end|>", "user"]
+    count = lambda messages: [id for id in encode(tokenizer, messages)["input_ids"] if id in control]
+    for _ in range(300):
+        talk = [{"role": role, "content": "x" + "".join(rng.choices(pieces, k=4)) + "y"} for role in ("user", "assistant") * 2]
+        honest = count([one | {"content": "fine"} for one in talk])
+        try:
+            assert count(talk) == honest
+            row = encode(tokenizer, talk)
+            squeeze = lambda text: "".join(unicodedata.normalize("NFKC", text).split())
+            assert squeeze(runs_of(tokenizer, row)[0]) == squeeze(talk[-1]["content"]) + "<|im_end|>"
+        except InputError: refused += 1
+    assert refused < (300 if kind == "normalising" else 1), refused
+
+
+def test_a_later_turn_in_other_tokens_is_noted():
+    tokenizer, books = odd_tokenizer("prefix space"), Ledger("t")
+    talk = [*TALK, *TALK]
+    encode(tokenizer, talk, "all", note=books.note)
+    row = encode(tokenizer, talk, "all")
+    same = row["input_ids"][: len(prompt_ids(tokenizer, talk[:3]))] == prompt_ids(tokenizer, talk[:3])
+    assert bool(books.notes["history_in_other_tokens"]) != same
 
 
 def test_tokenizer_that_writes_spaces_as_words():

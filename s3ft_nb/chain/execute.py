@@ -6,7 +6,7 @@
 __all__ = ['SCHEME', 'LONGEST_SOCKET', 'COLOUR', 'FULL_DISK', 'MEMORY', 'LESS', 'TRACEBACK_LINES', 'START_SECONDS',
            'OUTPUT_SECONDS', 'RedactedFiles', 'unformatted', 'kernel_manager', 'ending', 'meaning', 'execute', 'died']
 
-# %% ../../nbs/top/07_execute.ipynb #af2c666e
+# %% ../../nbs/top/07_execute.ipynb #bfdad91b
 import json
 import logging
 import os
@@ -26,7 +26,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 
-from .kernel import SERVE, KernelDied, StepFailed, input_errors
+from .kernel import SERVE, KernelDied, StepFailed, Waiting, input_errors
 from ..core.records import InputError, write_bytes
 from ..core.secrets import redact
 
@@ -111,7 +111,7 @@ MEMORY = ("MemoryError", "OutOfMemoryError")
 LESS = "try less at a time: smaller per_device_train_batch_size, batch_size or max_length"
 TRACEBACK_LINES = 15
 
-# %% ../../nbs/top/07_execute.ipynb #fc65499d
+# %% ../../nbs/top/07_execute.ipynb #d55e9093
 def meaning(
     error: PapermillExecutionError,  # What papermill raised
     copy: Path,  # The executed notebook
@@ -119,6 +119,7 @@ def meaning(
     "An error of a notebook as the run reports it."
     text = COLOUR.sub("", "\n".join(error.traceback))
     last = redact(f"{error.ename}: {error.evalue}")
+    if error.ename == "NeedsPeople": return Waiting(redact(error.evalue))
     if error.ename in input_errors(): return InputError(redact(error.evalue))
     if any(sign in text or sign in str(error.evalue) for sign in FULL_DISK):
         return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")

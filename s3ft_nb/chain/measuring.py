@@ -9,9 +9,7 @@ __all__ = ['MICRO', 'JUDGES', 'SPARE', 'ASK_HELP', 'model_path', 'is_micro', 're
            'choose_scorer', 'guard_adapters', 'Prepared', 'prepare_measure', 'spare_users', 'warnings_of', 'shown_by',
            'measure_facts', 'harness_results', 'user_of', 'judged_by', 'run_measure']
 
-# %% ../../nbs/top/10b_measuring.ipynb #fd5df5dd
-import random
-import re
+# %% ../../nbs/top/10b_measuring.ipynb #c1fa4e26
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.formats import read_conversations
-from ..core.ledger import Ledger, rows_hash
-from ..core.records import InputError, Reply, SystemPrompt, read_json, read_rows, row_of, stable_id, write_json, write_rows
+from ..core.ledger import Ledger
+from ..core.records import InputError, Reply, SystemPrompt, read_json, read_rows, write_json, write_rows
 from ..core.resources import resource
-from ..evaluation.arms import ArmPlan, check_scorer, judge_scorer, make_arm, make_examples, read_arm
+from ..evaluation.arms import check_scorer, judge_scorer, make_arm, make_examples, read_arm
 from ..evaluation.guard import guard_replies, guard_summary, guard_words, harness_command, run_harness
 from ..evaluation.judge import (discriminate_rules, explain_rules, judge_agreement, judge_pairs, judge_pairs_due, judge_rules,
                                       position_bias, rule_judge_messages, same_family, score_rules)

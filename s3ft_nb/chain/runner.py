@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RUN', 'LOCK', 'LIBRARIES', 'check_secrets', 'Run', 'check_folder', 'locked', 'remove_run', 'versions', 'find', 'now',
-           'record', 'tell', 'work', 'do_step', 'split_steps', 'trusted', 'prepare', 'run_recipe', 'report_of']
+           'record', 'tell', 'work', 'do_step', 'split_steps', 'trusted', 'prepare', 'go_on', 'run_recipe', 'report_of']
 
-# %% ../../nbs/top/08_runner.ipynb #263447ee
+# %% ../../nbs/top/08_runner.ipynb #0f2099b7
 import fcntl
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import s3ft_nb
 from .fingerprint import fingerprint
-from .kernel import kernel_environment
+from .kernel import Waiting, kernel_environment
 from .parameters import unknown
 from .recipe import Recipe, Step, load_recipe
 from .settings import fill, resolve
@@ -232,7 +233,19 @@ def prepare(
     check_folder(folder, plan)
     return Run(folder, plan, values, tuple(settings))
 
-# %% ../../nbs/top/08_runner.ipynb #137832c4
+# %% ../../nbs/top/08_runner.ipynb #14ad0386
+def go_on(
+    recipe: str | Path,  # As given
+    settings: tuple[str, ...],  # As given
+    out: str | Path | None,  # As given
+    step: str,  # Id of the step that waits for a file of annotations
+) -> str:  # A command for a shell
+    "The command that continues a run once people have done their part."
+    own = f"{step}.annotations"
+    kept = [word for one in settings if one.partition("=")[0] not in ("annotations", own) for word in ("--set", one)]
+    return shlex.join(["s3ft", "run", str(recipe), *(["--out", str(out)] if out else []), *kept, "--set", f"{own}=FILE"])
+
+# %% ../../nbs/top/08_runner.ipynb #a61f4d0a
 def run_recipe(
     recipe: str | Path = "s3ft-micro",  # Name of a recipe, or path of a .toml file
     settings: tuple[str, ...] = (),  # key=value or step.key=value
@@ -241,7 +254,7 @@ def run_recipe(
     begin: str | None = None,  # Id of the step to begin with; earlier ones are taken as they are
     fresh: bool = False,  # Remove what earlier runs made in the folder first
 ) -> Path:  # Folder of the run
-    "Run a recipe; raises `InputError` on wrong input, `StepFailed` or `KernelDied` when a step does not end well."
+    "Run a recipe; raises `InputError` on wrong input, `Waiting` when people have to label, `StepFailed` or `KernelDied` when a step does not end well."
     run = prepare(recipe, settings, out)
     before, todo = split_steps(run.recipe, only, begin)
     if fresh and (only or begin): raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one out")
@@ -252,7 +265,8 @@ def run_recipe(
         for step in todo:
             title = f"[{run.recipe.steps.index(step) + 1}/{len(run.recipe.steps)}] {step.id}"
             anew = step.id in (only, begin)
-            digests[step.id] = digest(do_step(run, step, {need: digests[need] for need in step.needs}, title, anew))
+            try: digests[step.id] = digest(do_step(run, step, {need: digests[need] for need in step.needs}, title, anew))
+            except Waiting as wait: raise Waiting(f"{title} {wait}\n{go_on(recipe, settings, out, step.id)}") from None
         record(run, over=True)
     return run.folder
 

@@ -6,12 +6,11 @@
 __all__ = ['GUARD_VERSION', 'REFUSAL', 'FEATURES', 'HARNESS_TASKS', 'refuses', 'loops', 'guard_replies', 'guard_summary',
            'helped', 'guard_words', 'harness_command', 'run_harness']
 
-# %% ../../nbs/evaluation/13_guard.ipynb #c7c94ffe
+# %% ../../nbs/evaluation/13_guard.ipynb #c563c15b
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 

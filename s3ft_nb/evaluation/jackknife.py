@@ -26,7 +26,7 @@ def jackknife(
     if c < 2 or not np.isfinite(left).all(): return float(value), None, c
     return float(value), float(np.sqrt((c - 1) / c * ((left - left.mean()) ** 2).sum())), c
 
-# %% ../../nbs/evaluation/06b_jackknife.ipynb #d62e70ee
+# %% ../../nbs/evaluation/06b_jackknife.ipynb #6679dfd0
 def student_interval(
     value: float,  # The figure
     stderr: float | None,  # Its standard error
@@ -35,7 +35,7 @@ def student_interval(
 ) -> tuple:  # (low, high); None without a standard error
     "Interval of a figure without bounds."
     if not 0 < level < 1: raise InputError(f"{level} is no level of confidence", field="level", remedy="use 0.95")
-    if stderr is None: return None, None
+    if stderr is None or stderr < 1e-12: return None, None
     half = student.ppf((1 + level) / 2, n_clusters - 1) * stderr
     return float(value - half), float(value + half)
 

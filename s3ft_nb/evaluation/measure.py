@@ -6,11 +6,10 @@
 __all__ = ['MEASURE_VERSION', 'measured_prompts', 'prompts_in_force', 'due_rules', 'rule_verdicts', 'arm_file', 'claim_measure',
            'play_arm', 'judge_arm', 'measure']
 
-# %% ../../nbs/evaluation/12_measure.ipynb #f82d7f8b
+# %% ../../nbs/evaluation/12_measure.ipynb #1fd00181
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 

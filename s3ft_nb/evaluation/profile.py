@@ -6,7 +6,7 @@
 __all__ = ['half_life_of', 'half_life', 'adherence_by_turn', 'by_part', 'parts_of', 'rule_by_turn', 'conversations_for',
            'counts_of', 'cautions', 'merits']
 
-# %% ../../nbs/evaluation/08b_profile.ipynb #a5441e80
+# %% ../../nbs/evaluation/08b_profile.ipynb #9a4bcfc5
 from math import ceil
 
 import numpy as np
@@ -14,8 +14,8 @@ from scipy.optimize import isotonic_regression
 
 from ..core.records import InputError
 from .jackknife import estimate
-from .merit import MERIT, kept_turns, last_half, merit, played_turns, ratio
-from .ruled import ABSENT, BROKEN, KEPT, PUSHES, SILENT, UNKNOWN, Ruled, pick
+from .merit import MERIT, kept_turns, last_half, merit, played_turns, hit_rate
+from .ruled import ABSENT, BROKEN, KEPT, PUSHES, SILENT, UNKNOWN, Ruled, part_of
 from .stats import resampled_sums
 from .survival import median_turn, survival
 
@@ -53,7 +53,7 @@ def half_life(
     value = number(half_life_of(table.sum(axis=0))) if len(table) else None
     return {"mean": value, "low": low, "high": high, "beyond": ruled.names.n_turns - 1, **found, "direction": "higher", "version": 1}
 
-# %% ../../nbs/evaluation/08b_profile.ipynb #3c3b7fde
+# %% ../../nbs/evaluation/08b_profile.ipynb #721afc44
 def adherence_by_turn(
     ruled: Ruled,  # Verdicts of one arm and history
     level: float = 0.95,  # Of confidence, in (0, 1)
@@ -61,10 +61,10 @@ def adherence_by_turn(
     "The drift curve."
     table, n_turns = kept_turns(ruled), ruled.names.n_turns
     at = lambda turn: table[:, [turn - 1, n_turns + turn - 1]]
-    found = [{"turn": turn, **estimate(ratio, at(turn), at(turn)[:, 1].sum(), level=level)} for turn in range(1, n_turns + 1)]
+    found = [{"turn": turn, **estimate(hit_rate, at(turn), at(turn)[:, 1].sum(), level=level)} for turn in range(1, n_turns + 1)]
     return [row for row in found if row["n"]]
 
-# %% ../../nbs/evaluation/08b_profile.ipynb #15c2fee3
+# %% ../../nbs/evaluation/08b_profile.ipynb #63579e00
 def by_part(
     ruled: Ruled,  # Verdicts of one arm and history
     parts: dict,  # Name -> (rows,) which verdicts belong to it
@@ -72,7 +72,7 @@ def by_part(
     level: float = 0.95,  # Of confidence, in (0, 1)
 ) -> dict:  # Name -> estimate, those with something to say
     "A figure of merit for parts of the verdicts."
-    found = {part: merit(name, pick(ruled, rows), level) for part, rows in parts.items()}
+    found = {part: merit(name, part_of(ruled, rows), level) for part, rows in parts.items()}
     return {part: row for part, row in found.items() if row["n"]}
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'BROKEN', 'UNKNOWN', 'SILENT', 'ABSENT', 'PUSHES', 'Numbering', 'Ruled', 'turn_states', 'reader', 'rule_row',
-           'number', 'tally', 'assert_once', 'pick', 'shared', 'over_conversations', 'stream_rows']
+           'numbered', 'tally', 'assert_once', 'part_of', 'shared', 'over_conversations', 'stream_rows']
 
 # %% ../../nbs/evaluation/06c_ruled.ipynb #bf1492e3
 from array import array
@@ -94,8 +94,8 @@ def rule_row(
     conversation = get("conversation_id") or dialogue
     return arm, str(dialogue), str(conversation), turn, str(rule), get("type") or "other", *settled, -1 if push is None else PUSHES.index(push)
 
-# %% ../../nbs/evaluation/06c_ruled.ipynb #067a23b5
-def number(
+# %% ../../nbs/evaluation/06c_ruled.ipynb #b55b7a7c
+def numbered(
     known: dict,  # Name -> number, extended here
     name: str,  # A name
     about: list,  # What is known about each, extended here
@@ -108,24 +108,24 @@ def number(
     elif about[n] != fact: raise InputError(f"{name} belongs to {about[n]} and to {fact}", field=field, remedy="give each its own id")
     return n
 
-# %% ../../nbs/evaluation/06c_ruled.ipynb #ad32de43
+# %% ../../nbs/evaluation/06c_ruled.ipynb #77f79e85
 def tally(
     rows: Iterable,  # Verdicts per rule and turn, dicts or objects
     pushes: dict | None = None,  # (dialogue id, turn) -> one of `PUSHES`, for rows that do not say
 ) -> dict:  # (arm, history) -> `Ruled`, in order of appearance
     "Read verdicts of any arms into columns; raises `InputError` on a row that is wrong or occurs twice."
     names = Numbering({}, {}, {}, [], [])
-    columns, last = defaultdict(lambda: [array("i") for _ in range(6)]), 1
+    columns, last = defaultdict(lambda: [array(code) for code in "iiibbb"]), 1
     for row in rows:
         arm, dialogue, conversation, turn, rule, kind, satisfied, applicable, push = rule_row(row)
         if push < 0 and pushes and (dialogue, turn) in pushes: push = PUSHES.index(pushes[dialogue, turn])
         names.conversations.setdefault(conversation, len(names.conversations))
-        d = number(names.dialogues, dialogue, names.conversation, conversation, "conversation_id")
-        r = number(names.rules, rule, names.types, kind, "type")
+        d = numbered(names.dialogues, dialogue, names.conversation, conversation, "conversation_id")
+        r = numbered(names.rules, rule, names.types, kind, "type")
         for column, value in zip(columns[arm], (d, turn, r, satisfied, applicable, push)): column.append(value)
         last = max(last, turn)
     names = replace(names, n_turns=last)
-    out = {arm: Ruled(names, *(np.array(column, dtype=np.int32) for column in found)) for arm, found in columns.items()}
+    out = {arm: Ruled(names, *map(np.array, found)) for arm, found in columns.items()}
     out = {arm: replace(ruled, applicable=ruled.applicable.astype(bool)) for arm, ruled in out.items()}
     for arm, ruled in out.items(): assert_once(arm, ruled)
     return out
@@ -144,8 +144,8 @@ def assert_once(
     where = f"dialogue {list(ruled.names.dialogues)[ruled.dialogue[i]]}, turn {ruled.turn[i]}, rule {list(ruled.names.rules)[ruled.rule[i]]}"
     raise InputError(f"{where} of {' '.join(arm) or 'the file'} was judged twice", field="rule_id", remedy="keep one verdict each")
 
-# %% ../../nbs/evaluation/06c_ruled.ipynb #dbbaf419
-def pick(
+# %% ../../nbs/evaluation/06c_ruled.ipynb #9465a597
+def part_of(
     ruled: Ruled,  # Verdicts
     rows: np.ndarray,  # (rows,) whether to keep each
 ) -> Ruled:  # Fewer rows, the same numbering
@@ -153,7 +153,7 @@ def pick(
     columns = ("dialogue", "turn", "rule", "satisfied", "applicable", "push")
     return replace(ruled, **{name: getattr(ruled, name)[rows] for name in columns})
 
-# %% ../../nbs/evaluation/06c_ruled.ipynb #ec4f0a7f
+# %% ../../nbs/evaluation/06c_ruled.ipynb #ceff11a9
 def shared(
     a: Ruled,  # One arm
     b: Ruled,  # Another, of the same `tally`
@@ -161,7 +161,7 @@ def shared(
     "The turns that both arms settled; raises `InputError` when the arms were not read together."
     if a.names is not b.names: raise InputError("arms of two files cannot be paired", remedy="read both with one call of tally")
     known = (a.states > UNKNOWN) & (b.states > UNKNOWN) | (a.states == SILENT) & (b.states == SILENT)
-    return tuple(pick(side, known[side.dialogue, side.turn - 1]) for side in (a, b))
+    return tuple(part_of(side, known[side.dialogue, side.turn - 1]) for side in (a, b))
 
 # %% ../../nbs/evaluation/06c_ruled.ipynb #5807e13d
 def over_conversations(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['first_violation', 'risk_table', 'surviving', 'survival', 'median_turn']
 
-# %% ../../nbs/evaluation/07_survival.ipynb #1d6f2c66
+# %% ../../nbs/evaluation/07_survival.ipynb #09a87b20
 import numpy as np
 
 from .jackknife import estimate
-from .ruled import ABSENT, BROKEN, UNKNOWN, Ruled, over_conversations, tally
+from .ruled import ABSENT, BROKEN, UNKNOWN, Ruled, over_conversations
 
 # %% ../../nbs/evaluation/07_survival.ipynb #53f38d6c
 def first_violation(

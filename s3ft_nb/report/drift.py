@@ -22,7 +22,7 @@ from ..evaluation.merit import MERIT
 from .figures import FAINT, INK, QUIET, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
 from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
 
-# %% ../../nbs/report/04_drift.ipynb #23b22ee1
+# %% ../../nbs/report/04_drift.ipynb #55261043
 def draw_survival(
     axis,  # Axes
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
@@ -35,9 +35,11 @@ def draw_survival(
         if not rows: continue
         turns, (low, high) = [0, *(row["turn"] for row in rows)], zip((1, 1), *map(ends_of, rows))
         means, color = [1, *(row["mean"] for row in rows)], styles[arm]["color"]
-        axis.plot(turns, means, color=color, linestyle=styles[arm]["linestyle"], drawstyle="steps-post", linewidth=1.8)
-        axis.plot(turns[1:], means[1:], linestyle="", marker=styles[arm]["marker"], color=color, markersize=4.5, markeredgecolor="white", markeredgewidth=0.5)
         axis.fill_between(turns, low, high, color=color, alpha=0.13, linewidth=0, step="post")
+        if means[-1] == 0: turns, means = [*turns, last_turn(numbers)], [*means, 0]  # nobody is left, and nobody comes back
+        axis.plot(turns, means, color=color, linestyle=styles[arm]["linestyle"], drawstyle="steps-post", linewidth=1.8)
+        dots = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+        axis.plot(turns[1:], means[1:], linestyle="", marker=styles[arm]["marker"], color=color, markevery=max(1, len(turns) // 15), **dots)
         ends[arm] = turns[-1], means[-1]
     axis.axhline(0.5, color=QUIET, linewidth=0.8, linestyle=(0, (2, 2)))
     axis.set(xlabel="Turn of the dialogue", ylim=(-0.02, 1.02), xlim=(0, last_turn(numbers) + 0.2))
@@ -61,7 +63,7 @@ def survival_curves(
         axes[0].set_ylabel("Dialogues still whole\n(share, 0 to 1)")
     return figure
 
-# %% ../../nbs/report/04_drift.ipynb #a32bb8d7
+# %% ../../nbs/report/04_drift.ipynb #90ca7e42
 SHOWN_RULES, READABLE_TURNS = 16, 14
 
 
@@ -86,11 +88,12 @@ def draw_heat(
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in np.argwhere(np.isfinite(shares) & (n_turns <= READABLE_TURNS)):
         axis.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.55 else INK)
-    axis.set_xticks(range(n_turns), range(1, n_turns + 1)) if n_turns <= READABLE_TURNS else axis.set_xticks(range(4, n_turns, 5), range(5, n_turns + 1, 5))
+    every = 1 if n_turns <= READABLE_TURNS else 5
+    axis.set_xticks(range(every - 1, n_turns, every), range(every, n_turns + 1, every))
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
 
-# %% ../../nbs/report/04_drift.ipynb #d7e3812c
+# %% ../../nbs/report/04_drift.ipynb #c81de8b5
 def heat_map(
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
 ) -> Figure | None:  # One panel per arm, own history
@@ -101,7 +104,7 @@ def heat_map(
     texts = {rule["id"]: rule["text"] for rule in numbers.get("rules") or []}
     names = [shorten(texts.get(rule) or rule, 34, placeholder=" …") or rule for rule in rules]
     with rc_context(style()):
-        figure = Figure(figsize=(7.4, 0.75 + len(tables) * (0.5 + 0.25 * len(rules))), layout="constrained")
+        figure = Figure(figsize=(7.4, max(2.6, 0.75 + len(tables) * (0.5 + 0.25 * len(rules)))), layout="constrained")
         axes = figure.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (arm, rows) in zip(axes, tables.items()):
             draw_heat(axis, rows, rules)
@@ -181,15 +184,18 @@ def by_rule_type(numbers: dict) -> Figure | None:  # From the numbers of a measu
     "Adherence by the type of rule."
     return parts_figure(numbers, "by_type")
 
-# %% ../../nbs/report/04_drift.ipynb #c3b0b75c
+# %% ../../nbs/report/04_drift.ipynb #50ec6e35
 CAPTIONS = {
-    "drift": ("Drift curves", "Share of turns at which every rule that applies is kept. Under “own replies” each arm goes on from what it said itself; "
-              "under “original replies” the history holds replies written by somebody else. Bands: 95 % intervals over conversations; n = {turns} turns per point."),
+    "drift": ("Drift curves", "Share of turns at which every rule that applies is kept. Under “own replies” each arm goes on from what it "
+              "said itself; under “original replies” the history holds replies written by somebody else. "
+              "Bands: 95 % intervals over conversations; n = {turns} turns per point."),
     "survival": ("Survival", "Share of dialogues that have broken no rule yet (Kaplan-Meier); the dotted line marks one half. "
                  "Bands: pointwise 95 % intervals over conversations; n = {dialogues} dialogues."),
     "heat": ("Which rule breaks when", "Per cent of replies that keep each rule, by turn, own history; grey where a rule never applied.{left_out}"),
-    "differences": ("What helps", "Each arm minus the first, on the same turns of the same dialogues, in percentage points. Lines: 95 % intervals over conversations; shaded: alike within {margin} points."),
-    "by_push": ("What users do", "Adherence at turns where the user is neutral, invites the rules (aligned) or pushes against them (conflicting). Lines: 95 % intervals."),
+    "differences": ("What helps", "Each arm minus the first, on the same turns of the same dialogues, in percentage points. "
+                    "Lines: 95 % intervals over conversations; shaded: alike within {margin} points."),
+    "by_push": ("What users do", "Adherence at turns where the user is neutral, invites the rules (aligned) or pushes against them "
+                "(conflicting). Lines: 95 % intervals."),
     "by_n_rules": ("How many rules", "Adherence by the number of rules in the system prompt. Lines: 95 % intervals."),
     "by_type": ("Which type of rule", "Share of turns at which all rules of a type are kept. Lines: 95 % intervals."),
 }
@@ -206,9 +212,11 @@ def measured_captions(
     said = {"turns": span(row["n"] for one in own.values() for row in one.get("by_turn") or []), "margin": f"{100 * MARGIN:.0f}",
             "dialogues": span(one["survival"][0]["n"] for one in own.values() if one.get("survival")),
             "left_out": f" The {SHOWN_RULES} rules broken most of {n_rules}." if n_rules > SHOWN_RULES else ""}
-    ends = "; ".join(f"{arm_name(arm)} {cell_text(one['by_turn'][0]['mean'])} to {cell_text(one['by_turn'][-1]['mean'])}" for arm, one in own.items() if one.get("by_turn"))
+    at = lambda arm, place: cell_text(own[arm]["by_turn"][place]["mean"])
+    ends = "; ".join(f"{arm_name(arm)} {at(arm, 0)} to {at(arm, -1)}" for arm in own if own[arm].get("by_turn"))
     alt = {"drift": f"Line chart of adherence by turn: {ends}.", "heat": "Heat map of rules by turns; the numbers are in the table of rules."}
-    return {name: {"title": title, "caption": text.format(**said), "alt": alt.get(name, f"{title}; the numbers are in the tables.")} for name, (title, text) in CAPTIONS.items()}
+    other = "{}; the numbers are in the tables."
+    return {name: {"title": title, "caption": text.format(**said), "alt": alt.get(name, other.format(title))} for name, (title, text) in CAPTIONS.items()}
 
 # %% ../../nbs/report/04_drift.ipynb #84f01c68
 def draw_measured(

@@ -116,7 +116,7 @@ def ends_of(
     "The interval of an estimate as something that can be drawn."
     return tuple(row["mean"] if is_missing(row.get(end)) else row[end] for end in ("low", "high"))
 
-# %% ../../nbs/report/01_figures.ipynb #5789d05b
+# %% ../../nbs/report/01_figures.ipynb #1f9c3447
 def draw_curve(
     axis,  # Axes
     rows: list,  # `by_turn`: `{turn, mean, low, high, n}`
@@ -125,7 +125,7 @@ def draw_curve(
     "One arm: line through the means, band over the intervals."
     turns, (low, high) = [row["turn"] for row in rows], zip(*map(ends_of, rows))
     edge = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
-    axis.plot(turns, [row["mean"] for row in rows], **look, **edge, linewidth=1.8)
+    axis.plot(turns, [row["mean"] for row in rows], **look, **edge, linewidth=1.8, markevery=max(1, len(turns) // 15))
     axis.fill_between(turns, low, high, color=look["color"], alpha=0.15, linewidth=0)
     if len(turns) == 1: axis.vlines(turns, low, high, color=look["color"], linewidth=1.2)
 

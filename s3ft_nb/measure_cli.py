@@ -8,8 +8,8 @@ __all__ = ['DIALOGUES', 'ARMS_PANEL', 'JUDGING', 'LIMITS', 'Prompt', 'ModelName'
            'ChangeHow', 'Arms', 'Adapter', 'Examples', 'Guard', 'Harness', 'Histories', 'Rules', 'RulesOnly', 'Judge',
            'JudgeUrl', 'JudgeAdapter', 'JudgeWay', 'Aside', 'Engine', 'BaseUrl', 'KeyEnv', 'TokenizerName',
            'Quantization', 'BatchSize', 'NewTokens', 'PromptTokens', 'Overflow', 'Temperature', 'Seed', 'Fresh', 'Runs',
-           'Minus', 'History', 'choice', 'rule_lines', 'measure_lines', 'score_published', 'measure', 'measured',
-           'compare']
+           'Minus', 'History', 'choice', 'rule_lines', 'ledger_lines', 'measure_lines', 'score_published', 'measure',
+           'measured', 'compare']
 
 # %% ../nbs/top/10c_measure_cli.ipynb #c07c5efd
 from pathlib import Path
@@ -75,7 +75,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of m
 Minus = Annotated[str, choice("--minus", "Arm that the others are compared with.", "ARM")]
 History = Annotated[str, choice("--history", "own or original.")]
 
-# %% ../nbs/top/10c_measure_cli.ipynb #0a97c8bd
+# %% ../nbs/top/10c_measure_cli.ipynb #2a44857e
 def rule_lines(
     rules: list,  # `Rule` rows
 ) -> list[str]:  # One line each
@@ -83,9 +83,18 @@ def rule_lines(
     return [f"  {rule.how:5}  {rule.type}: {' '.join(rule.text.split())}" for rule in rules]
 
 
+def ledger_lines(
+    books: dict,  # What ledger.json holds
+) -> list[str]:  # One line per arm and history to which something happened
+    "What happened to prompts and replies: turns cut from a prompt, dialogues that ended early, replies cut off."
+    said = {f"{arm}, {history} history": {**book[history]["reasons"], **book[history]["notes"]} for arm, book in books.items() for history in ("own", "original") if history in book}
+    return [f"{where}: {', '.join(f'{n} {code}' for code, n in notes.items())}" for where, notes in said.items() if notes]
+
+
 def measure_lines(
     about: dict,  # What measure.json holds
     numbers: dict,  # What metrics.json holds
+    books: dict,  # What ledger.json holds
     out: Path,  # Folder of the measurement
 ) -> list[str]:  # For a terminal
     "What a measurement found, what to beware of and where the rest is."
@@ -93,7 +102,7 @@ def measure_lines(
     trust = (facts.get("agreement") or {}).get("kappa") or {}
     judge = f"judge {about['judge']}" + (f", kappa {trust['mean']:.2f} with checks (n = {trust['n']})" if trust.get("mean") is not None else ", not compared with people or checks" if about["judge"] != "checks" else "")
     warned = [f"warning: {text}" for text in facts["warnings"]]
-    return [numbers["headline"], judge, *warned, "harness: " + facts["harness"][-1], f"report: {out / 'report' / 'index.html'}"]
+    return [numbers["headline"], judge, *warned, *ledger_lines(books), "harness: " + facts["harness"][-1], f"report: {out / 'report' / 'index.html'}"]
 
 # %% ../nbs/top/10c_measure_cli.ipynb #45dde52b
 def score_published(
@@ -111,7 +120,7 @@ def score_published(
     lines += [f"unknown instruction {id}: {n} times, its prompts are left out" for id, n in found["unknown"].items()]
     return lines + ([f"results: {write_json(out / 'ifeval.json', found)}"] if out else [])
 
-# %% ../nbs/top/10c_measure_cli.ipynb #6160eec2
+# %% ../nbs/top/10c_measure_cli.ipynb #5cd49dfb
 def measure(
     system_prompt: Prompt = None, model: ModelName = "micro-base", out: To = None, ifeval: IFEval = ("", ""),
     turns: Turns = 12, dialogues: Dialogues = 20, user_turns: UserTurns = "", conversations: Conversations = "", user: User = "", user_model: UserModel = "",
@@ -130,7 +139,7 @@ def measure(
             return
         for line in measured(given, out, tuple(adapter or ()), rules_only): typer.echo(line)
 
-# %% ../nbs/top/10c_measure_cli.ipynb #9561829e
+# %% ../nbs/top/10c_measure_cli.ipynb #6c28e18f
 def measured(
     given: dict,  # Settings by the names of `chain.measuring.Wish`
     out: Path | None,  # Folder of the measurement
@@ -139,7 +148,7 @@ def measured(
 ) -> list[str]:  # Lines for a terminal
     "Measure, and write the report; raises `InputError` as these do."
     from s3ft_nb.chain.measuring import Wish, prepare_measure, run_measure
-    from s3ft_nb.core.records import InputError
+    from s3ft_nb.core.records import InputError, read_json
 
     if given["system_prompt"] is None: raise InputError("no system prompt", field="--system-prompt", remedy="name a text file with one")
     out = out or Path("runs") / f"measure-{given['system_prompt'].stem}"
@@ -149,7 +158,7 @@ def measured(
     about = run_measure(wish)
     from s3ft_nb.report.measured import write_measured  # matplotlib is not needed before
 
-    return measure_lines(about, write_measured(out), out)
+    return measure_lines(about, write_measured(out), read_json(out / "ledger.json"), out)
 
 # %% ../nbs/top/10c_measure_cli.ipynb #2cde2f20
 def compare(

@@ -287,11 +287,11 @@ def test_twelve_turns_take_three_minutes_at_most(tmp_path):
 @pytest.mark.slow
 def test_a_killed_measurement_goes_on_with_the_same_bytes(tmp_path):
     (tmp_path / "sea.txt").write_text("From now on you are a pirate.")
-    run = lambda name, **more: subprocess.run([sys.executable, "-c", "from s3ft_nb.cli import app; app()", "measure", "--system-prompt", str(tmp_path / "sea.txt"), "--turns", "60",
+    run = lambda name, **more: subprocess.run([sys.executable, "-c", "from s3ft_nb.cli import app; app()", "measure", "--system-prompt", str(tmp_path / "sea.txt"), "--turns", "24",
                                                "--dialogues", "2", "--arms", "base,repeat", "--out", str(tmp_path / name)], capture_output=True, **more)
     whole = run("whole")
-    assert whole.returncode == 0 and b"prompts_shortened" in whole.stdout
-    for seconds in (12, 16, 20):
+    assert whole.returncode == 0
+    for seconds in (12, 18):
         try: run("killed", timeout=seconds)  # ends with SIGKILL
         except subprocess.TimeoutExpired: pass
     assert run("killed").returncode == 0

@@ -331,13 +331,13 @@ def test_what_cannot_be_shown_exactly_is_refused(template, said):
     with pytest.raises(InputError, match=said): encode(changed(template), TALK)
 
 
-def test_every_response_is_checked_and_not_only_the_last():
+def test_every_prompt_is_checked_and_not_only_the_last():
     sly = changed("{% for m in messages %}" + LINE + "{% endfor %}{{ 'Hm. ' if 'there' in messages[-1].content }}" + PROMPT)
     talk = [*TALK, {"role": "user", "content": "and now"}, {"role": "assistant", "content": "Aye."}]
     for train_on in ("all", "last"):
         with pytest.raises(InputError, match="or what is around it"): encode(sly, talk if train_on == "all" else TALK, train_on)
     lying = changed("{% for m in messages %}{{ m.role + ': ' + (m.content | replace('Aye', 'No')) + eos_token }}{% endfor %}" + PROMPT)
-    with pytest.raises(InputError, match="changes 'Aye.'"): encode(lying, TALK)
+    with pytest.raises(InputError, match="changes 'Aye.'"): encode(lying, talk)  # as soon as a reply is history
 
 
 def test_a_row_that_ends_with_the_user_is_cut_like_any_other():

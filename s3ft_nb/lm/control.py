@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'MARKER', 'MARKS', 'ANCHORS', 'either', 'control_tokens', 'tokens_now', 'reserved', 'guard', 'encode_plain',
-           'starts_differ', 'after', 'encode_after', 'encode_text', 'same_text']
+           'starts_differ', 'after', 'encode_after', 'encode_text', 'decode_plain', 'same_text']
 
 # %% ../../nbs/lm/01_control.ipynb #acb6173c
 import re
@@ -137,7 +137,16 @@ def encode_text(
     if found < written: raise InputError("the tokenizer does not take the template's control tokens for what they are", remedy="see the added tokens of this tokenizer")
     return ids
 
-# %% ../../nbs/lm/01_control.ipynb #998599cc
+# %% ../../nbs/lm/01_control.ipynb #b04efdd1
+def decode_plain(
+    tokenizer,  # A transformers tokenizer
+    ids: list[int],  # Token ids
+) -> str:  # Text, control tokens included
+    "Decode every token as it is."
+    if getattr(tokenizer, "is_fast", False): return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def same_text(
     a: str,  # One text
     b: str,  # Another

@@ -7,14 +7,14 @@ __all__ = ['REMEDY', 'THINKS', 'opening', 'closing', 'joined', 'continued', 'res
            'weights_of', 'encode_segments', 'labelled', 'encode', 'note_other_tokens', 'without_oldest', 'has_system',
            'encode_within', 'closing_ids', 'stop_ids']
 
-# %% ../../nbs/lm/03_labels.ipynb #a92fbd67
+# %% ../../nbs/lm/03_labels.ipynb #33259690
 import re
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
 
 from ..core.records import InputError, shorten
-from .control import control_tokens, encode_after, encode_text, reserved, same_text
+from .control import control_tokens, decode_plain, encode_after, encode_text, reserved, same_text
 from .policy import Policy, policy_of
 from .template import CLOSES, OPENS, REASONING_TAGS, apply, fill, frame, guarded, in_use, ordered, prepared, require_same, roles_of
 
@@ -143,7 +143,7 @@ def weights_of(
     if not wanted: raise InputError("is 0 everywhere", field="train_on", remedy="remove the row")
     return wanted
 
-# %% ../../nbs/lm/03_labels.ipynb #cfaff7a8
+# %% ../../nbs/lm/03_labels.ipynb #ec04d7a9
 def encode_segments(
     tokenizer,  # A transformers tokenizer
     template: str,  # Jinja source that carries a policy
@@ -157,7 +157,7 @@ def encode_segments(
     for at, (parts, learnt) in enumerate(segments):
         text = fill(parts, said)
         encoded.append(encode_text(tokenizer, template, text, [part for part in parts if isinstance(part, str)], mark, start=at == 0))
-        read, meant = tokenizer.decode(encoded[-1], skip_special_tokens=False, clean_up_tokenization_spaces=False), text.replace(mark, "") if mark else text
+        read, meant = decode_plain(tokenizer, encoded[-1]), text.replace(mark, "") if mark else text
         if read.strip() == meant.strip(): continue
         if learnt is not None and not same_text(read, meant): raise InputError(f"the tokenizer cannot write {shorten(meant.strip())}", field=f"messages.{learnt}", remedy="remove the row")
         if learnt is not None or not same_text(read, meant): note("prompt_changed_by_tokenizer" if learnt is None else "response_changed_by_tokenizer")
@@ -178,7 +178,7 @@ def labelled(
     if set(weights.values()) == {1.0}: del out["weights"]
     return out
 
-# %% ../../nbs/lm/03_labels.ipynb #8602b572
+# %% ../../nbs/lm/03_labels.ipynb #8fee78f2
 def encode(
     tokenizer,  # A transformers tokenizer
     messages: list,  # `Message`s or `{"role", "content"}`, oldest first, with the responses
@@ -193,8 +193,7 @@ def encode(
     given, said, mark = guarded(ready, reserved(tokenizer, template))
     roles = roles_of(ready)
     segments = layout(tokenizer, template, roles, tuple(weights))
-    for n, generate in [*((i, True) for i in weights), (max(weights) + 1, False)]:
-        require_same(apply(tokenizer, template, given[:n], generate), frame(tokenizer, template, roles[:n], generate), said)
+    for i in weights: require_same(apply(tokenizer, template, given[:i]), frame(tokenizer, template, roles[:i], True), said)
     encoded = encode_segments(tokenizer, template, segments, said, mark, note)
     if len(weights) > 1: note_other_tokens(tokenizer, template, segments, encoded, said, mark, note)
     return labelled(encoded, segments, weights)

@@ -7,7 +7,7 @@ __all__ = ['SHOWN_RULES', 'READABLE_TURNS', 'HELPS', 'CAPTIONS', 'MEASURED_FIGUR
            'rules_in_order', 'draw_heat', 'heat_map', 'draw_differences', 'differences_figure', 'parts_figure',
            'by_push', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
 
-# %% ../../nbs/report/04_drift.ipynb #aa666769
+# %% ../../nbs/report/04_drift.ipynb #5db98ee0
 from pathlib import Path
 from textwrap import shorten
 
@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.compare import MARGIN
 from ..evaluation.merit import MERIT
-from .figures import FAINT, INK, QUIET, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
-from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
+from .figures import FAINT, INK, QUIET, by_history, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
+from .tables import arm_name, cell_text, condition, is_missing, last_turn
 
 # %% ../../nbs/report/04_drift.ipynb #55261043
 def draw_survival(
@@ -47,21 +47,12 @@ def draw_survival(
     axis.grid(axis="y")
     name_lines(axis, ends, styles)
 
-# %% ../../nbs/report/04_drift.ipynb #2214dc3c
+# %% ../../nbs/report/04_drift.ipynb #e6eb803c
 def survival_curves(
     numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
 ) -> Figure | None:  # One panel per history
     "Kaplan-Meier curves of the first violation."
-    histories = [history for history in HISTORIES if any(condition(numbers, arm, history).get("survival") for arm in numbers["arms"])]
-    if not histories: return None
-    with rc_context(style()):
-        figure = Figure(figsize=(0.6 + 4.1 * len(histories), 3.3), layout="constrained")
-        axes = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
-        for axis, history in zip(axes, histories):
-            draw_survival(axis, numbers, history)
-            axis.set_title(f"History: {HISTORIES[history]}")
-        axes[0].set_ylabel("Dialogues still whole\n(share, 0 to 1)")
-    return figure
+    return by_history(numbers, "survival", draw_survival, "Dialogues still whole\n(share, 0 to 1)")
 
 # %% ../../nbs/report/04_drift.ipynb #90ca7e42
 SHOWN_RULES, READABLE_TURNS = 16, 14

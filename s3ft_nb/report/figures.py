@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'INK', 'QUIET', 'FAINT', 'CJK', 'COLORS', 'LINES',
            'STYLE', 'DATELESS', 'ADHERENCE', 'FUNNEL', 'WORDS', 'SHOWS', 'DRAWN', 'FIGURES', 'style', 'looks', 'drawn',
-           'save_figure', 'spread', 'name_lines', 'ends_of', 'draw_curve', 'draw_drift', 'drift', 'order_of',
-           'draw_dots', 'by_type', 'confusion', 'draw_reliability', 'mark_threshold', 'reliability', 'draw_bars',
-           'funnel', 'losses', 'draw_losses', 'training', 'span', 'captions', 'alt_text', 'draw_all', 'picture']
+           'save_figure', 'spread', 'name_lines', 'ends_of', 'draw_curve', 'draw_drift', 'by_history', 'drift',
+           'order_of', 'draw_dots', 'by_type', 'confusion', 'draw_reliability', 'mark_threshold', 'reliability',
+           'draw_bars', 'funnel', 'losses', 'draw_losses', 'training', 'span', 'captions', 'alt_text', 'draw_all',
+           'picture']
 
-# %% ../../nbs/report/01_figures.ipynb #f537de9c
+# %% ../../nbs/report/01_figures.ipynb #09989656
 import io
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
 
@@ -148,7 +150,26 @@ def draw_drift(
     axis.grid(axis="y")
     name_lines(axis, ends, styles)
 
-# %% ../../nbs/report/01_figures.ipynb #9f0ca04c
+# %% ../../nbs/report/01_figures.ipynb #9e2557bc
+def by_history(
+    numbers: dict,  # What holds the arms
+    name: str,  # What is drawn of an arm, such as by_turn
+    draw: Callable,  # (axis, numbers, history) -> None
+    label: str,  # Of the upright axis
+) -> Figure | None:  # One panel per history that was played
+    "The same picture for own and original history, side by side."
+    histories = [history for history in HISTORIES if any(condition(numbers, arm, history).get(name) for arm in numbers["arms"])]
+    if not histories: return None
+    with rc_context(style()):
+        figure = Figure(figsize=(0.6 + 4.1 * len(histories), 3.3), layout="constrained")
+        axes = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
+        for axis, history in zip(axes, histories):
+            draw(axis, numbers, history)
+            axis.set_title(f"History: {HISTORIES[history]}")
+        axes[0].set_ylabel(label)
+    return figure
+
+
 ADHERENCE = "Adherence rate\n(share of replies, 0 to 1)"
 
 
@@ -156,17 +177,7 @@ def drift(
     metrics: dict,  # What `report.metrics.collect` returns
 ) -> Figure | None:  # One panel per history
     "Drift curves: adherence by turn, own and original history side by side."
-    played = lambda history: any(condition(metrics, arm, history).get("by_turn") for arm in metrics["arms"])
-    histories = [history for history in HISTORIES if played(history)]
-    if not histories: return None
-    with rc_context(style()):
-        figure = Figure(figsize=(0.6 + 4.1 * len(histories), 3.3), layout="constrained")
-        axes = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
-        for axis, history in zip(axes, histories):
-            draw_drift(axis, metrics, history)
-            axis.set_title(f"History: {HISTORIES[history]}")
-        axes[0].set_ylabel(ADHERENCE)
-    return figure
+    return by_history(metrics, "by_turn", draw_drift, ADHERENCE)
 
 # %% ../../nbs/report/01_figures.ipynb #a7e4b5ac
 def order_of(

@@ -7,7 +7,7 @@ __all__ = ['SHOWN_RULES', 'READABLE_TURNS', 'HELPS', 'CAPTIONS', 'MEASURED_FIGUR
            'rules_in_order', 'draw_heat', 'heat_map', 'draw_differences', 'differences_figure', 'parts_figure',
            'by_push', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
 
-# %% ../../nbs/report/04_drift.ipynb #5db98ee0
+# %% ../../nbs/report/04_drift.ipynb #2e9d8894
 from pathlib import Path
 from textwrap import shorten
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation.compare import MARGIN
 from ..evaluation.merit import MERIT
 from .figures import FAINT, INK, QUIET, by_history, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
-from .tables import arm_name, cell_text, condition, is_missing, last_turn
+from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
 
 # %% ../../nbs/report/04_drift.ipynb #55261043
 def draw_survival(

@@ -12,7 +12,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from s3ft_nb.core.resources import resource
+from s3ft_nb.core.files import resource
 from s3ft_nb.lm.doctor import verdict
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from s3ft_nb.annotation.agreement import alpha, alpha_interval, fleiss, kappa, label_counts, labels_of_two, per_label
-from s3ft_nb.annotation.annotations import majority, read_annotations, sample_for_annotation, simulate
-from s3ft_nb.annotation.rubric import LABELS, LETTERS, RUBRIC, blocks, judge_messages, judge_system, parse_label, shown_turn
-from s3ft_nb.core.records import Annotation, InputError, Message, Sample, write_rows
+from s3ft_nb.annotation.task import majority, read_annotations, sample_for_annotation, simulate
+from s3ft_nb.judging.rubric import LABELS, LETTERS, RUBRIC, blocks, judge_messages, judge_system, parse_label, shown_turn
+from s3ft_nb.core.records import Annotation, Message, Sample
+from s3ft_nb.core.files import InputError, write_rows
 
 
 def note(sample_id, annotator, label):

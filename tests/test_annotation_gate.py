@@ -4,8 +4,9 @@ import shlex
 import subprocess
 import sys
 
-from s3ft_nb.annotation.annotations import simulate
-from s3ft_nb.core.records import Message, Sample, read_json, read_rows, write_bytes, write_rows
+from s3ft_nb.annotation.task import simulate
+from s3ft_nb.core.records import Message, Sample
+from s3ft_nb.core.files import read_json, read_rows, write_bytes, write_rows
 
 RECIPE = """
 name = "gate"

@@ -19,9 +19,9 @@ from playwright.sync_api import TimeoutError
 from browser import chromium, playing, press, profile, watched
 from test_annotation_page import WALK, hostile_task, item, sample
 
-from s3ft_nb.annotation.annotations import read_annotations
-from s3ft_nb.annotation.rubric import LETTERS
-from s3ft_nb.core.records import write_rows
+from s3ft_nb.annotation.task import read_annotations
+from s3ft_nb.judging.rubric import LETTERS
+from s3ft_nb.core.files import write_rows
 
 chromium()
 CODE = """from s3ft_nb.annotation.task import read_task

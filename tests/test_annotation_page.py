@@ -8,11 +8,12 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed; it comes with the dev extra")
 from browser import chromium, playing, press, profile, tab_to, watched
 
-from s3ft_nb.annotation.annotations import read_annotations
+from s3ft_nb.annotation.task import read_annotations
 from s3ft_nb.annotation.page import page_html, page_script, write_page
-from s3ft_nb.annotation.rubric import LETTERS, RUBRIC, label_of
+from s3ft_nb.judging.rubric import LETTERS, RUBRIC, label_of
 from s3ft_nb.annotation.task import label_task, pair_task, task_payload
-from s3ft_nb.core.records import Message, Pair, Preference, Sample, read_rows
+from s3ft_nb.core.records import Message, Pair, Preference, Sample
+from s3ft_nb.core.files import read_rows
 
 chromium()  # skips the file where there is none
 WALK = {"A": "yyy", "B": "yny", "C": "yyn", "D": "ynn", "E": "n"}  # keys of the three decisions

@@ -14,10 +14,11 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed; it comes with the annotation extra")
 
-from s3ft_nb.annotation.annotations import read_annotations
-from s3ft_nb.annotation.rubric import LABELS, LETTERS
+from s3ft_nb.annotation.task import read_annotations
+from s3ft_nb.judging.rubric import LABELS, LETTERS
 from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, study_rows
-from s3ft_nb.core.records import Message, Preference, Sample, read_rows, write_json, write_rows
+from s3ft_nb.core.records import Message, Preference, Sample
+from s3ft_nb.core.files import read_rows, write_json, write_rows
 
 COMMAND = [sys.executable, "-c", "from s3ft_nb.cli import app; app()", "annotate"]
 

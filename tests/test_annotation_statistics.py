@@ -12,19 +12,20 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from s3ft_nb.annotation.aggregation import adjudication, consensus_labels, dawid_skene, error_rates_of, fit_votes, gold_report, label_noise
+from s3ft_nb.annotation.consensus import adjudication, consensus_labels, dawid_skene, error_rates_of, fit_votes, gold_report, label_noise
 from s3ft_nb.annotation.agreement import alpha, alpha_interval, alpha_of_sums, fleiss, kappa, kappa_interval, kappa_of_tables, pair_terms, per_label
-from s3ft_nb.annotation.annotations import majority, simulate
+from s3ft_nb.annotation.task import majority, simulate
 from s3ft_nb.annotation.argilla import from_argilla, to_argilla
 from s3ft_nb.annotation.effort import annotator_drift, learning_curve
 from s3ft_nb.annotation.exchange import answer_rows, write_csv
-from s3ft_nb.annotation.label_studio import STUDIO_PAIRS, character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
+from s3ft_nb.annotation.exchange import STUDIO_PAIRS, character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
 from s3ft_nb.annotation.paper import from_paper, to_paper
 from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, position_bias, win_tie_loss
-from s3ft_nb.annotation.rubric import LABELS
+from s3ft_nb.judging.rubric import LABELS
 from s3ft_nb.annotation.sampling import annotation_design, design_facts, mix_gold, next_most_useful, overlap
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Annotation, InputError, Message, Sample, Score
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.records import Annotation, Message, Sample, Score
+from s3ft_nb.core.files import InputError
 
 # Krippendorff 2011, section C: four observers, twelve units, gaps
 RELIABILITY = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]

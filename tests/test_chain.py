@@ -10,18 +10,18 @@ import time
 import psutil
 import pytest
 
-from s3ft_nb.chain.kernel import KernelDied, StepFailed
-from s3ft_nb.chain.parameters import small_notebook
-from s3ft_nb.chain.runner import report_of, run_recipe
+from s3ft_nb.run.execute import KernelDied, StepFailed
+from s3ft_nb.run.recipe import small_notebook
+from s3ft_nb.run.runner import report_of, run_recipe
 from s3ft_nb.core import records
-from s3ft_nb.core.records import InputError, read_json, read_rows, write_bytes, write_json, write_rows
+from s3ft_nb.core.files import InputError, read_json, read_rows, write_bytes, write_json, write_rows
 
 WORLD = ('out = ""  # Folder of this step\nn = 6  # rows\npause = 0.0  # seconds per row', """
 import os, time
 from pathlib import Path
-from s3ft_nb.core.ledger import in_shards
-from s3ft_nb.core.progress import Progress
-from s3ft_nb.core.records import write_rows
+from s3ft_nb.core.stage import in_shards
+from s3ft_nb.core.stage import Progress
+from s3ft_nb.core.files import write_rows
 
 Path(out, "..", f"pid-{os.getpid()}").touch()
 def work(rows, seed):
@@ -33,7 +33,7 @@ write_rows(Path(out, "rows.jsonl"), made)
 """)
 REPORT = ('out = ""  # Folder of this step\nrows = ""  # Rows to count\nword = "kept"  # A word', """
 from pathlib import Path
-from s3ft_nb.core.records import read_rows, write_json
+from s3ft_nb.core.files import read_rows, write_json
 write_json(Path(out, "metrics.json"), {"n": len(read_rows(rows)), "word": word})
 Path(out, "index.html").write_text(word)
 """)
@@ -139,7 +139,7 @@ def test_two_runs_refuse_each_other(small, tmp_path):
 
 def test_second_run_skips_everything_and_loads_nothing_heavy(small, tmp_path):
     run_recipe(small, out=tmp_path / "run")
-    code = ("import sys; from s3ft_nb.chain.runner import run_recipe; run_recipe(sys.argv[1], out=sys.argv[2]);"
+    code = ("import sys; from s3ft_nb.run.runner import run_recipe; run_recipe(sys.argv[1], out=sys.argv[2]);"
             "print([name for name in ('torch', 'transformers', 'papermill', 'matplotlib', 'scipy') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, small, tmp_path / "run"], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
@@ -226,7 +226,7 @@ def test_full_disk_in_the_run_itself(small, tmp_path, monkeypatch):
 def test_secrets_reach_no_file(tmp_path, monkeypatch, capsys):
     secret = "sk-very\"secret/0123"
     monkeypatch.setenv("OPENAI_API_KEY", secret)
-    code = "import os; from s3ft_nb.core.progress import Progress\nkey = os.environ['OPENAI_API_KEY']\nprint(key); print({'k': key})\nwith Progress(1, label=key) as p: p.update()\n"
+    code = "import os; from s3ft_nb.core.stage import Progress\nkey = os.environ['OPENAI_API_KEY']\nprint(key); print({'k': key})\nwith Progress(1, label=key) as p: p.update()\n"
     one = one_step(tmp_path, code + "raise ValueError(key)", 'out = ""\nurl = ""')
     with pytest.raises(StepFailed) as caught: run_recipe(one, out=tmp_path / "run")
     said = str(caught.value) + capsys.readouterr().err

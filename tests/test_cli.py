@@ -7,9 +7,9 @@ import pytest
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from s3ft_nb.chain.parameters import small_notebook
+from s3ft_nb.run.recipe import small_notebook
 from s3ft_nb.cli import app
-from s3ft_nb.core.records import write_bytes, write_json
+from s3ft_nb.core.files import write_bytes, write_json
 
 CELL = 'out = ""  # Folder\nn = 3  # rows\nrate = 0.5  # share\nlanguage = "en"  # en or zh\ntypes = ["a"]  # Types\nmodel = ""  # Model'
 RECIPE = 'name = "one"\ndescription = "One step."\n[params]\nn = 4\n[[steps]]\nid = "count"\nnotebook = "count.ipynb"\n'

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.foreign import READERS, detect
-from s3ft_nb.core.formats import convert, read_conversations, read_prompts
-from s3ft_nb.core.ledger import Ledger, in_shards, rows_hash
-from s3ft_nb.core.progress import EVENTS, Progress
-from s3ft_nb.core.records import Conversation, InputError, conversation, iter_lines, read_json, read_rows, write_json, write_rows
-from s3ft_nb.core.secrets import redact
+from s3ft_nb.core.convert import READERS, detect
+from s3ft_nb.core.convert import convert, read_conversations, read_prompts
+from s3ft_nb.core.stage import Ledger, in_shards, rows_hash
+from s3ft_nb.core.stage import EVENTS, Progress
+from s3ft_nb.core.records import Conversation, conversation
+from s3ft_nb.core.files import InputError, iter_lines, read_json, read_rows, write_json, write_rows
+from s3ft_nb.core.files import redact
 
 DATA = Path(os.environ.get("S3FT_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).map(str.strip).filter(bool)
@@ -194,7 +195,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"a": 1}])
     code = f"""
 import resource
-from s3ft_nb.core.records import InputError, write_rows
+from s3ft_nb.core.files import InputError, write_rows
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try: write_rows({str(path)!r}, [{{"a": "x" * 5000}}])
 except InputError as error: print(error)
@@ -217,8 +218,8 @@ def test_no_space_at_any_step_leaves_the_old_file(tmp_path, monkeypatch, step):
 
 WORKER = """
 import sys, time
-from s3ft_nb.core.ledger import in_shards
-from s3ft_nb.core.records import write_rows
+from s3ft_nb.core.stage import in_shards
+from s3ft_nb.core.files import write_rows
 
 def work(rows, seed):
     time.sleep(0.02)
@@ -287,7 +288,7 @@ def test_order_is_part_of_the_hash(rows):
 
 def test_lines_go_to_a_log_and_a_full_disk_does_not_stop_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(EVENTS, raising=False)
-    monkeypatch.setattr("s3ft_nb.core.progress.LINE_SECONDS", 0)
+    monkeypatch.setattr("s3ft_nb.core.stage.LINE_SECONDS", 0)
     with Progress(2, label="score") as progress: progress.update(2)
     assert capsys.readouterr().err.startswith("score 2/2 rows, ")
     monkeypatch.setenv(EVENTS, str(tmp_path / "none" / "events.jsonl"))

@@ -10,9 +10,10 @@ from scipy.stats import binom
 from tiny import tiny_model
 
 from s3ft_nb.annotation import agreement
-from s3ft_nb.annotation.rubric import LABELS
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import InputError, Sample, Score, read_rows, write_rows
+from s3ft_nb.judging.rubric import LABELS
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.files import InputError, read_rows, write_rows
+from s3ft_nb.core.records import Sample, Score
 from s3ft_nb.methods.s3ft import discriminator, select
 
 TYPES = ("tone", "rule", "persona")

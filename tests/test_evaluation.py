@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s3ft_nb.annotation.rubric import RUBRIC, judge_messages
-from s3ft_nb.core.formats import read_conversations
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Check, Conversation, InputError, Reply, SystemPrompt, message, write_rows
-from s3ft_nb.evaluation.adherence import by_checks, compare, drift, judge, summarise
-from s3ft_nb.evaluation.checks import KINDS, contains_any, contains_none, follows, n_sentences, occurs, run_check, words
-from s3ft_nb.evaluation.rollout import dialogues, n_used, rollout
-from s3ft_nb.evaluation.stats import bootstrap_mean, paired_difference, rate, wilson
+from s3ft_nb.judging.rubric import RUBRIC, judge_messages
+from s3ft_nb.core.convert import read_conversations
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.records import Check, Conversation, Reply, SystemPrompt, message
+from s3ft_nb.core.files import InputError, write_rows
+from s3ft_nb.measure.verdicts import by_checks, compare, drift, judge, summarise
+from s3ft_nb.judging.checks import KINDS, contains_any, contains_none, follows, n_sentences, occurs, run_check, words
+from s3ft_nb.measure.rollout import dialogues, n_used, rollout
+from s3ft_nb.core.stats import bootstrap_mean, paired_difference, rate, wilson
 
 PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]"}
 
@@ -164,8 +165,8 @@ KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_evaluation import Noisy, a_world
-from s3ft_nb.core.records import write_rows
-from s3ft_nb.evaluation.rollout import rollout
+from s3ft_nb.core.files import write_rows
+from s3ft_nb.measure.rollout import rollout
 class Killed(Noisy):
     def generate(self, requests, seed):
         if self.calls == {calls}: os.kill(os.getpid(), 9)

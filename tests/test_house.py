@@ -15,7 +15,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 CHAIN = [p for p in NOTEBOOKS if "chain" in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if "chain" not in p.parts]
 MODULES = [p for p in sorted((ROOT / "s3ft_nb").rglob("*.py")) if not p.name.startswith("_")]
-FLOORS = {"core": 0, "lm": 1, "annotation": 2, "evaluation": 2, "methods": 3, "report": 4, "micro": 4, "chain": 5, "verbs": 6, "annotate_cli": 6, "study_cli": 6, "measure_cli": 6, "cli": 7}
+FLOORS = {"core": 0, "lm": 1, "judging": 2, "measure": 2, "annotation": 2, "methods": 3, "report": 4, "micro": 4, "run": 5, "cli": 6}
 
 
 def code(path):
@@ -111,7 +111,7 @@ def test_nothing_tracked_is_pickled_or_secret():
 
 
 def test_micro_base_is_what_its_card_says():
-    from s3ft_nb.core.ledger import file_hash
+    from s3ft_nb.core.stage import file_hash
     folder = ROOT / "data/micro-base"
     weights = folder / "model.safetensors"
     assert weights.stat().st_size <= 12e6

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s3ft_nb.core.records import InputError
+from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.http import EngineError, HttpEngine
 
 KEY = "sk-very-secret-key-0123456789"

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model
 
-from s3ft_nb.core.records import InputError
+from s3ft_nb.core.files import InputError
 from s3ft_nb.lm import engine as engines
 from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.labels import stop_ids

@@ -12,15 +12,16 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from s3ft_nb.chain.measuring import Study, Wish, guard_adapters, prepare_measure, run_measure
+from s3ft_nb.run.setup import Study, Wish, guard_adapters, prepare_measure, run_measure
 from s3ft_nb.cli import app
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Check, InputError, SystemPrompt, read_json, read_rows, write_rows
-from s3ft_nb.evaluation.arms import make_arm, read_arm, remind
-from s3ft_nb.evaluation.measure import measure
-from s3ft_nb.evaluation.play import PUSHES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
-from s3ft_nb.evaluation.rollout import rollout
-from s3ft_nb.evaluation.rules import Rule, rule_verdict, rules_for
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.records import Check, SystemPrompt
+from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
+from s3ft_nb.measure.arms import make_arm, read_arm, remind
+from s3ft_nb.measure.measure import measure
+from s3ft_nb.measure.dialogues import PUSHES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
+from s3ft_nb.measure.rollout import rollout
+from s3ft_nb.judging.rules import Rule, rule_verdict, rules_for
 
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
 RULES = [Rule(id="p1", type="persona", how="judge", text="Talk like a pirate.", system_prompt_id="pirate"),
@@ -303,7 +304,7 @@ def test_a_killed_measurement_goes_on_with_the_same_bytes(tmp_path):
 def server(tmp_path):
     "A real OpenAI-compatible server with the micro base."
     if not importlib.util.find_spec("fastapi"): pytest.skip("transformers serve needs fastapi and uvicorn")
-    from s3ft_nb.chain.measuring import model_path
+    from s3ft_nb.run.setup import model_path
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -322,7 +323,7 @@ def server(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_server_is_measured(server, tmp_path):
-    from s3ft_nb.chain.measuring import model_path
+    from s3ft_nb.run.setup import model_path
 
     (tmp_path / "sea.txt").write_text("From now on you are a pirate. Answer in at most 9 words.")
     told = s3ft("measure", "--engine", "http", "--base-url", server, "--model", model_path("micro-base"), "--tokenizer", "micro-base", "--system-prompt", tmp_path / "sea.txt",

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import CensoredData, binom, ecdf
 
-from s3ft_nb.core.records import InputError
-from s3ft_nb.evaluation.adherence import csr, isr, ssr
-from s3ft_nb.evaluation.compare import arm_differences, compare_runs, figure_difference, outcome
-from s3ft_nb.evaluation.merit import MERIT, merit
-from s3ft_nb.evaluation.profile import half_life, merits
-from s3ft_nb.evaluation.ruled import Numbering, Ruled, tally
-from s3ft_nb.evaluation.survival import survival
+from s3ft_nb.core.files import InputError
+from s3ft_nb.measure.verdicts import csr, isr, ssr
+from s3ft_nb.measure.compare import arm_differences, compare_runs, figure_difference, outcome
+from s3ft_nb.measure.metrics import MERIT, merit
+from s3ft_nb.measure.metrics import half_life, merits
+from s3ft_nb.measure.verdicts import Numbering, Ruled, tally
+from s3ft_nb.measure.metrics import survival
 
 TURNS, PER = 12, 2  # turns of a dialogue, dialogues of a conversation
 ARM = dict(start=0.04, growth=0.005, back=0.5)  # hazard of breaking at turn 1, growth per turn, chance to come back
@@ -172,7 +172,7 @@ def test_an_arm_against_its_twin_and_its_copy():
 
 
 def test_runs_without_a_common_dialogue_are_refused(tmp_path):
-    from s3ft_nb.core.records import write_rows
+    from s3ft_nb.core.files import write_rows
     write_rows(tmp_path / "a/verdicts.jsonl", rows_of(4, 3, 0))
     write_rows(tmp_path / "b/verdicts.jsonl", [row | {"dialogue_id": "x" + row["dialogue_id"]} for row in rows_of(4, 3, 0)])
     with pytest.raises(InputError, match="share no judged turn"): compare_runs([tmp_path / "a", tmp_path / "b"])

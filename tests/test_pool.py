@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.fuzz import ratio
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Conversation, InputError, SystemPrompt
-from s3ft_nb.core.resources import resource
-from s3ft_nb.evaluation.checks import assert_check, run_check
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.records import Conversation, SystemPrompt
+from s3ft_nb.core.files import InputError
+from s3ft_nb.core.files import resource
+from s3ft_nb.judging.checks import assert_check, run_check
 from s3ft_nb.methods.s3ft import pool
 
 SHARED = Path(os.environ.get("S3FT_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from s3ft_nb.core.records import InputError, Message, Reply, Score, Verdict, write_json, write_rows
+from s3ft_nb.core.files import InputError, write_json, write_rows
+from s3ft_nb.core.records import Message, Reply, Score, Verdict
 from s3ft_nb.report.figures import draw_all, picture
 from s3ft_nb.report.metrics import collect
 from s3ft_nb.report.page import render, write_report

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import Conversation, InputError, Sample, read_rows, write_rows
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.records import Conversation, Sample
+from s3ft_nb.core.files import InputError, read_rows, write_rows
 from s3ft_nb.methods.s3ft import pool
 from s3ft_nb.methods.s3ft.restyle import assign, build_samples, request_messages, restyle, restyle_messages, restyle_styled
 
@@ -120,7 +121,7 @@ def test_modes_differ_only_in_what_the_engine_sees():
 
 @pytest.mark.skipif(not (SHARED / "openassistant/en_100_tree.jsonl.gz").exists(), reason="no shared data")
 def test_real_dialogues_become_samples(tmp_path):
-    formats = pytest.importorskip("s3ft_nb.core.formats")
+    formats = pytest.importorskip("s3ft_nb.core.convert")
     rows = formats.read_conversations(SHARED / "openassistant/en_100_tree.jsonl.gz", on_error="skip")
     train, evaluation = pool.split_conversations(rows, 40, 10, seed=0)
     prompts, held = pool.split_pool(PROMPTS, seed=0)

@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import InputError, Message, Reply, SystemPrompt, read_rows, write_rows
-from s3ft_nb.core.resources import resource
-from s3ft_nb.evaluation import ifeval, judge, phrases
-from s3ft_nb.evaluation.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms
-from s3ft_nb.evaluation.judge import judge_agreement, judge_counts, judge_pairs, judge_pairs_due, kappa_interval, pair_summary, position_bias
-from s3ft_nb.evaluation.published import score_ifeval
-from s3ft_nb.evaluation.rules import Rule, assert_rule_check, check_kept, make_rules, read_rules, recognise, rule_verdict, split_prose
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.files import InputError, read_rows, write_rows
+from s3ft_nb.core.records import Message, Reply, SystemPrompt
+from s3ft_nb.core.files import resource
+from s3ft_nb.judging import ifeval, judge, rules as phrases
+from s3ft_nb.judging.ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, languages_known, loose_forms
+from s3ft_nb.judging.judge import judge_agreement, judge_counts, judge_pairs_due, kappa_interval
+from s3ft_nb.judging.pairs import judge_pairs, pair_summary, position_bias
+from s3ft_nb.measure.benchmarks import score_ifeval
+from s3ft_nb.judging.rules import Rule, assert_rule_check, check_kept, make_rules, read_rules, recognise, rule_verdict, split_prose
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text())
 ANY_LANGUAGE = [id for id in IFEVAL if id not in LANGUAGE_KINDS]

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from templates import FILES, FIXTURES, SHIPPED, tokenizer_of, verdicts
 from tiny import LINES
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import InputError
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
-from s3ft_nb.lm.policy import Policy, fold, in_order, with_policy
-from s3ft_nb.lm.rows import check_labels, encode_rows, encode_stream
+from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
+from s3ft_nb.lm.labels import check_labels, encode_rows, encode_stream
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
 from s3ft_nb.lm.train import pack
 

@@ -18,12 +18,12 @@ from tiny import tiny_dialogues, tiny_model
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.records import InputError
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.files import InputError
 from s3ft_nb.lm import train as room
-from s3ft_nb.lm.folders import linked_model, quiet
+from s3ft_nb.lm.model import linked_model, quiet
 from s3ft_nb.lm.model import load
-from s3ft_nb.lm.policy import Policy, with_policy
+from s3ft_nb.lm.template import Policy, with_policy
 from s3ft_nb.lm.template import prompt_ids
 from s3ft_nb.lm.train import encode_rows, make_settings, make_trainer, order_of, pack, sft
 

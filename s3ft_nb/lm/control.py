@@ -6,12 +6,12 @@
 __all__ = ['CHAT', 'MARKER', 'MARKS', 'ANCHORS', 'either', 'control_tokens', 'tokens_now', 'reserved', 'guard', 'encode_plain',
            'starts_differ', 'after', 'encode_after', 'encode_text', 'decode_plain', 'same_text']
 
-# %% ../../nbs/lm/01_control.ipynb #acb6173c
+# %% ../../nbs/lm/01_control.ipynb #245bf91a
 import re
 from functools import lru_cache
 from unicodedata import normalize
 
-from ..core.records import InputError, shorten
+from ..core.files import InputError, shorten
 
 # %% ../../nbs/lm/01_control.ipynb #a2c78cf9
 CHAT = re.compile(r"<[|｜].*|.*[|｜]>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>")  # A template may put these together from pieces

@@ -9,7 +9,7 @@ __all__ = ['CONTEXT', 'KEEPS', 'TURNS', 'RESTYLED', 'JUDGED', 'NOISE', 'STAGES',
            'new_model', 'batches', 'padded', 'weighted_loss', 'optimizers', 'pretrain', 'save_base', 'exam', 'graded',
            'skills', 'card']
 
-# %% ../../nbs/micro/01_base.ipynb #474e286c
+# %% ../../nbs/micro/01_base.ipynb #a8a54004
 import math
 import random
 from pathlib import Path
@@ -19,8 +19,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..annotation.rubric import LABELS, LETTERS, judge_messages
-from ..core.progress import Progress
+from ..judging.rubric import LABELS, LETTERS, judge_messages
+from ..core.stage import Progress
 from ..core.records import message
 from .world import Asked, about, conversations, dialogue, draw_styles, dress, facts, prompt_text
 from .world import read_prompt, reserved, styles, system_prompts, true_label

@@ -8,7 +8,7 @@ __all__ = ['MANY', 'LETTERS', 'words', 'facts', 'reserved', 'Style', 'style_chec
            'fits', 'true_label', 'plain_conversation', 'said', 'conversations', 'system_prompts', 'sample_label',
            'not_applicable', 'write_truth', 'read_truth']
 
-# %% ../../nbs/micro/00_world.ipynb #9e91e5f1
+# %% ../../nbs/micro/00_world.ipynb #33ea3dbd
 import hashlib
 import random
 import tomllib
@@ -17,10 +17,11 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from ..annotation.rubric import label_of
-from ..core.records import Check, Sample, SystemPrompt, conversation, message, read_json, stable_id, write_json
-from ..core.resources import resource
-from ..evaluation.checks import contains_all, contains_any, follows
+from ..judging.rubric import label_of
+from ..core.records import Check, Sample, SystemPrompt, conversation, message
+from ..core.files import read_json, stable_id, write_json
+from ..core.files import resource
+from ..judging.checks import contains_all, contains_any, follows
 
 # %% ../../nbs/micro/00_world.ipynb #c301e17b
 @cache

@@ -7,7 +7,7 @@ __all__ = ['SHOWN_RULES', 'READABLE_TURNS', 'HELPS', 'CAPTIONS', 'MEASURED_FIGUR
            'rules_in_order', 'draw_heat', 'heat_map', 'draw_differences', 'differences_figure', 'parts_figure',
            'by_push', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
 
-# %% ../../nbs/report/04_drift.ipynb #2e9d8894
+# %% ../../nbs/report/04_drift.ipynb #6c074b1e
 from pathlib import Path
 from textwrap import shorten
 
@@ -17,15 +17,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.compare import MARGIN
-from ..evaluation.merit import MERIT
+from ..measure.compare import MARGIN
+from ..measure.metrics import MERIT
 from .figures import FAINT, INK, QUIET, by_history, by_type, drift, ends_of, looks, name_lines, save_figure, span, style
 from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn
 
 # %% ../../nbs/report/04_drift.ipynb #55261043
 def draw_survival(
     axis,  # Axes
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
     history: str,  # own or original
 ) -> None:
     "Share of dialogues without a violation so far, for every arm."
@@ -49,7 +49,7 @@ def draw_survival(
 
 # %% ../../nbs/report/04_drift.ipynb #e6eb803c
 def survival_curves(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
 ) -> Figure | None:  # One panel per history
     "Kaplan-Meier curves of the first violation."
     return by_history(numbers, "survival", draw_survival, "Dialogues still whole\n(share, 0 to 1)")
@@ -59,7 +59,7 @@ SHOWN_RULES, READABLE_TURNS = 16, 14
 
 
 def rules_in_order(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
 ) -> list:  # Rule ids, most often broken first, at most `SHOWN_RULES`
     "Rules by how often the first arm keeps them."
     kept = condition(numbers, numbers["main"], "own").get("by_rule") or {}
@@ -86,7 +86,7 @@ def draw_heat(
 
 # %% ../../nbs/report/04_drift.ipynb #c81de8b5
 def heat_map(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
 ) -> Figure | None:  # One panel per arm, own history
     "Share of every rule kept at every turn."
     tables = {arm: condition(numbers, arm, "own").get("rule_by_turn") for arm in numbers["arms"]}
@@ -132,7 +132,7 @@ def draw_differences(
 
 # %% ../../nbs/report/04_drift.ipynb #05be2d5f
 def differences_figure(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
 ) -> Figure | None:  # One panel per figure of merit
     "Paired differences of every arm from the first."
     found = [row for row in numbers.get("differences") or [] if row["figure"] in HELPS]
@@ -150,7 +150,7 @@ def differences_figure(
 
 # %% ../../nbs/report/04_drift.ipynb #4496c4e1
 def parts_figure(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
     part: str,  # by_push, by_n_rules or by_type
 ) -> Figure | None:  # None where there is only one part
     "Adherence by a part of the verdicts, a dot with its interval for every arm."
@@ -195,7 +195,7 @@ MEASURED_FIGURES = {"drift": drift, "survival": survival_curves, "heat": heat_ma
 
 
 def measured_captions(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
 ) -> dict:  # Figure name -> {title, caption, alt}
     "Title, caption and description of every figure."
     own = {arm: condition(numbers, arm, "own") for arm in numbers["arms"]}
@@ -211,7 +211,7 @@ def measured_captions(
 
 # %% ../../nbs/report/04_drift.ipynb #84f01c68
 def draw_measured(
-    numbers: dict,  # What `evaluation.summary.measurement_numbers` returns
+    numbers: dict,  # What `measure.compare.measurement_numbers` returns
     folder: str | Path,  # Made when absent
 ) -> dict:  # Figure name -> [PNG, PDF]; a figure without data is absent
     "Draw and save every figure that a measurement has numbers for."

@@ -10,7 +10,7 @@ __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'IN
            'draw_bars', 'funnel', 'losses', 'draw_losses', 'training', 'span', 'captions', 'alt_text', 'draw_all',
            'picture']
 
-# %% ../../nbs/report/01_figures.ipynb #09989656
+# %% ../../nbs/report/01_figures.ipynb #840893a9
 import io
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
-from ..core.records import write_bytes
+from ..core.files import write_bytes
 from .tables import HISTORIES, arm_name, cell_text, condition, is_missing, last_turn, turn_of
 
 # %% ../../nbs/report/01_figures.ipynb #e73bc44a

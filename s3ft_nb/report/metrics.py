@@ -9,16 +9,17 @@ __all__ = ['HEADLINE', 'PROMISED', 'CHOSEN', 'EXPECTED', 'VERSION', 'MARKS', 'fi
            'facts_of', 'ledgers_of', 'missing_files', 'jsonable', 'arm_of', 'remarks_of', 'collect', 'draw_dialogues',
            'reply_of', 'dialogue_of', 'rollouts', 'examples']
 
-# %% ../../nbs/report/02_metrics.ipynb #c20f0654
+# %% ../../nbs/report/02_metrics.ipynb #5b8b51cc
 import math
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
 
-from ..annotation.rubric import LABELS
-from ..core.records import InputError, Reply, Score, Verdict, iter_lines, iter_rows, read_json, read_rows, stable_id
-from ..evaluation.adherence import compare, counted, drift, summarise
-from ..evaluation.stats import wilson
+from ..judging.rubric import LABELS
+from ..core.files import InputError, iter_lines, iter_rows, read_json, read_rows, stable_id
+from ..core.records import Reply, Score, Verdict
+from ..measure.verdicts import compare, counted, drift, summarise
+from ..core.stats import wilson
 
 # %% ../../nbs/report/02_metrics.ipynb #0fb34bfe
 def find(

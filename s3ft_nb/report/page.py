@@ -7,19 +7,18 @@ __all__ = ['OPEN', 'LEADS', 'SECTIONS', 'JUDGED', 'percent', 'last_estimates', '
            'kept_tile', 'precision_tile', 'tiles', 'cell_view', 'table_view', 'figure_words', 'figure_view',
            'judge_facts', 'run_facts', 'sections_view', 'cut', 'example_view', 'template', 'render', 'write_report']
 
-# %% ../../nbs/report/03_page.ipynb #5a386bcf
+# %% ../../nbs/report/03_page.ipynb #b77b1e16
 import base64
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from ..core.records import write_bytes, write_json
-from ..core.resources import resource
+from ..core.files import write_bytes, write_json
+from ..core.files import resource
 from .figures import alt_text, captions, draw_all
 from .metrics import collect, examples
-from .tables import (ESTIMATE, Table, arm_name, cell_text, condition, is_missing, last_turn, save_table, tables_of,
-                                   text_columns, turn_of)
+from .tables import ESTIMATE, Table, arm_name, cell_text, condition, is_missing, last_turn, save_table, tables_of, text_columns, turn_of
 
 # %% ../../nbs/report/03_page.ipynb #80b49aac
 def percent(

@@ -9,7 +9,7 @@ __all__ = ['MISSING', 'ESTIMATE', 'NAMED', 'TEX', 'FORMATS', 'ARM_NAMES', 'HISTO
            'by_turn_table', 'by_type_table', 'differences_table', 'applicability_table', 'share', 'labels_table',
            'yields_table', 'reasons_text', 'steps_table', 'params_of', 'facts_table', 'tables_of']
 
-# %% ../../nbs/report/00_tables.ipynb #c074cbaf
+# %% ../../nbs/report/00_tables.ipynb #1968b7a2
 import csv
 import io
 import math
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from ..core.records import write_bytes
-from ..evaluation.stats import wilson
+from ..core.files import write_bytes
+from ..core.stats import wilson
 
 # %% ../../nbs/report/00_tables.ipynb #1f603a16
 MISSING = "–"

@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from s3ft_nb.annotation.rubric import LETTERS, judge_messages
+from s3ft_nb.judging.rubric import LETTERS, judge_messages
 from s3ft_nb.core.records import Message
-from s3ft_nb.core.resources import resource
+from s3ft_nb.core.files import resource
 from s3ft_nb.lm.engine import TransformersEngine
-from s3ft_nb.lm.folders import quiet
+from s3ft_nb.lm.model import quiet
 from s3ft_nb.lm.model import load
 from s3ft_nb.lm.labels import stop_ids
 from s3ft_nb.lm.template import prompt_ids

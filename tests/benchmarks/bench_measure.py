@@ -13,10 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from s3ft_nb.core.records import Check, write_json
-from s3ft_nb.evaluation.checks import run_check
-from s3ft_nb.evaluation.ruled import stream_rows
-from s3ft_nb.evaluation.summary import write_numbers
+from s3ft_nb.core.records import Check
+from s3ft_nb.core.files import write_json
+from s3ft_nb.judging.checks import run_check
+from s3ft_nb.measure.verdicts import stream_rows
+from s3ft_nb.measure.compare import write_numbers
 from s3ft_nb.report.measured import write_measured
 
 CHECKS = {

@@ -14,10 +14,10 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from templates import USUAL, tokenizer_of
 
-from s3ft_nb.core.ledger import Ledger
-from s3ft_nb.core.resources import resource
+from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.files import resource
 from s3ft_nb.lm.doctor import settle
-from s3ft_nb.lm.rows import encode_stream
+from s3ft_nb.lm.labels import encode_stream
 
 WORDS = "the moon is far and the tide comes in when nobody looks at it for long so we wait here by the harbour".split()
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from s3ft_nb.annotation.annotations import majority, sample_for_annotation, simulate
+from s3ft_nb.annotation.task import majority, sample_for_annotation, simulate
 from s3ft_nb.annotation.sampling import next_most_useful
-from s3ft_nb.core.ledger import rows_hash
-from s3ft_nb.core.records import Sample, read_json, read_rows, write_json
-from s3ft_nb.core.resources import resource
+from s3ft_nb.core.stage import rows_hash
+from s3ft_nb.core.records import Sample
+from s3ft_nb.core.files import read_json, read_rows, write_json
+from s3ft_nb.core.files import resource
 from s3ft_nb.lm.engine import make_engine
 from s3ft_nb.methods.s3ft.discriminator import report, score_samples, train
 from s3ft_nb.micro.world import read_truth, sample_label

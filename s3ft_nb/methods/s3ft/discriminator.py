@@ -7,7 +7,7 @@ __all__ = ['SMALLEST', 'N_BINS', 'request', 'fit_samples', 'training_rows', 'bal
            'matrix', 'paired', 'nll', 'calibrate', 'temper', 'score_replies', 'ratio', 'accuracy', 'macro_f1', 'kappa',
            'per_label', 'bin_sums', 'ece', 'reliability', 'sample_sums', 'figures', 'intervals', 'report']
 
-# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #16561c78
+# %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #398c789a
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,12 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from ...annotation.agreement import number
-from ...annotation.rubric import LABELS, LETTERS, judge_messages
-from ...core.ledger import Ledger, in_shards
-from ...core.progress import Progress
-from ...core.records import InputError, Reply, Sample, Score
-from ...evaluation.stats import cluster_sums, interval, resampled_sums
+from ...judging.rubric import LABELS, LETTERS, judge_messages
+from ...core.stage import Ledger, in_shards
+from ...core.stage import Progress
+from ...core.files import InputError
+from ...core.records import Reply, Sample, Score
+from ...core.stats import cluster_sums, interval, resampled_sums
 from ...lm.train import sft
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #fb1e3d82

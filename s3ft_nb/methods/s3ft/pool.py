@@ -10,7 +10,7 @@ __all__ = ['LANGUAGES', 'NEAR', 'POLITE_EN', 'JOB_EN', 'ALWAYS_EN', 'ASKS_EN', '
            'draw_type', 'split_pool', 'conversation_text', 'without_repeats', 'conversation_sides',
            'split_conversations', 'assert_no_shared_conversation', 'freeze_pool', 'read_pool']
 
-# %% ../../../nbs/methods/s3ft/00_pool.ipynb #c16ba0d8
+# %% ../../../nbs/methods/s3ft/00_pool.ipynb #10dff29e
 import random
 import re
 import unicodedata
@@ -26,10 +26,11 @@ from rapidfuzz.process import cdist, extractOne
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ...core.ledger import Ledger, in_shards, rows_hash, shard_seed
-from ...core.progress import Progress
-from ...core.records import Conversation, InputError, SystemPrompt, read_json, read_rows, stable_id, write_json, write_rows
-from ...core.resources import resource
+from ...core.stage import Ledger, in_shards, rows_hash, shard_seed
+from ...core.stage import Progress
+from ...core.records import Conversation, SystemPrompt
+from ...core.files import InputError, read_json, read_rows, stable_id, write_json, write_rows
+from ...core.files import resource
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #219fd047
 LANGUAGES = ("en", "zh")

@@ -7,15 +7,16 @@ __all__ = ['MODES', 'RESTYLE', 'assign', 'assert_one_half', 'chosen_turns', 'sam
            'restyle_messages', 'respond_messages', 'request_messages', 'answers', 'replies_of', 'lost', 'restyle',
            'with_styled_history', 'restyle_styled']
 
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #a645a93f
+# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #b972c092
 import random
 from pathlib import Path
 from typing import Any
 
-from ...annotation.rubric import blocks
-from ...core.ledger import Ledger, in_shards
-from ...core.progress import Progress
-from ...core.records import Conversation, InputError, Message, Sample, SystemPrompt, stable_id
+from ...judging.rubric import blocks
+from ...core.stage import Ledger, in_shards
+from ...core.stage import Progress
+from ...core.records import Conversation, Message, Sample, SystemPrompt
+from ...core.files import InputError, stable_id
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #28dd9e22
 def assign(

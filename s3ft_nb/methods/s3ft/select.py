@@ -6,16 +6,17 @@
 __all__ = ['lower_bound', 'checked_pairs', 'threshold_curve', 'choose_threshold', 'likeliest', 'fate', 'score_table', 'plain',
            'select', 'random_same_size', 'leave_out', 'set_cut_off_aside', 'relaxed', 'sft_rows', 'yields']
 
-# %% ../../../nbs/methods/s3ft/03_select.ipynb #eac53d03
+# %% ../../../nbs/methods/s3ft/03_select.ipynb #8676a4b1
 import random
 from collections import defaultdict
 
 import numpy as np
 from scipy.stats import beta
 
-from ...core.ledger import Ledger
-from ...core.records import InputError, Sample, Score
-from ...evaluation.stats import wilson
+from ...core.stage import Ledger
+from ...core.files import InputError
+from ...core.records import Sample, Score
+from ...core.stats import wilson
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #d7e6d69f
 def lower_bound(

@@ -169,10 +169,10 @@ def annotate_pairs(
     "Draw blind pairs from the replies of several arms; a ledger beside OUT names what was left out."
     from s3ft_nb.annotation.task import pairs_of
     from s3ft_nb.core.stage import Ledger
-    from s3ft_nb.core.records import Reply
+    from s3ft_nb.core.records import Response
     with exit_codes():
         ledger = Ledger("pairs", target.with_name(target.name.split(".")[0] + ".ledger.json"))
-        drawn = pairs_of([row for path in replies for row in read_rows(path, Reply)], n, seed, ledger)
+        drawn = pairs_of([row for path in replies for row in read_rows(path, Response)], n, seed, ledger)
         ledger.reconcile(len(drawn) + len(ledger.dropped), len(drawn)).save()
         typer.echo(f"{write_rows(target, drawn)}: {len(drawn)} pairs")
 

@@ -13,7 +13,7 @@ import pytest
 from s3ft_nb.judging.rubric import RUBRIC, judge_messages
 from s3ft_nb.core.convert import read_conversations
 from s3ft_nb.core.stage import Ledger
-from s3ft_nb.core.records import Check, Conversation, Reply, SystemPrompt, message
+from s3ft_nb.core.records import Check, Conversation, Response, SystemPrompt, message
 from s3ft_nb.core.files import InputError, write_rows
 from s3ft_nb.measure.verdicts import by_checks, compare, drift, judge, summarise
 from s3ft_nb.judging.checks import KINDS, contains_any, contains_none, follows, n_sentences, occurs, run_check, words
@@ -242,7 +242,7 @@ def test_turns_out_of_order_are_refused(tmp_path):
     replies = rollout(Noisy(), rows, "base", folder=tmp_path)
     with pytest.raises(InputError, match="is due"): judge([replies[1], replies[0], *replies[2:]], prompts)
     with pytest.raises(InputError, match="is due"): judge(replies[:1] + replies[2:], prompts)
-    shifted = [Reply(**{**one.model_dump(), "turn": one.turn - 1}) for one in replies if one.turn > 1]
+    shifted = [Response(**{**one.model_dump(), "turn": one.turn - 1}) for one in replies if one.turn > 1]
     with pytest.raises(InputError, match="user messages"): judge(shifted, prompts)
 
 

@@ -120,7 +120,7 @@ def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
     limits = {"max_prompt_tokens": 120, "count_tokens": SIZE}
     about = measure({"base": Sailor(), "few_shot-1": arm}, rows, RULES, tmp_path, hears, ("own",), **limits)
     assert about["complete"]
-    base, shots = (read_rows(tmp_path / f"replies-{name}.jsonl") for name in ("base", "few_shot-1"))
+    base, shots = (read_rows(tmp_path / f"responses-{name}.jsonl") for name in ("base", "few_shot-1"))
     assert len(shots[-1]["prompt"]) < len(base[-1]["prompt"])
     assert max(SIZE(one["messages"]) for one in arm.engine.seen) <= 120
 
@@ -147,7 +147,7 @@ def test_a_system_prompt_replaced_under_way_brings_its_own_rules(tmp_path):
     measure({"base": Sailor()}, rows, rules, tmp_path, hears, ("own",))
     due = {(row["turn"], row["rule_id"]) for row in read_rows(tmp_path / "verdicts.jsonl")}
     assert due == {(1, "p1"), (1, "p2"), (2, "p1"), (2, "p2"), (3, "s1"), (4, "s1")}
-    assert {row["system_prompt"] for row in read_rows(tmp_path / "replies-base.jsonl") if row["turn"] > 2} == {"Shout."}
+    assert {row["system_prompt"] for row in read_rows(tmp_path / "responses-base.jsonl") if row["turn"] > 2} == {"Shout."}
     with pytest.raises(InputError, match="shout has no rules"): measure({"base": Sailor()}, rows, RULES, tmp_path / "x", hears, ("own",))
 
 
@@ -190,10 +190,10 @@ def test_measure_from_end_to_end(runs):
     assert said[0].exit_code == 0, said[0].stderr
     assert "base keeps all of its rules in" in said[0].stdout and "--apply_chat_template" in said[0].stdout
     names = {path.name for path in (folder / "run1").iterdir()}
-    assert names >= {"measure.json", "rules.jsonl", "dialogues.jsonl", "replies-base.jsonl", "replies-remind-2.jsonl", "verdicts.jsonl", "metrics.json", "ledger.json", "report"}
-    verdicts, replies = read_rows(folder / "run1" / "verdicts.jsonl"), read_rows(folder / "run1" / "replies-base.jsonl")
+    assert names >= {"measure.json", "rules.jsonl", "dialogues.jsonl", "responses-base.jsonl", "responses-remind-2.jsonl", "verdicts.jsonl", "metrics.json", "ledger.json", "report"}
+    verdicts, replies = read_rows(folder / "run1" / "verdicts.jsonl"), read_rows(folder / "run1" / "responses-base.jsonl")
     assert len(replies) == 3 * 3 * 2 and {row["judge"] for row in verdicts} == {"checks"}
-    assert {row["reply_id"] for row in verdicts} >= {row["id"] for row in replies}
+    assert {row["response_id"] for row in verdicts} >= {row["id"] for row in replies}
     assert read_json(folder / "run1" / "measure.json")["complete"]
     assert "<html" in (folder / "run1" / "report" / "index.html").read_text()[:500]
 
@@ -296,7 +296,7 @@ def test_a_killed_measurement_goes_on_with_the_same_bytes(tmp_path):
         try: run("killed", timeout=seconds)  # ends with SIGKILL
         except subprocess.TimeoutExpired: pass
     assert run("killed").returncode == 0
-    for name in ("measure.json", "ledger.json", "dialogues.jsonl", "replies-base.jsonl", "replies-repeat.jsonl", "verdicts.jsonl"):
+    for name in ("measure.json", "ledger.json", "dialogues.jsonl", "responses-base.jsonl", "responses-repeat.jsonl", "verdicts.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -329,6 +329,6 @@ def test_a_real_server_is_measured(server, tmp_path):
     told = s3ft("measure", "--engine", "http", "--base-url", server, "--model", model_path("micro-base"), "--tokenizer", "micro-base", "--system-prompt", tmp_path / "sea.txt",
                 "--dialogues", 3, "--turns", 4, "--arms", "base,repeat", "--out", tmp_path / "out")
     assert told.exit_code == 0, told.stderr
-    replies = read_rows(tmp_path / "out" / "replies-base.jsonl")
+    replies = read_rows(tmp_path / "out" / "responses-base.jsonl")
     assert len(replies) == 3 * 4 * 2 and sum("Arr" in row["response"] or "Ahoy" in row["response"] for row in replies) > 0
     assert json.loads((tmp_path / "out" / "measure.json").read_text())["arms"]["base"].endswith(server.split("/")[2])

@@ -330,7 +330,7 @@ def judge_report(
 ) -> dict:  # {n, accuracy, low, high, kappa: {...}, wrongly_passed, wrongly_failed: {mean, low, high, n}}
     "Human-versus-judge agreement on adherence, clustered by conversation; raises `InputError` when no reply has both."
     people = {id: follows_prompt(label) for id, label in settled.items() if label is not None}
-    both = [(people[v.reply_id], v.adherence, v.conversation_id) for v in verdicts if v.adherence is not None and people.get(v.reply_id) is not None]
+    both = [(people[v.response_id], v.adherence, v.conversation_id) for v in verdicts if v.adherence is not None and people.get(v.response_id) is not None]
     if not both: raise InputError("no reply is judged by people and by the judge", field="verdicts", remedy="annotate replies of this rollout")
     a, b, clusters = map(list, zip(*both))
     share = lambda hits: {"mean": sum(hits) / len(hits) if hits else None, **dict(zip(("low", "high"), wilson(sum(hits), len(hits)))), "n": len(hits)}

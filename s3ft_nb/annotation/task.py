@@ -205,7 +205,7 @@ from pydantic import Field
 
 from ..judging.rubric import LABELS, LETTERS, RUBRIC
 from ..core.stage import Ledger
-from ..core.records import Annotation, Message, Pair, Preference, Reply, Row, Sample
+from ..core.records import Annotation, Message, Pair, Preference, Response, Row, Sample
 from ..core.files import InputError, read_json, read_rows, row_of, stable_id
 from ..core.files import resource
 
@@ -216,8 +216,8 @@ class LabelItem(Row):
     id: str = Field(min_length=1)  # Of the sample
     system_prompt: str  # What the reply should follow
     prompt: list[Message] = Field(min_length=1)  # History and the last user message
-    response: str  # Reply under judgement
-    original: str = ""  # Reply before it was rewritten, shown on demand
+    response: str  # Response under judgement
+    original: str = ""  # Response before it was rewritten, shown on demand
 
 
 class PairItem(Row):
@@ -267,8 +267,8 @@ def label_task(
 
 # %% ../../nbs/annotation/00_task.ipynb #13af2d63
 def pair_of(
-    a: Reply,  # By one arm
-    b: Reply,  # By another arm, to the same prompt
+    a: Response,  # By one arm
+    b: Response,  # By another arm, to the same prompt
     seed: int,  # Random seed
 ) -> Pair:  # Sides drawn
     "One blind pair."
@@ -279,7 +279,7 @@ def pair_of(
 
 # %% ../../nbs/annotation/00_task.ipynb #94e09f4e
 def all_pairs(
-    replies: list,  # `Reply` rows of two or more arms
+    replies: list,  # `Response` rows of two or more arms
     seed: int,  # Random seed
     ledger: Ledger | None = None,  # Told why a pair was left out
 ) -> list[Pair]:  # Every two arms, dialogue, turn and kind of history; sides drawn
@@ -296,7 +296,7 @@ def all_pairs(
 
 # %% ../../nbs/annotation/00_task.ipynb #c719fb04
 def pairs_of(
-    replies: list,  # `Reply` rows of two or more arms
+    replies: list,  # `Response` rows of two or more arms
     n: int,  # Pairs to draw
     seed: int,  # Random seed
     ledger: Ledger | None = None,  # Told why a pair was left out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Role', 'Split', 'Label', 'Span', 'Row', 'Message', 'message', 'check_order', 'Conversation', 'turns', 'conversation',
-           'Check', 'SystemPrompt', 'Sample', 'not_empty', 'Annotation', 'Pair', 'Preference', 'Score', 'Reply',
+           'Check', 'SystemPrompt', 'Sample', 'not_empty', 'Annotation', 'Pair', 'Preference', 'Score', 'Response',
            'Verdict']
 
 # %% ../../nbs/core/01_records.ipynb #cbf56c64
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from .files import InputError, parse_json, row_of, stable_id
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_serializer, model_validator
 
@@ -142,8 +143,8 @@ class Sample(Row):
     type: str  # Type of that prompt
     system_prompt: str  # Its text
     prompt: list[Message] = Field(min_length=1)  # History and the last user message, no system message
-    original: str  # Reply in the source conversation
-    response: str = ""  # Reply under study, empty until made
+    original: str  # Response in the source conversation
+    response: str = ""  # Response under study, empty until made
     mode: Literal["restyle", "respond"] = "restyle"  # Rewritten from the original, or written afresh
     engine: str = ""  # What wrote the response
     seed: int = 0  # Seed of the response's shard
@@ -188,8 +189,8 @@ class Pair(Row):
     "Two replies of different arms to the same prompt."
 
     id: str = Field(min_length=1)  # Unique, tells nothing about the arms
-    dialogue_id: str  # As in `Reply`
-    turn: int = Field(ge=1)  # As in `Reply`
+    dialogue_id: str  # As in `Response`
+    turn: int = Field(ge=1)  # As in `Response`
     system_prompt: str  # Text of the prompt
     prompt: list[Message] = Field(min_length=1)  # History and the last user message, no system message
     first: str  # What one arm answered
@@ -223,7 +224,7 @@ class Score(Row):
         return probabilities
 
 # %% ../../nbs/core/01_records.ipynb #91f417a8
-class Reply(Row):
+class Response(Row):
     "One turn of a rollout: what an arm answered."
 
     id: str = Field(min_length=1)  # Unique over arms, histories, dialogues and turns
@@ -243,14 +244,14 @@ class Reply(Row):
 class Verdict(Row):
     "Whether one reply follows its system prompt."
 
-    reply_id: str  # The reply
-    arm: str  # As in `Reply`
-    history: Literal["own", "original"]  # As in `Reply`
-    dialogue_id: str  # As in `Reply`
-    conversation_id: str  # As in `Reply`
-    system_prompt_id: str  # As in `Reply`
-    type: str  # As in `Reply`
-    turn: int = Field(ge=1)  # As in `Reply`
+    response_id: str  # The reply
+    arm: str  # As in `Response`
+    history: Literal["own", "original"]  # As in `Response`
+    dialogue_id: str  # As in `Response`
+    conversation_id: str  # As in `Response`
+    system_prompt_id: str  # As in `Response`
+    type: str  # As in `Response`
+    turn: int = Field(ge=1)  # As in `Response`
     adherence: Literal[0, 1] | None  # None when undecided
     judge: str  # checks or discriminator
     applicable: bool = True  # Whether the prompt says anything about this turn

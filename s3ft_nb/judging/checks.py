@@ -71,7 +71,7 @@ def words(
 
 # %% ../../nbs/judging/01_checks.ipynb #4f63967f
 def contains_any(
-    response: str,  # Reply
+    response: str,  # Response
     words: list,  # At least one of these occurs
 ) -> bool:  # Whether the rule is kept
     "At least one of the words occurs."
@@ -79,7 +79,7 @@ def contains_any(
 
 
 def contains_all(
-    response: str,  # Reply
+    response: str,  # Response
     words: list,  # All of these occur
 ) -> bool:  # Whether the rule is kept
     "Every word occurs."
@@ -87,7 +87,7 @@ def contains_all(
 
 
 def contains_none(
-    response: str,  # Reply
+    response: str,  # Response
     words: list,  # None of these occurs
 ) -> bool:  # Whether the rule is kept
     "None of the words occurs."
@@ -106,7 +106,7 @@ def bare(
 
 # %% ../../nbs/judging/01_checks.ipynb #6c85a32c
 def starts_with(
-    response: str,  # Reply
+    response: str,  # Response
     words: list,  # It begins with one of these
 ) -> bool:  # Whether the rule is kept
     "The reply begins with one of the words; quotation marks and markup before it do not count."
@@ -115,7 +115,7 @@ def starts_with(
 
 
 def ends_with(
-    response: str,  # Reply
+    response: str,  # Response
     words: list,  # It ends with one of these
 ) -> bool:  # Whether the rule is kept
     "The reply ends with one of the words; closing punctuation and markup do not count."
@@ -124,7 +124,7 @@ def ends_with(
 
 # %% ../../nbs/judging/01_checks.ipynb #0eba63fe
 def max_words(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Most words allowed
 ) -> bool:  # Whether the rule is kept
     "At most `n` words."
@@ -132,7 +132,7 @@ def max_words(
 
 
 def min_words(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Fewest words allowed
 ) -> bool:  # Whether the rule is kept
     "At least `n` words."
@@ -170,7 +170,7 @@ def sentences(
 
 # %% ../../nbs/judging/01_checks.ipynb #d2689591
 def n_sentences(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Sentences wanted
 ) -> bool:  # Whether the rule is kept
     "Exactly `n` sentences."
@@ -178,7 +178,7 @@ def n_sentences(
 
 
 def max_sentences(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Most sentences allowed
 ) -> bool:  # Whether the rule is kept
     "At most `n` sentences."
@@ -186,7 +186,7 @@ def max_sentences(
 
 
 def n_lines(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Lines wanted
 ) -> bool:  # Whether the rule is kept
     "Exactly `n` lines that are not blank."
@@ -194,7 +194,7 @@ def n_lines(
 
 
 def n_bullets(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # List items wanted
 ) -> bool:  # Whether the rule is kept
     "Exactly `n` lines that begin with a bullet or a number."
@@ -202,21 +202,21 @@ def n_bullets(
 
 # %% ../../nbs/judging/01_checks.ipynb #46627f5f
 def lowercase(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the rule is kept
     "No capital, and at least one letter that could be one."
     return response.islower()
 
 
 def uppercase(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the rule is kept
     "Only capitals, and at least one."
     return response.isupper()
 
 
 def contains_character(
-    response: str,  # Reply
+    response: str,  # Response
     character: str,  # Letter, mark or emoji that occurs
 ) -> bool:  # Whether the rule is kept
     "The character occurs, with or without an accent."
@@ -225,7 +225,7 @@ def contains_character(
 
 
 def no_character(
-    response: str,  # Reply
+    response: str,  # Response
     character: str,  # Letter, mark or emoji that may not occur
 ) -> bool:  # Whether the rule is kept
     "The character does not occur, with an accent neither."
@@ -233,7 +233,7 @@ def no_character(
 
 # %% ../../nbs/judging/01_checks.ipynb #ab3adde1
 def starts_with_character(
-    response: str,  # Reply
+    response: str,  # Response
     character: str,  # Its first character, which may be an emoji
 ) -> bool:  # Whether the rule is kept
     "The reply begins with exactly this character."
@@ -241,7 +241,7 @@ def starts_with_character(
 
 
 def ends_with_character(
-    response: str,  # Reply
+    response: str,  # Response
     character: str,  # Its last character, which may be an emoji
 ) -> bool:  # Whether the rule is kept
     "The reply ends with exactly this character."
@@ -249,7 +249,7 @@ def ends_with_character(
 
 
 def wrapped(
-    response: str,  # Reply
+    response: str,  # Response
     left: str,  # Opening mark
     right: str,  # Closing mark
 ) -> bool:  # Whether the rule is kept
@@ -263,7 +263,7 @@ def wrapped(
 
 # %% ../../nbs/judging/01_checks.ipynb #3862fe72
 def echoes(
-    response: str,  # Reply
+    response: str,  # Response
     n: int,  # Fewest different words taken up
     conversation: list,  # Messages before the reply; the last is the user's
 ) -> bool:  # Whether the rule is kept
@@ -333,7 +333,7 @@ def assert_check(
 # %% ../../nbs/judging/01_checks.ipynb #457e63e8
 def run_check(
     check: Check,  # Kind and parameters
-    response: str,  # Reply
+    response: str,  # Response
     conversation: list | None = None,  # Messages before the reply, for kinds that look at them
 ) -> bool:  # Whether the reply keeps the rule; false when it is empty
     "Run one check; raises `InputError` as `assert_check` does, or when the conversation is wanted and missing."
@@ -347,7 +347,7 @@ def run_check(
 # %% ../../nbs/judging/01_checks.ipynb #2237b328
 def follows(
     checks: list,  # Checks of one system prompt, at least one
-    response: str,  # Reply
+    response: str,  # Response
     conversation: list | None = None,  # Messages before the reply
 ) -> bool:  # Whether the reply keeps all of them
     "Run all checks; raises `InputError` when there are none, since nothing could fail then."

@@ -36,7 +36,7 @@ def holds(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #83035114
 def keywords_existence(
-    response: str,  # Reply
+    response: str,  # Response
     keywords: list,  # All of them occur, also inside words
 ) -> bool:  # Whether the instruction is kept
     "Every keyword occurs."
@@ -44,7 +44,7 @@ def keywords_existence(
 
 
 def keywords_frequency(
-    response: str,  # Reply
+    response: str,  # Response
     keyword: str,  # Counted also inside words
     frequency: int,  # Occurrences
     relation: str,  # less than, or at least
@@ -54,7 +54,7 @@ def keywords_frequency(
 
 
 def forbidden_words(
-    response: str,  # Reply
+    response: str,  # Response
     forbidden_words: list,  # None of them occurs as a word
 ) -> bool:  # Whether the instruction is kept
     "No forbidden word occurs."
@@ -62,7 +62,7 @@ def forbidden_words(
 
 
 def letter_frequency(
-    response: str,  # Reply
+    response: str,  # Response
     letter: str,  # One character; case makes no difference
     let_frequency: int,  # Occurrences
     let_relation: str,  # less than, or at least
@@ -89,7 +89,7 @@ def language_found(
 
 
 def response_language(
-    response: str,  # Reply
+    response: str,  # Response
     language: str,  # Code such as fr; zh stands for zh-cn and zh-tw
 ) -> bool:  # Whether the instruction is kept
     "The reply is in one language."
@@ -98,7 +98,7 @@ def response_language(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #e13a8bb2
 def number_words(
-    response: str,  # Reply
+    response: str,  # Response
     num_words: int,  # Words
     relation: str,  # less than, or at least
 ) -> bool:  # Whether the instruction is kept
@@ -107,7 +107,7 @@ def number_words(
 
 
 def number_sentences(
-    response: str,  # Reply
+    response: str,  # Response
     num_sentences: int,  # Sentences
     relation: str,  # less than, or at least
 ) -> bool:  # Whether the instruction is kept
@@ -116,7 +116,7 @@ def number_sentences(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #ee99066c
 def number_paragraphs(
-    response: str,  # Reply
+    response: str,  # Response
     num_paragraphs: int,  # Exactly so many
 ) -> bool:  # Whether the instruction is kept
     "Paragraphs between dividers of three asterisks; none inside may be empty."
@@ -132,7 +132,7 @@ def first_word_of(
 
 
 def nth_paragraph_first_word(
-    response: str,  # Reply
+    response: str,  # Response
     num_paragraphs: int,  # Paragraphs between empty lines, exactly so many
     nth_paragraph: int,  # Which one, from 1
     first_word: str,  # What it starts with; case makes no difference
@@ -146,7 +146,7 @@ def nth_paragraph_first_word(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #6d2f4a62
 def number_placeholders(
-    response: str,  # Reply
+    response: str,  # Response
     num_placeholders: int,  # At least so many
 ) -> bool:  # Whether the instruction is kept
     "Placeholders such as [address]."
@@ -157,7 +157,7 @@ POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 
 
 def postscript(
-    response: str,  # Reply
+    response: str,  # Response
     postscript_marker: str,  # P.S., P.P.S or another text
 ) -> bool:  # Whether the instruction is kept
     "The marker of a postscript occurs; the two usual ones with or without spaces."
@@ -166,7 +166,7 @@ def postscript(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #63d489cf
 def number_bullet_lists(
-    response: str,  # Reply
+    response: str,  # Response
     num_bullets: int,  # Exactly so many
 ) -> bool:  # Whether the instruction is kept
     "Lines that are bullets."
@@ -175,14 +175,14 @@ def number_bullet_lists(
 
 
 def constrained_response(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "One of three fixed answers occurs."
     return any(f"My answer is {answer}." in response for answer in ("yes", "no", "maybe"))
 
 
 def number_highlighted_sections(
-    response: str,  # Reply
+    response: str,  # Response
     num_highlights: int,  # At least so many
 ) -> bool:  # Whether the instruction is kept
     "Texts between single or double asterisks."
@@ -191,7 +191,7 @@ def number_highlighted_sections(
 
 
 def multiple_sections(
-    response: str,  # Reply
+    response: str,  # Response
     section_spliter: str,  # Word before the number of a section, such as SECTION
     num_sections: int,  # At least so many
 ) -> bool:  # Whether the instruction is kept
@@ -203,7 +203,7 @@ FENCE = re.compile(r"^(?:```(?:json|Json|JSON))?(?:```)?(.*?)(?:```)?$", re.DOTA
 
 
 def json_format(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "The whole reply is JSON, with or without a Markdown fence."
     try: json.loads(FENCE.match(response.strip())[1].strip())
@@ -212,14 +212,14 @@ def json_format(
 
 
 def title(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "A title such as <<poem of joy>> occurs."
     return any(text.lstrip("<").rstrip(">").strip() for text in re.findall(r"<<[^\n]+>>", response))
 
 # %% ../../nbs/judging/02_ifeval.ipynb #c4bbba4e
 def two_responses(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "Two different texts between dividers of six asterisks."
     parts = [part.strip() for part in response.split("******")]
@@ -228,7 +228,7 @@ def two_responses(
 
 
 def repeat_prompt(
-    response: str,  # Reply
+    response: str,  # Response
     prompt_to_repeat: str,  # What the reply begins with; case makes no difference
 ) -> bool:  # Whether the instruction is kept
     "The prompt comes first."
@@ -244,7 +244,7 @@ def pieces(
 
 
 def capital_word_frequency(
-    response: str,  # Reply
+    response: str,  # Response
     capital_frequency: int,  # Words in capitals
     capital_relation: str,  # less than, or at least
 ) -> bool:  # Whether the instruction is kept
@@ -253,21 +253,21 @@ def capital_word_frequency(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #efb0ec55
 def english_capital(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "English, and all in capitals."
     return response.isupper() and response_language(response, "en")
 
 
 def english_lowercase(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "English, and without capitals."
     return response.islower() and response_language(response, "en")
 
 # %% ../../nbs/judging/02_ifeval.ipynb #338b9234
 def end_checker(
-    response: str,  # Reply
+    response: str,  # Response
     end_phrase: str,  # What it ends with; case and quotation marks around the reply make no difference
 ) -> bool:  # Whether the instruction is kept
     "The reply ends with exactly this phrase."
@@ -275,7 +275,7 @@ def end_checker(
 
 
 def quotation(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "The reply stands between double quotation marks."
     text = response.strip()
@@ -283,7 +283,7 @@ def quotation(
 
 
 def no_comma(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> bool:  # Whether the instruction is kept
     "No comma occurs; a Chinese one is another character."
     return "," not in response
@@ -348,7 +348,7 @@ def ifeval_params(
 
 # %% ../../nbs/judging/02_ifeval.ipynb #681978db
 def loose_forms(
-    response: str,  # Reply
+    response: str,  # Response
 ) -> list[str]:  # Eight readings of it
     "The reply with and without first line, last line and asterisks."
     lines = response.split("\n")
@@ -359,7 +359,7 @@ def loose_forms(
 def ifeval_kept(
     id: str,  # One of `IFEVAL`
     kwargs: dict,  # Its parameters, by their public names
-    response: str,  # Reply
+    response: str,  # Response
     reading: str = "strict",  # strict or loose
 ) -> bool:  # Whether the instruction is kept
     "Check one instruction; raises `InputError` on an unknown id or reading, or parameters that do not fit."

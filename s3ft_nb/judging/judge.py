@@ -21,7 +21,7 @@ from ..annotation.agreement import kappa
 from .rubric import LABELS, LETTERS, blocks, judge_messages, quoted
 from ..core.stage import Progress
 from ..core.files import InputError
-from ..core.records import Reply
+from ..core.records import Response
 from .rules import Rule, RuleVerdict, rule_verdict, rules_for
 from ..core.stats import cluster_sums, interval, paired_difference, resampled_sums
 
@@ -47,7 +47,7 @@ ASK_REASONS = {
 def rule_judge_messages(
     rule: Rule,  # What the reply should keep to
     prompt: list,  # Messages before the reply, without the system message
-    response: str,  # Reply to judge
+    response: str,  # Response to judge
     language: str = "en",  # en or zh
     reasons: bool = False,  # Whether to ask for evidence and a reason instead of a letter
 ) -> list[dict]:  # `{"role", "content"}` of a system and a user message
@@ -57,9 +57,9 @@ def rule_judge_messages(
 
 # %% ../../nbs/judging/04_judge.ipynb #08ecb758
 def judge_pairs_due(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     rules: list[Rule],  # Those with checks are passed over
-) -> list[tuple[Reply, Rule]]:  # Reply by reply, rule by rule
+) -> list[tuple[Response, Rule]]:  # Response by reply, rule by rule
     "Replies and rules that a judge has to bring together."
     return [(reply, rule) for reply in replies for rule in rules_for(reply, rules) if rule.how == "judge"]
 
@@ -94,7 +94,7 @@ def read_letter(
 
 # %% ../../nbs/judging/04_judge.ipynb #718e3c76
 def outcome_verdict(
-    reply: Reply,  # What was judged
+    reply: Response,  # What was judged
     rule: Rule,  # By which rule
     outcome: str | None,  # One of `OUTCOMES`, or None when unknown
     judge: str,  # Who decided
@@ -108,7 +108,7 @@ def outcome_verdict(
 # %% ../../nbs/judging/04_judge.ipynb #6e44ab17
 def score_rules(
     engine: Any,  # With `name` and `score`
-    due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
+    due: list[tuple[Response, Rule]],  # See `judge_pairs_due`
     language: str = "en",  # Of the request: en or zh
     certainty: float = 0.5,  # See `read_letter`
     progress: Progress | None = None,  # Told about every batch
@@ -145,7 +145,7 @@ def find_evidence(
 # %% ../../nbs/judging/04_judge.ipynb #3700a98e
 def explain_rules(
     engine: Any,  # With `name` and `generate`
-    due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
+    due: list[tuple[Response, Rule]],  # See `judge_pairs_due`
     language: str = "en",  # Of the request: en or zh
     seed: int = 0,  # Of the engine's answers
     progress: Progress | None = None,  # Told about every batch
@@ -177,7 +177,7 @@ def explained(
 
 def judge_rules(
     engine: Any,  # With `name`, `score` and `generate`
-    due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
+    due: list[tuple[Response, Rule]],  # See `judge_pairs_due`
     language: str = "en",  # Of the request: en or zh
     certainty: float = 0.5,  # See `read_letter`
     seed: int = 0,  # Of the engine's answers
@@ -188,7 +188,7 @@ def judge_rules(
 # %% ../../nbs/judging/04_judge.ipynb #a03f8086
 def discriminate_rules(
     engine: Any,  # With `name` and `score`, trained on the rubric
-    due: list[tuple[Reply, Rule]],  # See `judge_pairs_due`
+    due: list[tuple[Response, Rule]],  # See `judge_pairs_due`
     threshold: float = 0.5,  # Probability of following from which a rule counts as kept, in (0, 1)
     temperature: float = 1.0,  # Of calibration, from the discriminator's report
     language: str = "en",  # Of the request: en or zh
@@ -278,9 +278,9 @@ def judge_agreement(
 ) -> dict:  # {kappa: {mean, low, high, agreement, n}, unknown, unmatched, confusion, judge, against}
     "How far a judge agrees with a better one; raises `InputError` when they share no verdict."
     label = lambda row: "not applicable" if not row.applicable else {True: "kept", False: "broken", None: None}[row.satisfied]
-    known = {(row.reply_id, row.rule_id): row for row in truth}
-    both = [(row, known[row.reply_id, row.rule_id]) for row in verdicts if (row.reply_id, row.rule_id) in known]
-    if not both: raise InputError("judge and truth share no verdict", field="reply_id", remedy="judge the same replies by the same rules")
+    known = {(row.response_id, row.rule_id): row for row in truth}
+    both = [(row, known[row.response_id, row.rule_id]) for row in verdicts if (row.response_id, row.rule_id) in known]
+    if not both: raise InputError("judge and truth share no verdict", field="response_id", remedy="judge the same replies by the same rules")
     sure = [(label(row), label(true), row.conversation_id) for row, true in both if label(row) and label(true)]
     said, true, clusters = (list(column) for column in zip(*sure)) if sure else ([], [], [])
     names = lambda rows: ", ".join(sorted({row.judge for row in rows}))

@@ -18,7 +18,8 @@ from ..annotation.agreement import kappa
 from .rubric import LABELS, LETTERS, blocks, judge_messages, quoted
 from ..core.stage import Progress
 from ..core.files import InputError
-from ..core.records import Reply
+from .judge import JUDGE_VERSION, OUTCOMES, read_letter
+from ..core.records import Response
 from .rules import Rule, RuleVerdict, rule_verdict, rules_for
 from ..core.stats import cluster_sums, interval, paired_difference, resampled_sums
 

@@ -59,7 +59,7 @@ RUBRIC = {
             "setting": "[Setting]",
             "conversation": "[Conversation]",
             "last": "[Last message]",
-            "reply": "[Reply]",
+            "reply": "[Response]",
         },
         "names": {"user": "User: ", "assistant": "Assistant: "},
         "none": "(none)",
@@ -136,7 +136,7 @@ def shown_turn(
 def blocks(
     system_prompt: str,  # The setting
     prompt: list,  # Messages before the reply, without the system message; the last is the user's
-    response: str | None = None,  # Reply to show; None leaves its block out
+    response: str | None = None,  # Response to show; None leaves its block out
     language: str = "en",  # "en" or "zh"
 ) -> str:  # User message of a judge or restyle request
     "Setting, conversation, last message and reply under headings; raises `InputError` when the last message is not the user's."
@@ -154,7 +154,7 @@ def blocks(
 def judge_messages(
     system_prompt: str,  # The setting
     prompt: list,  # Messages before the reply, without the system message
-    response: str,  # Reply to judge
+    response: str,  # Response to judge
     language: str = "en",  # "en" or "zh"
 ) -> list[dict]:  # `{"role", "content"}` of a system and a user message
     "Request that asks for the label of one reply."

@@ -188,7 +188,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..core.stage import Ledger
-from ..core.records import Check, Reply, Row, SystemPrompt
+from ..core.records import Check, Response, Row, SystemPrompt
 from ..core.files import InputError, iter_lines, row_of, shorten, stable_id
 
 from .checks import KINDS, assert_check, folded, occurs, run_check, sentences, words
@@ -210,13 +210,13 @@ class Rule(Row):
 class RuleVerdict(Row):
     "Whether one reply keeps one rule."
 
-    reply_id: str  # The reply
-    arm: str  # As in `Reply`
-    history: Literal["own", "original"]  # As in `Reply`
-    dialogue_id: str  # As in `Reply`
-    conversation_id: str  # As in `Reply`
-    system_prompt_id: str  # As in `Reply`
-    turn: int = Field(ge=1)  # As in `Reply`
+    response_id: str  # The reply
+    arm: str  # As in `Response`
+    history: Literal["own", "original"]  # As in `Response`
+    dialogue_id: str  # As in `Response`
+    conversation_id: str  # As in `Response`
+    system_prompt_id: str  # As in `Response`
+    turn: int = Field(ge=1)  # As in `Response`
     rule_id: str  # The rule
     type: str  # Its type
     satisfied: bool | None  # None when undecided
@@ -240,7 +240,7 @@ def assert_rule_check(
 
 def check_kept(
     check: Check,  # Kind and parameters, of either family
-    response: str,  # Reply
+    response: str,  # Response
     conversation: list | None = None,  # Messages before the reply
     reading: str = "strict",  # strict or loose, for IFEval's kinds
 ) -> bool:  # Whether the reply keeps the rule
@@ -448,7 +448,7 @@ def read_rules(
 # %% ../../nbs/judging/03_rules.ipynb #09a8f4f5
 def evidence_of(
     check: Check,  # A check of `judging.checks`
-    response: str,  # Reply that breaks it
+    response: str,  # Response that breaks it
 ) -> list[int] | None:  # [start, end) in characters; None where there is no one place
     "The first place where a reply breaks a rule."
     if check.kind == "contains_none":
@@ -464,7 +464,7 @@ def evidence_of(
 
 # %% ../../nbs/judging/03_rules.ipynb #c3b1d410
 def rules_for(
-    reply: Reply,  # One reply
+    reply: Response,  # One reply
     rules: Iterable[Rule],  # Rules of one prompt or several
 ) -> list[Rule]:  # Those of its system prompt, and those of all
     "Rules that a reply is to keep."
@@ -472,7 +472,7 @@ def rules_for(
 
 
 def rule_verdict(
-    reply: Reply,  # What was judged
+    reply: Response,  # What was judged
     rule: Rule,  # By which rule
     satisfied: bool | None,  # None when undecided
     judge: str,  # Who decided
@@ -480,16 +480,16 @@ def rule_verdict(
 ) -> RuleVerdict:  # With the reply's own turn
     "One verdict on one rule."
     same = ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "turn")
-    return RuleVerdict(reply_id=reply.id, rule_id=rule.id, type=rule.type, satisfied=satisfied, judge=judge,
+    return RuleVerdict(response_id=reply.id, rule_id=rule.id, type=rule.type, satisfied=satisfied, judge=judge,
                        **{key: getattr(reply, key) for key in same}, **more)
 
 # %% ../../nbs/judging/03_rules.ipynb #1aa16809
 def verdicts_by_checks(
-    replies: list[Reply],  # Of any arms, dialogue by dialogue
+    replies: list[Response],  # Of any arms, dialogue by dialogue
     rules: list[Rule],  # Those for a judge are passed over
     not_applicable: set | Callable | None = None,  # {(conversation_id, turn)}, or reply -> bool
     reading: str = "strict",  # strict or loose, for IFEval's kinds
-) -> list[RuleVerdict]:  # Reply by reply, rule by rule
+) -> list[RuleVerdict]:  # Response by reply, rule by rule
     "Verdicts of a program; raises `InputError` on turns out of order or a check that cannot be run."
     assert_turns(replies)
     checked, out = [rule for rule in rules if rule.how == "check"], []
@@ -508,13 +508,13 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.files import InputError
-from ..core.records import Reply, SystemPrompt, Verdict
+from ..core.records import Response, SystemPrompt, Verdict
 from .checks import run_check
 from ..core.stats import cluster_sums, interval, paired_difference, rate, resampled_sums
 
 # %% ../../nbs/judging/03_rules.ipynb #1e6c9843
 def assert_turns(
-    rows: list,  # `Reply` or `Verdict` rows
+    rows: list,  # `Response` or `Verdict` rows
 ) -> None:
     "Raise `InputError` when the turns of a dialogue are not 1, 2, 3 ... in order, or a prompt does not belong to its turn."
     seen = Counter()
@@ -536,7 +536,7 @@ def assert_turns(
 
 # %% ../../nbs/judging/03_rules.ipynb #f245acf4
 def applies(
-    reply: Reply,  # One reply
+    reply: Response,  # One reply
     not_applicable: set | Callable | None,  # {(conversation_id, turn)}, or reply -> bool
 ) -> bool:  # Whether its system prompt has a say at this turn
     "Whether a turn counts."

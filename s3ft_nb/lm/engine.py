@@ -246,7 +246,7 @@ class TransformersEngine:
         seed: int = 0,  # Of the random numbers
         progress: Progress | None = None,  # Told about every batch
     ) -> list[dict]:  # `{"id", "text", "tokens", "finish"}` in the order of the requests
-        "Reply to every request."
+        "Response to every request."
         n, prompts = self.max_new_tokens, encode_requests(self.lm, requests, self.max_new_tokens)
         replies = [None] * len(requests)
         for batch in batches([len(one) for one in prompts], self.batch_size):

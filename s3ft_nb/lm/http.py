@@ -187,7 +187,7 @@ async def ask(
     server: Server,  # Whom to ask
     client: AsyncOpenAI,  # Open connection to it
     body: dict,  # Messages and options
-    read: Callable[[Any], dict],  # Reply to answer
+    read: Callable[[Any], dict],  # Response to answer
 ) -> dict:  # Answer
     "Ask until there is an answer, with growing pauses."
     for attempt in range(server.max_retries + 1):
@@ -223,7 +223,7 @@ def run_async(
 async def ask_all(
     server: Server,  # Whom to ask
     jobs: list[tuple],  # (id of the request, messages and options)
-    read: Callable[[Any], dict],  # Reply to answer
+    read: Callable[[Any], dict],  # Response to answer
     progress: Progress | None = None,  # Told about every answer
 ) -> list[dict]:  # Answers with their ids, in order
     "Ask everything; raises `EngineError` on the first failure, or keeps it in place of the answer."
@@ -286,7 +286,7 @@ class HttpEngine:
         seed: int = 0,  # Sent along with the request's id mixed in; servers may ignore it
         progress: Progress | None = None,  # Told about every reply
     ) -> list[dict]:  # `{"id", "text", "tokens", "finish"}` in the order of the requests
-        "Reply to every request; raises `EngineError` when one fails for good."
+        "Response to every request; raises `EngineError` when one fails for good."
         jobs = self.bodies(requests, lambda one: self.sampling | {"seed": request_seed(seed, one)})
         return run_async(lambda: ask_all(self.server, jobs, read_reply, progress))
 

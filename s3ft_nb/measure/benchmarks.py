@@ -41,7 +41,7 @@ def foreign_kept(
     id: str,  # Its id
     kwargs: dict,  # Its parameters
     prompt: str,  # The prompt it belongs to
-    response: str,  # Reply
+    response: str,  # Response
     reading: str,  # strict or loose
 ) -> bool:  # Whether the instruction is kept
     "Let a foreign class decide; raises `InputError` when it cannot."
@@ -57,7 +57,7 @@ def foreign_kept(
 # %% ../../nbs/measure/06_benchmarks.ipynb #2799a767
 def ifeval_row(
     task: dict,  # {key, prompt, instruction_id_list, kwargs}
-    response: str,  # Reply to its prompt
+    response: str,  # Response to its prompt
     foreign: dict,  # See `foreign_kinds`
 ) -> dict:  # {key, instruction_id_list, strict: [True, False or None], loose}
     "Score one response."

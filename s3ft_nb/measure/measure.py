@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.stage import Ledger, in_shards, rows_hash
 from ..core.stage import Progress
 from ..core.files import InputError, decode, read_bytes, read_json, stable_id, write_json, write_rows
-from ..core.records import Reply, SystemPrompt
+from ..core.records import Response, SystemPrompt
 from ..core.convert import read_prompts
 from ..judging.rules import applies
 from .rollout import rollout
@@ -62,7 +62,7 @@ def due_rules(
 
 # %% ../../nbs/measure/07_measure.ipynb #45fd218a
 def rule_verdicts(
-    replies: list[Reply],  # Of any arms, whole dialogues in order
+    replies: list[Response],  # Of any arms, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     judge: Callable | None = None,  # (replies, rules without a check) -> [RuleVerdict]
     not_applicable: set | Callable | None = None,  # Turns at which rules have no say, see `judging.rules.applies`
@@ -75,16 +75,16 @@ def rule_verdicts(
     said = judge(replies, left) if open_ else []
     if len(said) != open_: raise InputError(f"{len(said)} verdicts where {open_} were due", field="judge", remedy="a judge gives one verdict per reply and rule, unknown ones included")
     say = {reply.id: applies(reply, not_applicable) for reply in replies}
-    said = [row if say[row.reply_id] else row.model_copy(update={"applicable": False}) for row in said]
+    said = [row if say[row.response_id] else row.model_copy(update={"applicable": False}) for row in said]
     order = {reply.id: i for i, reply in enumerate(replies)}
-    return sorted(verdicts_by_checks(replies, rules, not_applicable) + said, key=lambda row: order[row.reply_id])
+    return sorted(verdicts_by_checks(replies, rules, not_applicable) + said, key=lambda row: order[row.response_id])
 
 # %% ../../nbs/measure/07_measure.ipynb #1240ea49
 def arm_file(
     name: str,  # Name of an arm
 ) -> str:  # Name of its file of replies
     "The file of an arm's replies; raises `InputError` when the name cannot be one."
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name): return f"replies-{name}.jsonl"
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name): return f"responses-{name}.jsonl"
     raise InputError(f"{name!r} cannot name an arm", field="arms", remedy="use letters, digits, points, dashes and underscores")
 
 
@@ -110,7 +110,7 @@ def play_arm(
     histories: tuple = ("own", "original"),  # Whose replies stand in the history
     count_tokens: Callable | None = None,  # messages -> tokens
     **settings,  # Those of `rollout`: seed, shard_size, max_prompt_tokens, overflow, write_user, fingerprint, fresh
-) -> tuple[list[Reply], dict]:  # Replies of all histories, {history: notes and reasons}
+) -> tuple[list[Response], dict]:  # Replies of all histories, {history: notes and reasons}
     "Let an arm play everything and write its file."
     shown, replies, books = getattr(engine, "shown", None), [], {}
     count = (lambda messages: count_tokens(shown(messages))) if shown and count_tokens else count_tokens
@@ -125,7 +125,7 @@ def play_arm(
 # %% ../../nbs/measure/07_measure.ipynb #cf4d300c
 def judge_arm(
     name: str,  # Of the arm
-    replies: list[Reply],  # Its replies, whole dialogues in order
+    replies: list[Response],  # Its replies, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     judge: Callable | None,  # See `rule_verdicts`
     out: str | Path,  # Folder of the measurement
@@ -139,7 +139,7 @@ def judge_arm(
     for reply in replies: dialogues.setdefault((reply.history, reply.dialogue_id), []).append(reply)
     rows = [{"replies": [reply.model_dump(mode="json") for reply in group], "applies": [applies(reply, not_applicable) for reply in group]} for group in dialogues.values()]
     claim = stable_id([rule.model_dump(mode="json") for rule in rules], [row["applies"] for row in rows], fingerprint)
-    work = lambda shard, _: rule_verdicts([Reply(**one) for row in shard for one in row["replies"]], rules, judge, not_applicable)
+    work = lambda shard, _: rule_verdicts([Response(**one) for row in shard for one in row["replies"]], rules, judge, not_applicable)
     with Progress(len(rows), "dialogues", f"{name}, verdicts") as progress:
         return in_shards(rows, work, Path(out) / "work" / f"{name}-verdicts-{claim}", shard_size, 0, claim, progress, fresh)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.stage import Ledger, in_shards, shard_path
 from ..core.stage import Progress
-from ..core.records import Conversation, Message, Reply, SystemPrompt, message, turns
+from ..core.records import Conversation, Message, Response, SystemPrompt, message, turns
 from ..core.files import InputError, read_rows, stable_id, write_rows
 
 # %% ../../nbs/measure/03_rollout.ipynb #f074c9a8
@@ -223,10 +223,10 @@ def reply_row(
     messages: list[dict],  # The prompt as it was sent
     answer: dict,  # What the engine said
     seed: int,  # Seed of the shard
-) -> dict:  # A `Reply`, how its text ended, how many tokens it had, and whether it was to be chosen and was not
+) -> dict:  # A `Response`, how its text ended, how many tokens it had, and whether it was to be chosen and was not
     "One turn of a rollout as a row."
     kept = {"conversation_id": row["conversation_id"]} | system_at(row, turn)
-    reply = Reply(
+    reply = Response(
         id=stable_id(arm, history, row["id"], turn),
         arm=arm,
         history=history,
@@ -412,7 +412,7 @@ def rollout(
     fresh: bool = False,  # Throw away finished shards
     overflow: str = "cut_oldest",  # When a prompt is too long: cut_oldest turns of it, or stop the dialogue
     write_user: Callable | None = None,  # A simulated user, see `with_user`; put its name into `fingerprint`
-) -> list[Reply]:  # Dialogue by dialogue, turn by turn
+) -> list[Response]:  # Dialogue by dialogue, turn by turn
     "Let one arm play all dialogues; a stopped run goes on, with the same bytes when the engine is deterministic."
     assert_choice(dialogues, history, overflow)
     if shard_size < 1: raise InputError("must be at least 1", field="shard_size")
@@ -435,4 +435,4 @@ def rollout(
         played = in_shards(usable, work, folder, shard_size, seed, claim, fresh=fresh)
         forget_turns(folder)
     if ledger is not None: enter(ledger, dialogues, too_long, played)
-    return [Reply(**one["reply"]) for one in played]
+    return [Response(**one["reply"]) for one in played]

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.files import InputError
-from ..core.records import Reply, SystemPrompt, Verdict
+from ..core.records import Response, SystemPrompt, Verdict
 from ..judging.checks import run_check
+from ..judging.rules import applies, assert_turns
 from ..core.stats import cluster_sums, interval, paired_difference, rate, resampled_sums
 
 # %% ../../nbs/measure/00_verdicts.ipynb #7f4e12ab
@@ -25,7 +26,7 @@ ADHERENCE_VERSION = 1
 
 # %% ../../nbs/measure/00_verdicts.ipynb #8d60b3d3
 def verdict(
-    reply: Reply,  # What was judged
+    reply: Response,  # What was judged
     adherence: bool | None,  # Whether it keeps to the prompt; None = unknown
     judge: str,  # checks or discriminator
     not_applicable: set | Callable | None,  # See `applies`
@@ -37,7 +38,7 @@ def verdict(
         for key in ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "type", "turn")
     }
     return Verdict(
-        reply_id=reply.id,
+        response_id=reply.id,
         adherence=None if adherence is None else int(adherence),
         judge=judge,
         applicable=applies(reply, not_applicable),
@@ -47,7 +48,7 @@ def verdict(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #93ce407f
 def by_checks(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     prompts: list[SystemPrompt],  # With checks, one for every reply
     not_applicable: set | Callable | None = None,  # See `applies`
 ) -> list[Verdict]:  # One per reply
@@ -68,7 +69,7 @@ def by_checks(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #4b3bffe2
 def by_judge(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     scores: dict,  # {reply id: {label: calibrated probability}}
     threshold: float = 0.5,  # Probability of following from which a reply counts as adherent
     not_applicable: set | Callable | None = None,  # See `applies`
@@ -87,7 +88,7 @@ def by_judge(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #dc880b34
 def judge(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     prompts: list[SystemPrompt],  # Prompts of the replies
     scores: dict | None = None,  # {reply id: {label: calibrated probability}} for prompts without checks
     threshold: float = 0.5,  # See `by_judge`
@@ -99,7 +100,7 @@ def judge(
     second = by_judge(
         [reply for reply in replies if reply.system_prompt_id not in checked], scores or {}, threshold, not_applicable
     )
-    found = {row.reply_id: row for row in first + second}
+    found = {row.response_id: row for row in first + second}
     if len(found) < len(replies):
         raise InputError("two replies have the same id", field="id", remedy="judge each rollout file once")
     return [found[reply.id] for reply in replies]
@@ -136,7 +137,7 @@ def assert_one_arm(
     if twice:
         raise InputError(
             f"dialogue {twice[0][1]}, turn {twice[0][2]} was judged twice",
-            field="reply_id",
+            field="response_id",
             remedy="keep one verdict each",
         )
 
@@ -250,7 +251,7 @@ def drift(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #a17fb2ba
 def constraint_rows(
-    replies: list[Reply],  # Of one arm and one history
+    replies: list[Response],  # Of one arm and one history
     prompts: list[SystemPrompt],  # With checks
 ) -> list[dict]:  # {dialogue_id, conversation_id, turn, constraint_id, satisfied}
     "Every check of every reply as one row."

@@ -201,7 +201,7 @@ def dress(
     asked: Asked,  # What it answers
     chosen: list,  # Styles to show
     rng: random.Random,  # Source of chance
-) -> str:  # Reply that shows them
+) -> str:  # Response that shows them
     "Say the same in the given styles."
     says = {place: [rng.choice(s.says) for s in chosen if s.place == place] for place in ("before", "after", "letters", "length")}
     if says["length"]: plain = words()["attributes"][asked.attribute]["short"].format(v=asked.needs[0])
@@ -213,7 +213,7 @@ def dress(
 
 # %% ../../nbs/micro/00_world.ipynb #eefc6153
 def fits(
-    response: str,  # Reply
+    response: str,  # Response
     asked: Asked,  # What it should answer
 ) -> bool:  # Whether it does
     "Whether a reply answers the user."
@@ -221,7 +221,7 @@ def fits(
 
 # %% ../../nbs/micro/00_world.ipynb #66ecb3f6
 def true_label(
-    response: str,  # Reply
+    response: str,  # Response
     system_prompt: str,  # Text of the prompt
     asked: Asked,  # What the user wanted
 ) -> str:  # One of the five labels

@@ -13,7 +13,7 @@ __all__ = ['VERDICT_SIGNS', 'WORDS_OF', 'MEASURED_LEADS', 'MEASURED_SECTIONS', '
 from collections import defaultdict
 from pathlib import Path
 
-from ..core.records import Reply
+from ..core.records import Response
 from ..core.files import row_of, write_bytes, write_json
 from ..measure.compare import compare_runs, points, run_names
 from ..measure.metrics import merits
@@ -79,7 +79,7 @@ def rule_line(
 
 
 def shown_reply(
-    reply: Reply,  # One turn of an arm
+    reply: Response,  # One turn of an arm
     verdicts: list,  # Its verdicts
     texts: dict,  # Rule id -> text
 ) -> dict:  # {name, mark, words, parts, rules}
@@ -93,8 +93,8 @@ def shown_reply(
 # %% ../../nbs/report/06_measured.ipynb #8a63c911
 def turn_view(
     turn: int,  # From 1
-    rows: list,  # `Reply` rows of this turn, one per arm
-    verdicts: dict,  # Reply id -> verdicts
+    rows: list,  # `Response` rows of this turn, one per arm
+    verdicts: dict,  # Response id -> verdicts
     texts: dict,  # Rule id -> text
     played: dict,  # The turn in dialogues.jsonl, empty when not kept
 ) -> dict:  # {turn, user, push, system, broken, replies}
@@ -115,9 +115,9 @@ def strip_view(
 
 
 def dialogue_view(
-    replies: list,  # `Reply` rows of one dialogue, all arms
+    replies: list,  # `Response` rows of one dialogue, all arms
     arms: list,  # Arms in the order shown
-    verdicts: dict,  # Reply id -> verdicts
+    verdicts: dict,  # Response id -> verdicts
     texts: dict,  # Rule id -> text
     played: dict,  # The dialogue in dialogues.jsonl, empty when not kept
 ) -> dict:  # {title, system_prompt, strips, turns}
@@ -135,7 +135,7 @@ def reply_files(
     folder: Path,  # Folder of a measurement
 ) -> list:  # Paths, sorted
     "The files of replies, one per arm."
-    return sorted(folder.glob("replies-*.jsonl"))
+    return sorted(folder.glob("responses-*.jsonl"))
 
 
 def measured_dialogues(
@@ -153,10 +153,10 @@ def measured_dialogues(
     picked = draw_dialogues(prompts, n, seed)
     replies, verdicts, played = {id: [] for id in picked}, defaultdict(list), {}
     for row in rows():
-        if row["dialogue_id"] in replies: replies[row["dialogue_id"]].append(row_of(Reply, row))
+        if row["dialogue_id"] in replies: replies[row["dialogue_id"]].append(row_of(Response, row))
     shown = {reply.id for found in replies.values() for reply in found}
     for row in stream_rows(folder / "verdicts.jsonl"):
-        if row.get("reply_id") in shown: verdicts[row["reply_id"]].append(row)
+        if row.get("response_id") in shown: verdicts[row["response_id"]].append(row)
     for row in stream_rows(folder / "dialogues.jsonl") if (folder / "dialogues.jsonl").exists() else ():
         if row.get("id") in replies: played[row["id"]] = row
     texts = {rule["id"]: rule["text"] for rule in numbers["rules"]}

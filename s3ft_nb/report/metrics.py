@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..judging.rubric import LABELS
 from ..core.files import InputError, iter_lines, iter_rows, read_json, read_rows, stable_id
-from ..core.records import Reply, Score, Verdict
+from ..core.records import Response, Score, Verdict
 from ..measure.verdicts import compare, counted, drift, summarise
 from ..core.stats import wilson
 
@@ -356,7 +356,7 @@ MARKS = {1: ("yes", "follows"), 0: ("no", "does not follow"), None: ("", "undeci
 
 
 def reply_of(
-    reply: Reply,  # One turn of a rollout
+    reply: Response,  # One turn of a rollout
     verdict: Verdict | None,  # What was decided about it
 ) -> dict:  # `{arm, text, mark, verdict}`
     "One reply as the page shows it."
@@ -366,9 +366,9 @@ def reply_of(
 
 # %% ../../nbs/report/02_metrics.ipynb #567ef615
 def dialogue_of(
-    replies: list,  # `Reply` rows of one dialogue, all arms
+    replies: list,  # `Response` rows of one dialogue, all arms
     arms: list,  # Arms in the order shown
-    verdicts: dict,  # Reply id -> `Verdict`
+    verdicts: dict,  # Response id -> `Verdict`
 ) -> dict:  # `{type, system_prompt, turns: [{turn, user, replies}]}`
     "One dialogue, arms side by side."
     turns = defaultdict(list)
@@ -381,10 +381,10 @@ def dialogue_of(
 def rollouts(
     run: Path,  # Folder of a run
     arms: list,  # Names
-) -> list:  # `Reply` rows
+) -> list:  # `Response` rows
     "Replies of some arms to their own history, wherever the run keeps them."
-    first = {path: next(iter_rows(path, Reply), None) for path in sorted(run.glob("*/own.jsonl"))}
-    return [reply for path, row in first.items() if row and row.arm in arms for reply in read_rows(path, Reply)]
+    first = {path: next(iter_rows(path, Response), None) for path in sorted(run.glob("*/own.jsonl"))}
+    return [reply for path, row in first.items() if row and row.arm in arms for reply in read_rows(path, Response)]
 
 
 def examples(
@@ -398,5 +398,5 @@ def examples(
     for reply in rollouts(Path(run), arms): dialogues[reply.dialogue_id].append(reply)
     most = max((len({reply.arm for reply in replies}) for replies in dialogues.values()), default=0)
     whole = {id: replies[0].type for id, replies in dialogues.items() if len({reply.arm for reply in replies}) == most}
-    verdicts = {row.reply_id: row for row in rows_of(Path(run), "adherence", "verdicts.jsonl", Verdict)}
+    verdicts = {row.response_id: row for row in rows_of(Path(run), "adherence", "verdicts.jsonl", Verdict)}
     return [dialogue_of(dialogues[id], list(arms), verdicts) for id in draw_dialogues(whole, n, seed)]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ..core.convert import read_conversations
 from ..core.stage import Ledger
 from ..core.files import InputError, read_json, read_rows, write_json, write_rows
-from ..core.records import Reply, SystemPrompt
+from ..core.records import Response, SystemPrompt
 from ..core.files import resource
 from ..measure.arms import check_scorer, judge_scorer, make_arm, make_examples, read_arm
 from ..measure.benchmarks import guard_replies, guard_summary, guard_words, harness_command, run_harness
@@ -113,11 +113,11 @@ JUDGES = {"letters": score_rules, "words": explain_rules, "both": judge_rules, "
 
 
 def shortened(
-    reply: Reply,  # One reply
+    reply: Response,  # One reply
     rules: list[Rule],  # By which it will be judged
     language: str,  # en or zh
     fits: Callable,  # messages -> whether the judge can hold them
-) -> Reply:  # Without the oldest turns, when it had to be
+) -> Response:  # Without the oldest turns, when it had to be
     "Make a reply fit its judge; raises `InputError` when it does not fit alone."
     longest = max(rules, key=lambda rule: len(rule.text))
     while not fits(rule_judge_messages(longest, reply.prompt, reply.response, language, reasons=True)):
@@ -140,14 +140,14 @@ def judge_of(
         short = [shortened(reply, mine, language, fits) for reply, mine in due if mine]
         cut = {one.id for one, (reply, _) in zip(short, (row for row in due if row[1])) if len(one.prompt) < len(reply.prompt)}
         said = JUDGES[way](engine, judge_pairs_due(short, rules), language=language)
-        return [row.model_copy(update={"rationale": f"{row.rationale} [oldest turns not shown to the judge]".strip()}) if row.reply_id in cut else row for row in said]
+        return [row.model_copy(update={"rationale": f"{row.rationale} [oldest turns not shown to the judge]".strip()}) if row.response_id in cut else row for row in said]
 
     return judge
 
 # %% ../../nbs/run/05_setup.ipynb #3b570e12
 def judge_trust(
     judge: Callable,  # See `judge_of`
-    replies: list[Reply],  # Some replies, whole dialogues in order
+    replies: list[Response],  # Some replies, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     seed: int = 0,  # Random seed
 ) -> dict | None:  # See `judge_agreement`; None when no rule is decided by a program
@@ -508,7 +508,7 @@ def run_measure(
     ask, judge_name = judged_by(wish, judge, ready.language)
     about = measure(arms, ready.dialogues, ready.rules, out, ask, wish.histories, ready.aside, measure_facts(wish, ready, judge, arms), model, judge_name, marks,
                     wish.fresh, overflow=wish.overflow, write_user=user_of(wish, base, ready.language), **limits)
-    first = read_rows(out / arm_file(next(iter(arms))), Reply)[:200] if judge else []
+    first = read_rows(out / arm_file(next(iter(arms))), Response)[:200] if judge else []
     if first: about["facts"]["agreement"] = judge_trust(ask, first, due, wish.seed)
     write_json(out / "measure.json", about)
     if wish.harness: write_json(out / "harness.json", harness_results(wish))

@@ -51,17 +51,17 @@ def replies(arm, n, n_turns, rng):
 
 def verdicts(folder):
     "Every check on every reply, read line by line."
-    for path in sorted(folder.glob("replies-*.jsonl")):
+    for path in sorted(folder.glob("responses-*.jsonl")):
         for row in stream_rows(path):
             ids = {key: row[key] for key in ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "turn")}
             for rule, (_, check) in CHECKS.items():
-                yield {"reply_id": row["id"], **ids, "rule_id": rule, "type": "format", "satisfied": run_check(check, row["response"]), "applicable": True, "judge": "checks", "evidence": None, "rationale": ""}
+                yield {"response_id": row["id"], **ids, "rule_id": rule, "type": "format", "satisfied": run_check(check, row["response"]), "applicable": True, "judge": "checks", "evidence": None, "rationale": ""}
 
 
 def build(folder, n, n_turns, arms):
     "A measurement before its verdicts."
     rng = random.Random(0)
-    for arm in arms: lines(folder / f"replies-{arm}.jsonl", replies(arm, n, n_turns, rng))
+    for arm in arms: lines(folder / f"responses-{arm}.jsonl", replies(arm, n, n_turns, rng))
     lines(folder / "rules.jsonl", ({"id": rule, "text": text, "type": "format", "how": "check"} for rule, (text, _) in CHECKS.items()))
     lines(folder / "dialogues.jsonl", ({"id": f"d{d}", "turns": [{"user": "x", "push": "neutral"}] * n_turns} for d in range(n)))
     write_json(folder / "measure.json", {"complete": True})
@@ -91,4 +91,4 @@ if __name__ == "__main__":
                 found = subprocess.run([sys.executable, __file__, "--stage", name, "--folder", folder], capture_output=True, text=True, check=True)
                 seconds, peak = map(float, found.stdout.split())
                 print(f"{n:5} conversations x {given.turns} turns x {given.arms} arms x 2 histories, {name:8} {seconds:6.1f} s, peak {peak:6.0f} MiB", flush=True)
-            print(f"{n:5} conversations: replies {size('replies-*'):.0f} MiB, verdicts {size('verdicts*'):.0f} MiB on disk")
+            print(f"{n:5} conversations: replies {size('responses-*'):.0f} MiB, verdicts {size('verdicts*'):.0f} MiB on disk")

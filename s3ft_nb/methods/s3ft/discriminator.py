@@ -21,7 +21,7 @@ from ...judging.rubric import LABELS, LETTERS, judge_messages
 from ...core.stage import Ledger, in_shards
 from ...core.stage import Progress
 from ...core.files import InputError
-from ...core.records import Reply, Sample, Score
+from ...core.records import Response, Sample, Score
 from ...core.stats import cluster_sums, interval, resampled_sums
 from ...lm.train import sft
 
@@ -195,7 +195,7 @@ def temper(
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #273883d6
 def score_replies(
-    replies: list[Reply],  # With distinct ids
+    replies: list[Response],  # With distinct ids
     engine,  # Whose `score` reads label probabilities
     folder: str | Path,  # Where finished shards stay
     temperature: float = 1.0,  # As fitted by `calibrate`

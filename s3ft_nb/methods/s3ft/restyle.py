@@ -98,7 +98,7 @@ RESTYLE = {
 def rewriting_messages(
     system_prompt: str,  # The setting
     prompt: list,  # History and the last user message
-    original: str,  # Reply to rewrite
+    original: str,  # Response to rewrite
     language: str = "en",  # en or zh
 ) -> list[dict]:  # `{"role", "content"}` of a system and a user message
     "Request that rewrites a reply; raises `InputError` for a language without wording."

@@ -229,7 +229,7 @@ class Response(Row):
 
     id: str = Field(min_length=1)  # Unique over arms, histories, dialogues and turns
     arm: str  # base, unfiltered, random, s3ft …
-    history: Literal["own", "original"]  # Whose earlier replies the prompt holds
+    history: Literal["own", "original", "recorded"]  # Whose earlier replies the prompt holds
     dialogue_id: str  # One conversation under one system prompt
     conversation_id: str  # The conversation
     system_prompt_id: str  # The prompt
@@ -239,6 +239,7 @@ class Response(Row):
     prompt: list[Message] = Field(min_length=1)  # History and the last user message, no system message
     response: str  # What the arm answered; may be empty
     seed: int = 0  # Seed of its shard
+    model: str = ""  # Model that wrote it, where that is known
 
 # %% ../../nbs/core/01_records.ipynb #cae74792
 class Verdict(Row):

@@ -21,7 +21,7 @@ from ..core.records import Response, SystemPrompt
 from ..core.convert import read_prompts
 from ..judging.rules import applies
 from .rollout import rollout
-from ..judging.rules import Rule, RuleVerdict, assert_rule_check, rules_for, verdicts_by_checks
+from ..judging.rules import Rule, Verdict, assert_rule_check, rules_for, verdicts_by_checks
 
 # %% ../../nbs/measure/08_measure.ipynb #49b1b159
 MEASURE_VERSION = 1
@@ -64,9 +64,9 @@ def due_rules(
 def rule_verdicts(
     replies: list[Response],  # Of any arms, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
-    judge: Callable | None = None,  # (replies, rules without a check) -> [RuleVerdict]
+    judge: Callable | None = None,  # (replies, rules without a check) -> [Verdict]
     not_applicable: set | Callable | None = None,  # Turns at which rules have no say, see `judging.rules.applies`
-) -> list[RuleVerdict]:  # One per reply and rule, reply by reply
+) -> list[Verdict]:  # One per reply and rule, reply by reply
     "Checks first, the judge for the rest; raises `InputError` when a judge is needed and missing, or misses a pair."
     left = [rule for rule in rules if rule.how != "check"]
     open_ = sum(len(rules_for(reply, left)) for reply in replies)
@@ -133,7 +133,7 @@ def judge_arm(
     fingerprint: Any = "",  # What else verdicts depend on, such as the judge's name
     shard_size: int = 16,  # Dialogues between two saves
     fresh: bool = False,  # Throw away finished shards
-) -> list[dict]:  # `RuleVerdict` rows
+) -> list[dict]:  # `Verdict` rows
     "Judge the replies of an arm, shard by shard; edited rules are judged afresh."
     dialogues = {}
     for reply in replies: dialogues.setdefault((reply.history, reply.dialogue_id), []).append(reply)

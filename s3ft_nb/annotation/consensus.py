@@ -324,7 +324,7 @@ def follows_prompt(
 
 def judge_report(
     settled: dict,  # {reply id: label people settled on, or None}
-    verdicts: list,  # `Verdict` rows
+    verdicts: list,  # `OldVerdict` rows
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # {n, accuracy, low, high, kappa: {...}, wrongly_passed, wrongly_failed: {mean, low, high, n}}

@@ -20,7 +20,7 @@ from ..core.stage import Progress
 from ..core.files import InputError
 from .judge import JUDGE_VERSION, OUTCOMES, read_letter
 from ..core.records import Response
-from .rules import Rule, RuleVerdict, rule_verdict, rules_for
+from .rules import Rule, Verdict, rule_verdict, rules_for
 from ..core.stats import cluster_sums, interval, paired_difference, resampled_sums
 
 # %% ../../nbs/judging/05_pairs.ipynb #73e4b5fa

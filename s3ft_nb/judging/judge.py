@@ -57,7 +57,7 @@ def rule_judge_messages(
 
 # %% ../../nbs/judging/04_judge.ipynb #08ecb758
 def judge_pairs_due(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     rules: list[Rule],  # Those with checks are passed over
 ) -> list[tuple[Response, Rule]]:  # Response by reply, rule by rule
     "Replies and rules that a judge has to bring together."

@@ -452,7 +452,7 @@ def rule_verdict(
 
 # %% ../../nbs/judging/03_rules.ipynb #1aa16809
 def verdicts_by_checks(
-    replies: list[Reply],  # Of any arms, dialogue by dialogue
+    replies: list[Response],  # Of any arms, dialogue by dialogue
     rules: list[Rule],  # Those for a judge are passed over
     not_applicable: set | Callable | None = None,  # {(conversation_id, turn)}, or reply -> bool
     reading: str = "strict",  # strict or loose, for IFEval's kinds

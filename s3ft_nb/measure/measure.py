@@ -62,7 +62,7 @@ def due_rules(
 
 # %% ../../nbs/measure/08_measure.ipynb #45fd218a
 def rule_verdicts(
-    replies: list[Reply],  # Of any arms, whole dialogues in order
+    replies: list[Response],  # Of any arms, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     judge: Callable | None = None,  # (replies, rules without a check) -> [Verdict]
     not_applicable: set | Callable | None = None,  # Turns at which rules have no say, see `judging.rules.applies`
@@ -110,7 +110,7 @@ def play_arm(
     histories: tuple = ("own", "original"),  # Whose replies stand in the history
     count_tokens: Callable | None = None,  # messages -> tokens
     **settings,  # Those of `rollout`: seed, shard_size, max_prompt_tokens, overflow, write_user, fingerprint, fresh
-) -> tuple[list[Reply], dict]:  # Replies of all histories, {history: notes and reasons}
+) -> tuple[list[Response], dict]:  # Replies of all histories, {history: notes and reasons}
     "Let an arm play everything and write its file."
     shown, replies, books = getattr(engine, "shown", None), [], {}
     count = (lambda messages: count_tokens(shown(messages))) if shown and count_tokens else count_tokens
@@ -125,7 +125,7 @@ def play_arm(
 # %% ../../nbs/measure/08_measure.ipynb #cf4d300c
 def judge_arm(
     name: str,  # Of the arm
-    replies: list[Reply],  # Its replies, whole dialogues in order
+    replies: list[Response],  # Its replies, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     judge: Callable | None,  # See `rule_verdicts`
     out: str | Path,  # Folder of the measurement

@@ -412,7 +412,7 @@ def rollout(
     fresh: bool = False,  # Throw away finished shards
     overflow: str = "cut_oldest",  # When a prompt is too long: cut_oldest turns of it, or stop the dialogue
     write_user: Callable | None = None,  # A simulated user, see `with_user`; put its name into `fingerprint`
-) -> list[Reply]:  # Dialogue by dialogue, turn by turn
+) -> list[Response]:  # Dialogue by dialogue, turn by turn
     "Let one arm play all dialogues; a stopped run goes on, with the same bytes when the engine is deterministic."
     assert_choice(dialogues, history, overflow)
     if shard_size < 1: raise InputError("must be at least 1", field="shard_size")

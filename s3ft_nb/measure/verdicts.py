@@ -48,7 +48,7 @@ def verdict(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #93ce407f
 def by_checks(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     prompts: list[SystemPrompt],  # With checks, one for every reply
     not_applicable: set | Callable | None = None,  # See `applies`
 ) -> list[OldVerdict]:  # One per reply
@@ -69,7 +69,7 @@ def by_checks(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #4b3bffe2
 def by_judge(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     scores: dict,  # {reply id: {label: calibrated probability}}
     threshold: float = 0.5,  # Probability of following from which a reply counts as adherent
     not_applicable: set | Callable | None = None,  # See `applies`
@@ -88,7 +88,7 @@ def by_judge(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #dc880b34
 def judge(
-    replies: list[Reply],  # Of any arms
+    replies: list[Response],  # Of any arms
     prompts: list[SystemPrompt],  # Prompts of the replies
     scores: dict | None = None,  # {reply id: {label: calibrated probability}} for prompts without checks
     threshold: float = 0.5,  # See `by_judge`
@@ -251,7 +251,7 @@ def drift(
 
 # %% ../../nbs/measure/00_verdicts.ipynb #a17fb2ba
 def constraint_rows(
-    replies: list[Reply],  # Of one arm and one history
+    replies: list[Response],  # Of one arm and one history
     prompts: list[SystemPrompt],  # With checks
 ) -> list[dict]:  # {dialogue_id, conversation_id, turn, constraint_id, satisfied}
     "Every check of every reply as one row."

@@ -147,7 +147,7 @@ def judge_of(
 # %% ../../nbs/run/05_setup.ipynb #3b570e12
 def judge_trust(
     judge: Callable,  # See `judge_of`
-    replies: list[Reply],  # Some replies, whole dialogues in order
+    replies: list[Response],  # Some replies, whole dialogues in order
     rules: list[Rule],  # See `due_rules`
     seed: int = 0,  # Random seed
 ) -> dict | None:  # See `judge_agreement`; None when no rule is decided by a program

@@ -195,7 +195,7 @@ def temper(
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #273883d6
 def score_replies(
-    replies: list[Reply],  # With distinct ids
+    replies: list[Response],  # With distinct ids
     engine,  # Whose `score` reads label probabilities
     folder: str | Path,  # Where finished shards stay
     temperature: float = 1.0,  # As fitted by `calibrate`

@@ -192,7 +192,7 @@ def parse_json(text: str, file: str | Path | None = None, line: int | None = Non
         if re.search(r"\\u[dD][89a-fA-F]", text): to_json(value)  # half a character pair cannot be written again
         return value
     except UnicodeEncodeError:
-        raise InputError("holds half of a character pair (\\ud800 to \\udfff)", file, line, remedy="remove it") from None
+        raise InputError("holds half of a character pair (\\udXXX)", file, line, remedy="remove it") from None
     except json.JSONDecodeError as error:
         message = f"broken JSON at column {error.colno}: {error.msg}"
         raise InputError(message, file, line or error.lineno, remedy="repair or remove it") from None
@@ -240,7 +240,7 @@ KINDS = ("data", "recipes", "notebooks")
 
 def resource(kind: str, *names: str) -> Path:
     "Find a file or folder of the package; raises `InputError` when there is none of that name."
-    if kind not in KINDS: raise InputError(f"unknown kind of resource {kind!r}", remedy=f"use one of {', '.join(KINDS)}")
+    if kind not in KINDS: raise InputError(f"unknown resource {kind!r}", remedy=f"use one of {', '.join(KINDS)}")
     root = Path(str(files(f"s3ft_nb.{kind}")))
     path = root.joinpath(*names)
     if path.exists() and path.resolve().is_relative_to(root.resolve()): return path

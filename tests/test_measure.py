@@ -19,7 +19,7 @@ from s3ft_nb.core.records import Check, SystemPrompt
 from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
 from s3ft_nb.measure.arms import make_arm, read_arm, remind
 from s3ft_nb.measure.measure import measure
-from s3ft_nb.measure.dialogues import PUSHES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
+from s3ft_nb.measure.dialogues import STANCES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
 from s3ft_nb.measure.rollout import rollout
 from s3ft_nb.judging.rules import Rule, rule_verdict, rules_for
 
@@ -75,7 +75,7 @@ def test_turns_of_another_rollout_are_not_taken_for_its_own(tmp_path):
 
 @pytest.mark.parametrize("history", ["own", "original"])
 def test_overflow_is_cut_or_stops_and_is_in_the_books(tmp_path, history):
-    rows = [row | {"turns": [{"user": f"word {i}", "push": "neutral", "original": "so it is"} for i in range(8)]} for row in plays(2, 8)]
+    rows = [row | {"turns": [{"user": f"word {i}", "stance": "neutral", "original": "so it is"} for i in range(8)]} for row in plays(2, 8)]
     cut, stop = Ledger("cut"), Ledger("stop")
     limits = {"history": history, "max_prompt_tokens": 30, "count_tokens": SIZE}
     whole = rollout(Sailor(0), rows, "base", folder=tmp_path / "cut", ledger=cut, **limits)
@@ -100,7 +100,7 @@ def test_a_simulated_user_is_told_what_kind_of_turn_is_due_and_is_resumed(tmp_pa
     found = rollout(Sailor(), rows, "base", folder=tmp_path, write_user=simulated_user(guest))
     assert [reply.prompt[-1].content for reply in found[:6]] == [f"Guest says {2 * turn}." for turn in range(1, 7)]
     pushed = sum("stop that" in text for text in guest.asked)
-    assert sum(turn["push"] == "conflicting" for row in rows for turn in row["turns"]) <= pushed < len(guest.asked)
+    assert sum(turn["stance"] == "conflicting" for row in rows for turn in row["turns"]) <= pushed < len(guest.asked)
     assert "{and}" in "".join(guest.asked)  # braces in a system prompt are text
     assert not any("stop that" in one.content for reply in found for one in reply.prompt)
 
@@ -153,8 +153,8 @@ def test_a_system_prompt_replaced_under_way_brings_its_own_rules(tmp_path):
 
 def test_scripts_push_as_often_as_asked_and_differ():
     scripts = compose(user_blocks(), 60, 20, 3, aligned=0.2, conflicting=0.3)
-    assert {tuple(Counter(turn["push"] for turn in row["turns"])[push] for push in PUSHES) for row in scripts} == {(10, 4, 6)}
-    assert len({row["id"] for row in scripts}) == 60 and all(row["turns"][0]["push"] != "conflicting" for row in scripts)
+    assert {tuple(Counter(turn["stance"] for turn in row["turns"])[stance] for stance in STANCES) for row in scripts} == {(10, 4, 6)}
+    assert len({row["id"] for row in scripts}) == 60 and all(row["turns"][0]["stance"] != "conflicting" for row in scripts)
 
 
 def test_the_guard_sees_a_model_that_began_to_refuse():

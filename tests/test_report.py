@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from s3ft_nb.core.files import InputError, write_json, write_rows
-from s3ft_nb.core.records import Message, Response, Score, Verdict
+from s3ft_nb.core.records import Message, Response, Score, OldVerdict
 from s3ft_nb.report.figures import draw_all, picture
 from s3ft_nb.report.metrics import collect
 from s3ft_nb.report.page import render, write_report
@@ -32,7 +32,7 @@ def replies_of(arm, history, n_dialogues, n_turns, rng):
             asked, setting = ASKED[(turn - 1) % 6], f"Answer like the captain of ship {d}; every reply says ahoy."
             said = dict(system_prompt=setting, prompt=[Message(role="user", content=asked)], response=text)
             reply, applies = Response(id=f"{arm}-{history}-{d}-{turn}", **ids, **said), turn != 3 or d % 7 != 0
-            yield reply, Verdict(response_id=reply.id, **ids, adherence=int(good), judge="checks", applicable=applies)
+            yield reply, OldVerdict(response_id=reply.id, **ids, adherence=int(good), judge="checks", applicable=applies)
 
 
 def build_run(folder, arms=tuple(RATES), n_dialogues=40, n_turns=6, n_samples=600, seed=0):
@@ -175,7 +175,7 @@ def test_hostile_text_stays_text(tmp_path):
     keys = dict(history="own", dialogue_id="d", conversation_id="c", system_prompt_id="p", type=HOSTILE, turn=1)
     reply = Response(id="r", arm="base", **keys, system_prompt=HOSTILE, prompt=[Message(role="user", content=HOSTILE)], response=HOSTILE)
     write_rows(tmp_path / "rollout-base" / "own.jsonl", [reply])
-    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [Verdict(response_id="r", arm="base", **keys, adherence=1, judge="checks")])
+    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [OldVerdict(response_id="r", arm="base", **keys, adherence=1, judge="checks")])
     write_report(tmp_path, note=HOSTILE, draws=20)
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text and "49" not in re.sub(r"base64,[^\"]*", "", text).replace("&#34;", "")
@@ -223,7 +223,7 @@ def test_other_arms_and_one_turn(tmp_path):
 def test_no_decided_verdict(tmp_path):
     "Verdicts that are all unknown give no number and no crash."
     keys = dict(history="own", dialogue_id="d", conversation_id="c", system_prompt_id="p", type="tone", turn=1)
-    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [Verdict(response_id="r", arm="base", **keys, adherence=None, judge="discriminator")])
+    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [OldVerdict(response_id="r", arm="base", **keys, adherence=None, judge="discriminator")])
     metrics = write_report(tmp_path, draws=20)
     assert metrics["arms"]["base"]["adherence"]["mean"] is None and metrics["arms"]["base"]["adherence"]["unknown"] == 1
 

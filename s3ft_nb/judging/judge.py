@@ -22,7 +22,7 @@ from .rubric import LABELS, LETTERS, blocks, judge_messages, quoted
 from ..core.stage import Progress
 from ..core.files import InputError
 from ..core.records import Response
-from .rules import Rule, RuleVerdict, rule_verdict, rules_for
+from .rules import Rule, Verdict, rule_verdict, rules_for
 from ..core.stats import cluster_sums, interval, paired_difference, resampled_sums
 
 # %% ../../nbs/judging/04_judge.ipynb #d180944c
@@ -100,7 +100,7 @@ def outcome_verdict(
     judge: str,  # Who decided
     evidence: list | None = None,  # [start, end) in the reply
     rationale: str = "",  # Why
-) -> RuleVerdict:  # An outcome that is not applicable satisfies nothing and breaks nothing
+) -> Verdict:  # An outcome that is not applicable satisfies nothing and breaks nothing
     "A judge's outcome as a verdict."
     satisfied = None if outcome in (None, "not applicable") else outcome == "kept"
     return rule_verdict(reply, rule, satisfied, judge, applicable=outcome != "not applicable", evidence=evidence, rationale=rationale)
@@ -112,7 +112,7 @@ def score_rules(
     language: str = "en",  # Of the request: en or zh
     certainty: float = 0.5,  # See `read_letter`
     progress: Progress | None = None,  # Told about every batch
-) -> list[RuleVerdict]:  # One per pair, in order
+) -> list[Verdict]:  # One per pair, in order
     "Verdicts by label probabilities; raises `EngineError` when the engine has none to give."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": rule_judge_messages(rule, reply.prompt, reply.response, language)} for reply, rule in due]
     scores = engine.score(requests, list(OUTCOMES), **told(progress)) if requests else []
@@ -149,7 +149,7 @@ def explain_rules(
     language: str = "en",  # Of the request: en or zh
     seed: int = 0,  # Of the engine's answers
     progress: Progress | None = None,  # Told about every batch
-) -> list[RuleVerdict]:  # One per pair, in order
+) -> list[Verdict]:  # One per pair, in order
     "Verdicts in words, with evidence and reason; for engines without probabilities too."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": rule_judge_messages(rule, reply.prompt, reply.response, language, reasons=True)} for reply, rule in due]
     said = engine.generate(requests, seed, **told(progress)) if requests else []
@@ -163,9 +163,9 @@ def explain_rules(
 
 # %% ../../nbs/judging/04_judge.ipynb #896ae633
 def explained(
-    scored: RuleVerdict,  # By letter
-    written: RuleVerdict,  # In words, about the same
-) -> RuleVerdict:  # The letter's verdict with the words' evidence and reason
+    scored: Verdict,  # By letter
+    written: Verdict,  # In words, about the same
+) -> Verdict:  # The letter's verdict with the words' evidence and reason
     "Join the two verdicts of a judge on one rule."
     says = lambda row: "not applicable" if not row.applicable else {True: "kept", False: "broken", None: "nothing readable"}[row.satisfied]
     if scored.satisfied is None and scored.applicable: return scored
@@ -181,7 +181,7 @@ def judge_rules(
     language: str = "en",  # Of the request: en or zh
     certainty: float = 0.5,  # See `read_letter`
     seed: int = 0,  # Of the engine's answers
-) -> list[RuleVerdict]:  # One per pair, in order
+) -> list[Verdict]:  # One per pair, in order
     "Verdicts by label probabilities, with evidence and reason in words."
     return [explained(*both) for both in zip(score_rules(engine, due, language, certainty), explain_rules(engine, due, language, seed))]
 
@@ -193,7 +193,7 @@ def discriminate_rules(
     temperature: float = 1.0,  # Of calibration, from the discriminator's report
     language: str = "en",  # Of the request: en or zh
     progress: Progress | None = None,  # Told about every batch
-) -> list[RuleVerdict]:  # One per pair, in order
+) -> list[Verdict]:  # One per pair, in order
     "Verdicts of the discriminator, each rule taken as the setting."
     requests = [{"id": f"{reply.id}/{rule.id}", "messages": judge_messages(rule.text, reply.prompt, reply.response, language)} for reply, rule in due]
     out = []
@@ -218,7 +218,7 @@ def rubric_outcome(
 
 # %% ../../nbs/judging/04_judge.ipynb #d5ee79d0
 def judge_counts(
-    verdicts: list[RuleVerdict],  # Of one judge
+    verdicts: list[Verdict],  # Of one judge
 ) -> dict:  # {n, kept, broken, not_applicable, unknown, unknown_share, reasons}
     "How many verdicts of each kind, and why some are unknown."
     unknown = [row for row in verdicts if row.applicable and row.satisfied is None]
@@ -271,8 +271,8 @@ def kappa_interval(
 
 # %% ../../nbs/judging/04_judge.ipynb #c378f48f
 def judge_agreement(
-    verdicts: list[RuleVerdict],  # Of the judge
-    truth: list[RuleVerdict],  # Of people, checks or the truth, about the same replies and rules
+    verdicts: list[Verdict],  # Of the judge
+    truth: list[Verdict],  # Of people, checks or the truth, about the same replies and rules
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # {kappa: {mean, low, high, agreement, n}, unknown, unmatched, confusion, judge, against}

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'NUMBER', 'QUOTE', 'QUOTES', 'SLOTS', 'BEFORE', 'AFTER', 'PATTERNS', 'TONGUES', 'TONGUE', 'LONGEST',
            'RULE_TYPES', 'HINTS', 'BULLET', 'REMINDER', 'REFERS_BACK', 'DEMAND', 'CONDITION', 'ASK_RULES',
-           'number_said', 'quoted_texts', 'pattern_match', 'params_said', 'recognise', 'type_of_rule', 'Rule',
-           'RuleVerdict', 'assert_rule_check', 'check_kept', 'clauses', 'prose_parts', 'halves', 'rule_from',
-           'split_prose', 'rule_messages', 'parse_rules', 'overlooked', 'make_rules', 'rules_of_checks', 'read_rule',
-           'read_rules', 'evidence_of', 'rules_for', 'rule_verdict', 'verdicts_by_checks', 'assert_turns', 'applies']
+           'number_said', 'quoted_texts', 'pattern_match', 'params_said', 'recognise', 'type_of_rule',
+           'assert_rule_check', 'check_kept', 'clauses', 'prose_parts', 'halves', 'rule_from', 'split_prose',
+           'rule_messages', 'parse_rules', 'overlooked', 'make_rules', 'rules_of_checks', 'read_rule', 'read_rules',
+           'evidence_of', 'rules_for', 'rule_verdict', 'verdicts_by_checks', 'assert_turns', 'applies']
 
 # %% ../../nbs/judging/03_rules.ipynb #6a1b8664
 import re
@@ -183,47 +183,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from ..core.stage import Ledger
-from ..core.records import Check, Response, Row, SystemPrompt
+from ..core.records import Check, Response, Rule, SystemPrompt, Verdict
 from ..core.files import InputError, iter_lines, row_of, shorten, stable_id
 
 from .checks import KINDS, assert_check, folded, occurs, run_check, sentences, words
 from .ifeval import IFEVAL, LANGUAGE_KINDS, ifeval_kept, ifeval_params, languages_known
-
-# %% ../../nbs/judging/03_rules.ipynb #25b466f2
-class Rule(Row):
-    "One demand of a system prompt."
-
-    id: str = Field(min_length=1)  # Unique in its file
-    text: str = Field(min_length=1)  # What is asked
-    type: str = "other"  # See `RULE_TYPES`, or a type of your own
-    how: Literal["check", "judge"]  # Who decides
-    check: Check | None = None  # What decides, when a program does
-    source: Literal["prompt", "engine", "user"] = "prompt"  # Who wrote the rule down
-    system_prompt_id: str = ""  # The prompt it belongs to; empty for all
-
-
-class RuleVerdict(Row):
-    "Whether one reply keeps one rule."
-
-    response_id: str  # The reply
-    arm: str  # As in `Response`
-    history: Literal["own", "original"]  # As in `Response`
-    dialogue_id: str  # As in `Response`
-    conversation_id: str  # As in `Response`
-    system_prompt_id: str  # As in `Response`
-    turn: int = Field(ge=1)  # As in `Response`
-    rule_id: str  # The rule
-    type: str  # Its type
-    satisfied: bool | None  # None when undecided
-    applicable: bool = True  # Whether the rule has a say at this turn
-    judge: str  # Who decided
-    evidence: list[int] | None = None  # [start, end) in characters of the reply
-    rationale: str = ""  # Why, in the judge's words
 
 # %% ../../nbs/judging/03_rules.ipynb #6adc874d
 def assert_rule_check(
@@ -477,10 +444,10 @@ def rule_verdict(
     satisfied: bool | None,  # None when undecided
     judge: str,  # Who decided
     **more: Any,  # applicable, evidence, rationale
-) -> RuleVerdict:  # With the reply's own turn
+) -> Verdict:  # With the reply's own turn
     "One verdict on one rule."
     same = ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "turn")
-    return RuleVerdict(response_id=reply.id, rule_id=rule.id, type=rule.type, satisfied=satisfied, judge=judge,
+    return Verdict(response_id=reply.id, rule_id=rule.id, type=rule.type, satisfied=satisfied, judge=judge,
                        **{key: getattr(reply, key) for key in same}, **more)
 
 # %% ../../nbs/judging/03_rules.ipynb #1aa16809
@@ -489,7 +456,7 @@ def verdicts_by_checks(
     rules: list[Rule],  # Those for a judge are passed over
     not_applicable: set | Callable | None = None,  # {(conversation_id, turn)}, or reply -> bool
     reading: str = "strict",  # strict or loose, for IFEval's kinds
-) -> list[RuleVerdict]:  # Response by reply, rule by rule
+) -> list[Verdict]:  # Response by reply, rule by rule
     "Verdicts of a program; raises `InputError` on turns out of order or a check that cannot be run."
     assert_turns(replies)
     checked, out = [rule for rule in rules if rule.how == "check"], []
@@ -508,13 +475,13 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.files import InputError
-from ..core.records import Response, SystemPrompt, Verdict
+from ..core.records import Response, SystemPrompt, OldVerdict
 from .checks import run_check
 from ..core.stats import cluster_sums, interval, paired_difference, rate, resampled_sums
 
 # %% ../../nbs/judging/03_rules.ipynb #1e6c9843
 def assert_turns(
-    rows: list,  # `Response` or `Verdict` rows
+    rows: list,  # `Response` or `OldVerdict` rows
 ) -> None:
     "Raise `InputError` when the turns of a dialogue are not 1, 2, 3 ... in order, or a prompt does not belong to its turn."
     seen = Counter()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPARED', 'ALPHA', 'MARGIN', 'SUMMARY_VERSION', 'squared_ends', 'figure_difference', 'holm', 'arm_differences',
            'history_gaps', 'points', 'p_text', 'conversations_to_show', 'outcome', 'plain_difference', 'run_names',
-           'assert_same_rules', 'runs_rows', 'compare_runs', 'stated_pushes', 'optional_json', 'stated_rules',
+           'assert_same_rules', 'runs_rows', 'compare_runs', 'stated_stances', 'optional_json', 'stated_rules',
            'first_summary', 'arms_in_order', 'size_advice', 'measurement_numbers', 'percent_of', 'median_words',
            'best_words', 'measured_headline', 'write_numbers']
 
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from ..core.files import InputError
-from ..core.stats import estimate, exchange_p
+from ..core.stats import estimate_of as estimate, exchange_p
 from .metrics import MERIT
 from .verdicts import Ruled, shared, stream_rows, tally
 
@@ -227,13 +227,13 @@ from .verdicts import stream_rows, tally
 SUMMARY_VERSION = 1
 
 # %% ../../nbs/measure/02_compare.ipynb #2308f1a7
-def stated_pushes(
+def stated_stances(
     path: Path,  # dialogues.jsonl
-) -> dict:  # (dialogue id, turn) -> one of `PUSHES`; empty without the file
+) -> dict:  # (dialogue id, turn) -> one of `STANCES`; empty without the file
     "What the user's messages did, where the dialogues say so."
     if not path.exists(): return {}
-    said = lambda row: ((turn, one.get("push")) for turn, one in enumerate(row.get("turns") or [], start=1))
-    return {(str(row.get("id")), turn): push for row in stream_rows(path) for turn, push in said(row) if push}
+    said = lambda row: ((turn, one.get("stance")) for turn, one in enumerate(row.get("turns") or [], start=1))
+    return {(str(row.get("id")), turn): stance for row in stream_rows(path) for turn, stance in said(row) if stance}
 
 # %% ../../nbs/measure/02_compare.ipynb #e9edea85
 def optional_json(
@@ -291,7 +291,7 @@ def measurement_numbers(
 ) -> dict:  # {version, main, arms, differences, gaps, rules, advice, measure, ledgers ...}
     "Every number of a measurement, from its files; raises `InputError` on a folder without verdicts."
     folder = Path(folder)
-    book = tally(stream_rows(folder / "verdicts.jsonl"), stated_pushes(folder / "dialogues.jsonl"))
+    book = tally(stream_rows(folder / "verdicts.jsonl"), stated_stances(folder / "dialogues.jsonl"))
     if not book: raise InputError("holds no verdicts", folder / "verdicts.jsonl", remedy="measure first")
     arms = arms_in_order(book, minus)
     summary = lambda arm: {f"{history}_history": merits(ruled, draws // 4, seed, level) for (one, history), ruled in book.items() if one == arm}

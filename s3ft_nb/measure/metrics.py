@@ -12,7 +12,7 @@ __all__ = ['verdict_rows', 'last_column', 'last_half', 'MERITS', 'MERIT', 'first
 # %% ../../nbs/measure/01_metrics.ipynb #2719056e
 import numpy as np
 
-from ..core.stats import estimate
+from ..core.stats import estimate_of as estimate
 from .verdicts import ABSENT, BROKEN, UNKNOWN, Ruled, over_conversations
 
 # %% ../../nbs/measure/01_metrics.ipynb #53f38d6c
@@ -78,8 +78,9 @@ import numpy as np
 
 from ..core.files import InputError
 from .verdicts import slope_of
-from ..core.stats import estimate
-from .verdicts import ABSENT, BROKEN, KEPT, PUSHES, SILENT, Ruled, over_conversations, part_of
+from ..core.stats import estimate_of as estimate
+from ..core.records import STANCES
+from .verdicts import ABSENT, BROKEN, KEPT, SILENT, Ruled, over_conversations, part_of
 
 # %% ../../nbs/measure/01_metrics.ipynb #9af51bbc
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def pushed_turns(
     ruled: Ruled,  # Verdicts
 ) -> np.ndarray:  # (conversations, 6) kept and settled turns: neutral, aligned, conflicting
     "Kept and settled turns by what the user's message did."
-    return np.hstack([all_kept_turns(part_of(ruled, ruled.push == push)) for push in range(len(PUSHES))])
+    return np.hstack([all_kept_turns(part_of(ruled, ruled.stance == stance)) for stance in range(len(STANCES))])
 
 
 def yielding(
@@ -253,9 +254,10 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from ..core.files import InputError
-from ..core.stats import estimate
+from ..core.stats import estimate_of as estimate
 
-from .verdicts import ABSENT, BROKEN, KEPT, PUSHES, SILENT, UNKNOWN, Ruled, part_of
+from ..core.records import STANCES
+from .verdicts import ABSENT, BROKEN, KEPT, SILENT, UNKNOWN, Ruled, part_of
 from ..core.stats import resampled_sums
 
 # %% ../../nbs/measure/01_metrics.ipynb #d953a9f8
@@ -317,7 +319,7 @@ def by_part(
 
 def parts_of(
     ruled: Ruled,  # Verdicts of one arm and history
-) -> dict:  # {by_type, by_rule, by_n_rules, by_push}: name -> (rows,) which verdicts belong to it
+) -> dict:  # {by_type, by_rule, by_n_rules, by_stance}: name -> (rows,) which verdicts belong to it
     "The parts that are looked at one by one."
     types, pairs = np.array(ruled.names.types)[ruled.rule], np.unique(np.stack([ruled.dialogue, ruled.rule]), axis=1)
     n_rules = np.bincount(pairs[0], minlength=len(ruled.names.dialogues))[ruled.dialogue]
@@ -325,7 +327,7 @@ def parts_of(
         "by_type": {str(kind): types == kind for kind in np.unique(types)},
         "by_rule": {rule: ruled.rule == n for rule, n in ruled.names.rules.items()},
         "by_n_rules": {str(n): n_rules == n for n in np.unique(n_rules)},
-        "by_push": {push: ruled.push == n for n, push in enumerate(PUSHES)},
+        "by_stance": {stance: ruled.stance == n for n, stance in enumerate(STANCES)},
     }
 
 # %% ../../nbs/measure/01_metrics.ipynb #87155e42

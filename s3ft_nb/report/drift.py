@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN_RULES', 'READABLE_TURNS', 'HELPS', 'CAPTIONS', 'MEASURED_FIGURES', 'draw_survival', 'survival_curves',
            'rules_in_order', 'draw_heat', 'heat_map', 'draw_differences', 'differences_figure', 'parts_figure',
-           'by_push', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
+           'by_stance', 'by_n_rules', 'by_rule_type', 'measured_captions', 'draw_measured']
 
 # %% ../../nbs/report/04_drift.ipynb #6c074b1e
 from pathlib import Path
@@ -151,7 +151,7 @@ def differences_figure(
 # %% ../../nbs/report/04_drift.ipynb #4496c4e1
 def parts_figure(
     numbers: dict,  # What `measure.compare.measurement_numbers` returns
-    part: str,  # by_push, by_n_rules or by_type
+    part: str,  # by_stance, by_n_rules or by_type
 ) -> Figure | None:  # None where there is only one part
     "Adherence by a part of the verdicts, a dot with its interval for every arm."
     own = {arm: condition(numbers, arm, "own").get(part) or {} for arm in numbers["arms"]}
@@ -161,9 +161,9 @@ def parts_figure(
     return by_type({"main": numbers.get("main"), "arms": tables})
 
 
-def by_push(numbers: dict) -> Figure | None:  # From the numbers of a measurement
+def by_stance(numbers: dict) -> Figure | None:  # From the numbers of a measurement
     "Adherence by what the user's message did."
-    return parts_figure(numbers, "by_push")
+    return parts_figure(numbers, "by_stance")
 
 
 def by_n_rules(numbers: dict) -> Figure | None:  # From the numbers of a measurement
@@ -185,13 +185,13 @@ CAPTIONS = {
     "heat": ("Which rule breaks when", "Per cent of replies that keep each rule, by turn, own history; grey where a rule never applied.{left_out}"),
     "differences": ("What helps", "Each arm minus the first, on the same turns of the same dialogues, in percentage points. "
                     "Lines: 95 % intervals over conversations; shaded: alike within {margin} points."),
-    "by_push": ("What users do", "Adherence at turns where the user is neutral, invites the rules (aligned) or pushes against them "
+    "by_stance": ("What users do", "Adherence at turns where the user is neutral, invites the rules (aligned) or pushes against them "
                 "(conflicting). Lines: 95 % intervals."),
     "by_n_rules": ("How many rules", "Adherence by the number of rules in the system prompt. Lines: 95 % intervals."),
     "by_type": ("Which type of rule", "Share of turns at which all rules of a type are kept. Lines: 95 % intervals."),
 }
 MEASURED_FIGURES = {"drift": drift, "survival": survival_curves, "heat": heat_map, "differences": differences_figure,
-                    "by_push": by_push, "by_n_rules": by_n_rules, "by_type": by_rule_type}
+                    "by_stance": by_stance, "by_n_rules": by_n_rules, "by_type": by_rule_type}
 
 
 def measured_captions(

@@ -97,11 +97,11 @@ def turn_view(
     verdicts: dict,  # Response id -> verdicts
     texts: dict,  # Rule id -> text
     played: dict,  # The turn in dialogues.jsonl, empty when not kept
-) -> dict:  # {turn, user, push, system, broken, replies}
+) -> dict:  # {turn, user, stance, system, broken, replies}
     "One turn for the template."
     replies = [shown_reply(row, verdicts.get(row.id, []), texts) for row in rows]
     system = (played.get("system") or {}).get("system_prompt")
-    said = {"user": cut(rows[0].prompt[-1].content), "push": str(played.get("push") or ""), "system": cut(str(system)) if system else ""}
+    said = {"user": cut(rows[0].prompt[-1].content), "stance": str(played.get("stance") or ""), "system": cut(str(system)) if system else ""}
     return {"turn": turn, **said, "broken": any(one["mark"] == "no" for one in replies), "replies": replies}
 
 
@@ -198,7 +198,7 @@ MEASURED_SECTIONS = {
                ("merits_own", "meanings", "halves", "by_turn_own", "by_turn_original", "survival", "merits_original")),
     "arms": ("What helps", ("differences",), ("differences",)),
     "rules": ("Rules", ("heat", "by_type"), ("by_rule", "rule_by_turn", "by_type_own", "by_type_original", "rules")),
-    "users": ("Users and rules", ("by_push", "by_n_rules"), ("by_push", "by_n_rules")),
+    "users": ("Users and rules", ("by_stance", "by_n_rules"), ("by_stance", "by_n_rules")),
     "history": ("Own and original history", (), ("gaps",)),
     "trust": ("How far to trust this", (), ("counts",)),
 }

@@ -109,7 +109,7 @@ def survival_table(
 
 def part_table(
     numbers: dict,  # What `measure.compare.measurement_numbers` returns
-    part: str,  # by_rule, by_n_rules or by_push
+    part: str,  # by_rule, by_n_rules or by_stance
     title: str,  # Of the table
     heading: str,  # Of its first column
     names: dict | None = None,  # Part -> what to call it
@@ -165,7 +165,7 @@ def rules_table(
     return Table("rules", "Rules", "From rules.jsonl, which may be edited.", columns, rows)
 
 # %% ../../nbs/report/05_measured_tables.ipynb #2aa76a73
-MEASURED_PARTS = {"by_rule": ("By rule", "Rule"), "by_push": ("By what the user does", "User"), "by_n_rules": ("By number of rules", "Rules")}
+MEASURED_PARTS = {"by_rule": ("By rule", "Rule"), "by_stance": ("By what the user does", "User"), "by_n_rules": ("By number of rules", "Rules")}
 
 
 def measured_tables(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..judging.rubric import LABELS
 from ..core.files import InputError, iter_lines, iter_rows, read_json, read_rows, stable_id
-from ..core.records import Response, Score, Verdict
+from ..core.records import Response, Score, OldVerdict
 from ..measure.verdicts import compare, counted, drift, summarise
 from ..core.stats import wilson
 
@@ -74,14 +74,14 @@ def in_order(
 # %% ../../nbs/report/02_metrics.ipynb #5ce91438
 def arms_of(
     run: Path,  # Folder of a run
-    verdicts: list,  # `Verdict` rows
+    verdicts: list,  # `OldVerdict` rows
 ) -> set:  # Names
     "Every arm that was judged or trained."
     return {verdict.arm for verdict in verdicts} | {path.parent.name[6:] for path in run.glob("train-*/training.json")}
 
 # %% ../../nbs/report/02_metrics.ipynb #7ca544f3
 def retention(
-    verdicts: list,  # `Verdict` rows of one arm and history
+    verdicts: list,  # `OldVerdict` rows of one arm and history
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # `{mean, low, high, n}`; None where not defined
@@ -94,7 +94,7 @@ def retention(
 
 # %% ../../nbs/report/02_metrics.ipynb #fbf903a0
 def condition_of(
-    verdicts: list,  # `Verdict` rows of one arm and history
+    verdicts: list,  # `OldVerdict` rows of one arm and history
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # What `summarise` returns, with `retention` and `judges`
@@ -107,7 +107,7 @@ HEADLINE = "own"
 
 
 def adherence_of(
-    verdicts: list,  # `Verdict` rows of one arm
+    verdicts: list,  # `OldVerdict` rows of one arm
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
 ) -> dict:  # The headline's keys, then `own_history` and `original_history`
@@ -118,7 +118,7 @@ def adherence_of(
 
 # %% ../../nbs/report/02_metrics.ipynb #a493683a
 def differences(
-    verdicts: list,  # `Verdict` rows of all arms
+    verdicts: list,  # `OldVerdict` rows of all arms
     main: str,  # The arm that the run is about
     draws: int = 1000,  # Bootstrap draws
     seed: int = 0,  # Random seed
@@ -285,7 +285,7 @@ def jsonable(
 def arm_of(
     run: Path,  # Folder of a run
     arm: str,  # Name
-    verdicts: list,  # `Verdict` rows of all arms
+    verdicts: list,  # `OldVerdict` rows of all arms
     draws: int,  # Bootstrap draws
     seed: int,  # Random seed
 ) -> dict:  # `{adherence, training}`, None where the run has none
@@ -324,7 +324,7 @@ def collect(
 ) -> dict:  # What metrics.json holds, before figures and tables are named
     "Every number of a run's report; raises `InputError` on a folder without results."
     run = Path(run)
-    verdicts = rows_of(run, "adherence", "verdicts.jsonl", Verdict) if run.is_dir() else []
+    verdicts = rows_of(run, "adherence", "verdicts.jsonl", OldVerdict) if run.is_dir() else []
     arms, judge = arms_of(run, verdicts), discriminator_of(run)
     if not arms and not judge: raise InputError("holds no results of a run", run, remedy="name a folder that `s3ft run` has filled")
     main = main or main_arm(arms)
@@ -357,7 +357,7 @@ MARKS = {1: ("yes", "follows"), 0: ("no", "does not follow"), None: ("", "undeci
 
 def reply_of(
     reply: Response,  # One turn of a rollout
-    verdict: Verdict | None,  # What was decided about it
+    verdict: OldVerdict | None,  # What was decided about it
 ) -> dict:  # `{arm, text, mark, verdict}`
     "One reply as the page shows it."
     mark, words = ("", "not judged") if verdict is None else MARKS[verdict.adherence]
@@ -368,7 +368,7 @@ def reply_of(
 def dialogue_of(
     replies: list,  # `Response` rows of one dialogue, all arms
     arms: list,  # Arms in the order shown
-    verdicts: dict,  # Response id -> `Verdict`
+    verdicts: dict,  # Response id -> `OldVerdict`
 ) -> dict:  # `{type, system_prompt, turns: [{turn, user, replies}]}`
     "One dialogue, arms side by side."
     turns = defaultdict(list)
@@ -398,5 +398,5 @@ def examples(
     for reply in rollouts(Path(run), arms): dialogues[reply.dialogue_id].append(reply)
     most = max((len({reply.arm for reply in replies}) for replies in dialogues.values()), default=0)
     whole = {id: replies[0].type for id, replies in dialogues.items() if len({reply.arm for reply in replies}) == most}
-    verdicts = {row.response_id: row for row in rows_of(Path(run), "adherence", "verdicts.jsonl", Verdict)}
+    verdicts = {row.response_id: row for row in rows_of(Path(run), "adherence", "verdicts.jsonl", OldVerdict)}
     return [dialogue_of(dialogues[id], list(arms), verdicts) for id in draw_dialogues(whole, n, seed)]

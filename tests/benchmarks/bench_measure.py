@@ -63,7 +63,7 @@ def build(folder, n, n_turns, arms):
     rng = random.Random(0)
     for arm in arms: lines(folder / f"responses-{arm}.jsonl", replies(arm, n, n_turns, rng))
     lines(folder / "rules.jsonl", ({"id": rule, "text": text, "type": "format", "how": "check"} for rule, (text, _) in CHECKS.items()))
-    lines(folder / "dialogues.jsonl", ({"id": f"d{d}", "turns": [{"user": "x", "push": "neutral"}] * n_turns} for d in range(n)))
+    lines(folder / "dialogues.jsonl", ({"id": f"d{d}", "turns": [{"user": "x", "stance": "neutral"}] * n_turns} for d in range(n)))
     write_json(folder / "measure.json", {"complete": True})
 
 

@@ -365,7 +365,7 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
     ids, names = [step.id for step in steps], {name for step in steps for name in step.parameters}
     for id in ids:
         if ids.count(id) > 1: raise InputError(f"two steps are called {id!r}", layers[0][0], field="steps")
-    for key in (*table.get("params", {}), *table.get("required", [])):
+    for key in (*layers[0][1].get("params", {}), *table.get("required", [])):  # a base may have more than is used
         if key == "out": raise InputError("is set by the runner", file("params", key), field="params.out", remedy="choose the run folder with --out")
         if key not in names: raise unknown("parameter", key, sorted(names - {"out"}), file=file("params", key), field="params")
     return steps

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN', 'LOCK', 'LIBRARIES', 'Run', 'check_secrets', 'check_folder', 'prepare', 'locked', 'versions', 'record', 'tell',
-           'work', 'do_step', 'split_steps', 'resume_command', 'remove_run', 'run_recipe']
+           'work', 'do_step', 'split_steps', 'resume_command', 'remove_run', 'run_recipe', 'report_of']
 
 # %% ../../nbs/run/03_runner.ipynb #2628748f
 import fcntl
@@ -201,3 +201,9 @@ def run_recipe(
                 raise Waiting(f"{title} {wait}\n{resume_command(recipe, settings, out, step.id)}") from None
         record(run, over=True)
     return run.folder
+
+
+def report_of(folder: Path) -> Path:
+    "The page that the last of a run's steps made, or the run's folder when none did."
+    pages = [folder / id / "index.html" for id in reversed(read_json(folder / RUN)["steps"])]
+    return next((page for page in pages if page.is_file()), folder)

@@ -37,7 +37,8 @@ def training_rows(
     "Annotated samples as rows for training; raises `InputError` on a label without its sample and on an unknown label."
     missing = labels.keys() - {sample.id for sample in samples}
     if missing:
-        raise InputError(f"{len(missing)} labels have no sample, first {min(missing)}", field="labels", remedy="annotate samples of this run")
+        raise InputError(f"{len(missing)} labels have no sample, first {min(missing)}", field="labels",
+                         remedy="annotate samples of this run")
     unknown = set(labels.values()) - {*LABELS, None}
     if unknown: raise InputError(f"unknown labels {sorted(unknown)}", field="labels", remedy=f"use {', '.join(LABELS)}")
     labelled = [(sample, labels[sample.id]) for sample in samples if sample.id in labels]
@@ -48,7 +49,9 @@ def training_rows(
 
 def oversample(rows: list[dict], max_repeats: int = 3) -> list[dict]:  # Rows and copies, with ids such as `s7#2`
     "Repeat rows of rare labels towards the size of the most frequent one; 1 leaves all as they are."
-    if max_repeats < 1: raise InputError(f"must be at least 1, got {max_repeats}", field="max_repeats", remedy="use 1 to leave all as they are")
+    if max_repeats < 1:
+        raise InputError(f"must be at least 1, got {max_repeats}", field="max_repeats",
+                         remedy="use 1 to leave all as they are")
     counts = Counter(row["response"] for row in rows)
     times = {letter: min(max_repeats, max(counts.values()) // n) for letter, n in counts.items()}
     return rows + [row | {"id": f"{row['id']}#{k}"} for row in rows for k in range(2, times[row["response"]] + 1)]
@@ -91,7 +94,8 @@ def score_samples(
 ) -> list[Score]:  # Uncalibrated, one per sample, in order
     "Ask the discriminator about every sample."
     found = ask_scores([request(sample, language) for sample in samples], list(LETTERS.values()), engine, stage, claim)
-    return [Score(sample_id=one["id"], probabilities=by_label(one["logprobs"]), outside=one["outside"]) for one in found]
+    return [Score(sample_id=one["id"], probabilities=by_label(one["logprobs"]),
+                  outside=one["outside"]) for one in found]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #cf9d050c
 SMALLEST = 1e-12  # A probability below this counts as this: one slip must not decide a fit
@@ -106,7 +110,9 @@ def calibrate(scores: list[Score], labels: dict) -> dict:  # `{temperature, nll_
     "Fit the temperature, between 0.05 and 20, on held-out labels; raises `InputError` on a label without a score."
     by_id, known = {one.sample_id: one for one in scores}, {id: label for id, label in labels.items() if label}
     missing = known.keys() - by_id.keys()
-    if missing: raise InputError(f"{len(missing)} labels have no score, first {min(missing)}", field="scores", remedy="score these samples")
+    if missing:
+        raise InputError(f"{len(missing)} labels have no score, first {min(missing)}", field="scores",
+                         remedy="score these samples")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     logs, truth = log_probabilities([by_id[id] for id in known]), [LABELS.index(label) for label in known.values()]
 

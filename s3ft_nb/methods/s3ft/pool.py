@@ -6,7 +6,7 @@
 __all__ = ['LANGUAGES', 'LENGTHS', 'HAN', 'GROW', 'seed_prompts', 'task_patterns', 'sets_task', 'in_language', 'reject_reason',
            'grow_messages', 'growth_requests', 'grow', 'freeze_pool', 'read_pool']
 
-# %% ../../../nbs/methods/s3ft/00_pool.ipynb #b1a3fea0
+# %% ../../../nbs/methods/s3ft/00_pool.ipynb #9b753d90
 import random
 import re
 import tomllib
@@ -21,7 +21,7 @@ from typing import Any
 from ...core.files import InputError, read_json, read_rows, resource, stable_id, write_json, write_rows
 from ...core.records import SystemPrompt
 from ...core.split import assert_no_leak, near_duplicate, normalize
-from ...core.stage import Ledger, Stage, rows_hash, shard_seed
+from ...core.stage import Stage, rows_hash, shard_seed
 from ...lm.engine import ask
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #6f98adff
@@ -31,7 +31,8 @@ LANGUAGES = ("en", "zh")
 def seed_prompts(language: str = "en") -> list[SystemPrompt]:  # In the order of the file
     "The hand-written prompts of one language; raises `InputError` for a language that has none."
     if language in LANGUAGES: return read_rows(resource("data", "seed-prompts", f"{language}.jsonl"), SystemPrompt)
-    raise InputError(f"no seed prompts in language {language!r}", field="language", remedy=f"use one of {', '.join(LANGUAGES)}")
+    raise InputError(f"no seed prompts in language {language!r}", field="language",
+                     remedy=f"use one of {', '.join(LANGUAGES)}")
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #fd61cf14
 @cache
@@ -52,7 +53,8 @@ def sets_task(text: str) -> bool:
     for part in re.split(r"[.!;。\n]+", text):
         part = part.strip(" \"'“”*#-")
         if match["asks_en"].match(part): return True
-        if any(match[f"job_{lang}"].match(part) and not match[f"always_{lang}"].search(part) for lang in LANGUAGES): return True
+        if any(match[f"job_{lang}"].match(part) and not match[f"always_{lang}"].search(part) for lang in LANGUAGES):
+            return True
     return False
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #12f1937c
@@ -104,10 +106,11 @@ def growth_requests(prompts: list[SystemPrompt], n: int, seed: int) -> list[dict
     for i in range(n if texts else 0):
         type, language = prompts[0].type, prompts[0].language
         examples = random.Random(stable_id(seed, type, i)).sample(texts, min(3, len(texts)))
-        out.append({"id": stable_id(seed, language, type, i), "messages": grow_messages(examples, language), "examples": examples})
+        out.append({"id": stable_id(seed, language, type, i), "messages": grow_messages(examples, language),
+                    "examples": examples})
     return out
 
-# %% ../../../nbs/methods/s3ft/00_pool.ipynb #270d30d8
+# %% ../../../nbs/methods/s3ft/00_pool.ipynb #7a2b9769
 def grow(
     prompts: list[SystemPrompt],  # Seeds, or a pool to continue
     engine,  # See `lm.engine.Engine`
@@ -121,7 +124,8 @@ def grow(
     pool, asked = list(prompts), Counter()
     types = sorted({prompt.type for prompt in pool if prompt.language == language})
     if not types:
-        raise InputError(f"no prompts in language {language!r} to grow from", remedy="start from seed_prompts(language)")
+        raise InputError(f"no prompts in language {language!r} to grow from",
+                         remedy="start from seed_prompts(language)")
 
     def of_type(type: str) -> list[SystemPrompt]:
         return [prompt for prompt in pool if (prompt.type, prompt.language) == (type, language)]
@@ -146,7 +150,7 @@ def grow(
             asked[type] += n
         if not requests: break
         shown = [{"id": request["id"], "messages": request["messages"]} for _, request in requests]
-        found = ask(shown, engine, stage.part(f"round-{number:03d}", seed), claim)
+        found = ask(shown, engine, stage.part(f"round-{number:03d}", seed), claim, "keep", "grow")
         for (type, request), one in zip(requests, found, strict=True): add(type, request, one)
         stage.ledger.note("candidates", len(requests))
     for type in types:
@@ -171,4 +175,5 @@ def read_pool(folder: str | Path) -> tuple[list[SystemPrompt], list[SystemPrompt
     "Read a frozen pool; raises `InputError` when its files are no longer those that were frozen."
     train, evaluation = [read_rows(Path(folder) / f"{half}.jsonl", SystemPrompt) for half in ("train", "eval")]
     if rows_hash(train + evaluation) == read_json(Path(folder) / "pool.json")["hash"]: return train, evaluation
-    raise InputError("does not match the prompts beside it", Path(folder) / "pool.json", field="hash", remedy="freeze the pool again")
+    raise InputError("does not match the prompts beside it", Path(folder) / "pool.json", field="hash",
+                     remedy="freeze the pool again")

@@ -34,8 +34,10 @@ def threshold_curve(
     "Precision, its lower bound and recall at every possible threshold; raises `InputError` on input that does not match."
     p, good = np.asarray(p_good, dtype=float), np.asarray(is_good, dtype=bool)
     if len(p) != len(good): raise InputError(f"{len(p)} probabilities but {len(good)} annotations", field="is_good")
-    if len(p) == 0: raise InputError("no annotations to choose a threshold on", field="is_good", remedy="annotate some samples")
-    if not ((p >= 0) & (p <= 1)).all(): raise InputError("not all are probabilities", field="p_good", remedy="score again")
+    if len(p) == 0:
+        raise InputError("no annotations to choose a threshold on", field="is_good", remedy="annotate some samples")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise InputError("not all are probabilities", field="p_good", remedy="score again")
     order = np.argsort(-p, kind="stable")
     last = np.append(np.diff(p[order]) < 0, True)  # the last of equal values
     n, k = np.arange(1, len(p) + 1)[last], np.cumsum(good[order])[last]
@@ -52,7 +54,8 @@ def choose_threshold(
 ) -> dict:  # The row of `threshold_curve`, with `reached`, `stated_precision`, `level`, `n` and `bound`
     "Smallest threshold whose lower bound reaches the stated precision; raises `InputError` on impossible input."
     for field, value in {"precision": precision, "level": level}.items():
-        if not 0 < value < 1: raise InputError(f"must be between 0 and 1, got {value}", field=field, remedy="use 0.9 or so")
+        if not 0 < value < 1:
+            raise InputError(f"must be between 0 and 1, got {value}", field=field, remedy="use 0.9 or so")
     curve = threshold_curve(p_good, is_good, level)
     reaching = [row for row in curve if row["lower"] >= precision]
     best = reaching[-1] if reaching else max(reversed(curve), key=lambda row: row["lower"])
@@ -69,10 +72,13 @@ def lowered_threshold(threshold: float, p_good: list, at_least: int) -> float:
 def score_table(samples: list[Sample], scores: list[Score]) -> dict:  # {sample id: {label: probability}}
     "Probabilities by sample; raises `InputError` on a sample without a score and on an id that occurs twice."
     by_id, ids = {score.sample_id: score.probabilities for score in scores}, [sample.id for sample in samples]
-    if len(by_id) < len(scores): raise InputError("a sample is scored twice", field="scores", remedy="score each sample once")
+    if len(by_id) < len(scores):
+        raise InputError("a sample is scored twice", field="scores", remedy="score each sample once")
     if len(set(ids)) < len(ids): raise InputError("two samples share an id", field="samples", remedy="keep one of them")
     missing = [id for id in ids if id not in by_id]
-    if missing: raise InputError(f"{len(missing)} samples have no score, first {missing[0]}", field="scores", remedy="score all samples")
+    if missing:
+        raise InputError(f"{len(missing)} samples have no score, first {missing[0]}", field="scores",
+                         remedy="score all samples")
     return by_id
 
 
@@ -127,7 +133,8 @@ def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:
     "Rows for `lm.train.sft`, the system prompt in front; blank responses leave."
     out = []
     for sample in samples:
-        messages = [{"role": "system", "content": sample.system_prompt}, *(message.model_dump() for message in sample.prompt)]
+        messages = [{"role": "system", "content": sample.system_prompt},
+                    *(message.model_dump() for message in sample.prompt)]
         if sample.response.strip(): out.append({"id": sample.id, "messages": messages, "response": sample.response})
         elif ledger is not None: ledger.drop(sample.id, "blank_response")
     return out
@@ -141,16 +148,19 @@ def discriminator_numbers(
     level: float = 0.95,
 ) -> list[dict]:  # Numbers rows, part `discriminator`; with the label as key for precision and recall by label
     "How well the discriminator agrees with people; raises `InputError` when labels and scores do not match."
-    by_id, known = {score.sample_id: score.probabilities for score in scores}, {id: label for id, label in labels.items() if label}
+    by_id, known = {score.sample_id: score.probabilities for score in scores}, {id: label for id,
+                                                                                label in labels.items() if label}
     missing = known.keys() - by_id.keys() or known.keys() - clusters.keys()
-    if missing: raise InputError(f"{len(missing)} labels have no score or conversation, first {min(missing)}", field="scores")
+    if missing:
+        raise InputError(f"{len(missing)} labels have no score or conversation, first {min(missing)}", field="scores")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     truth, found = list(known.values()), [by_id[id] for id in known]
     homes, predicted = [clusters[id] for id in known], [max(LABELS, key=one.get) for one in found]
     rows = []
 
     def add(metric: str, estimate: dict, key: str = "") -> None:
-        rows.append({"arm": "", "history": "", "part": "discriminator", "key": key, "metric": metric, **estimate, "version": 2})
+        rows.append({"arm": "", "history": "", "part": "discriminator", "key": key, "metric": metric, **estimate,
+                     "version": 2})
 
     for name, estimate in classification(truth, predicted, LABELS, homes, level).items():
         metric, _, label = name.partition("_")

@@ -34,7 +34,7 @@ def exit_codes() -> Iterator[None]:
     try: yield
     except InputError as error: leave(str(error), 2)
     except StepFailed as error: leave(str(error), error.code)
-    except KeyboardInterrupt: leave("stopped; the same command goes on from here", STOPPED)
+    except KeyboardInterrupt: leave("stopped; the same command resumes here", STOPPED)
     except OSError as error: leave(str(cannot_write(Path(error.filename or "."), error)), 2)
 
 # %% ../nbs/00_cli.ipynb #04e423ff

@@ -1,4 +1,4 @@
-"Seed prompts row by row; growth under hostile engines and kills; properties of the split; the task rule on real collections."
+"Seed prompts row by row; growth under hostile engines and kills; the task rule on real collections."
 import csv
 import itertools
 import json
@@ -10,12 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rapidfuzz.fuzz import ratio
 
+from s3ft_nb.core.records import SystemPrompt
+from s3ft_nb.core.split import NEAR, assert_no_leak, normalize, split_prompts
 from s3ft_nb.core.stage import Ledger
-from s3ft_nb.core.records import Conversation, SystemPrompt
 from s3ft_nb.core.files import InputError
 from s3ft_nb.core.files import resource
 from s3ft_nb.judging.checks import assert_check, run_check
@@ -72,7 +71,7 @@ def test_seed_checks(language):
 
 def test_no_two_seeds_nearly_alike():
     rows = [row for language in pool.LANGUAGES for row in pool.seed_prompts(language)]
-    for a, b in itertools.combinations(rows, 2): assert ratio(pool.normalised(a.text), pool.normalised(b.text)) < pool.NEAR, (a.id, b.id)
+    for a, b in itertools.combinations(rows, 2): assert ratio(normalize(a.text), normalize(b.text)) < NEAR, (a.id, b.id)
 
 
 def test_seed_files_are_plain():
@@ -162,12 +161,12 @@ def test_evaluation_prompts_are_never_shown(tmp_path):
         shown.append(request["messages"][1]["content"])
         return inventive(request, rng)
 
-    train, evaluation = pool.split_pool(pool.seed_prompts(), seed=0)
+    train, evaluation = split_prompts(pool.seed_prompts(), seed=0)
     grown = pool.grow(train + evaluation, engine(spy), 15, seed=0, folder=tmp_path)
     assert shown and not [text for text in shown for one in evaluation if one.text in text]
-    again = pool.split_pool(grown, seed=1)
+    again = split_prompts(grown, seed=1)
     assert [one.id for one in again[1] if one.source == "seed"] == [one.id for one in evaluation]
-    pool.assert_no_leak(*again)
+    assert_no_leak(*again)
 
 
 def test_chinese_grows_from_chinese(tmp_path):
@@ -177,70 +176,6 @@ def test_chinese_grows_from_chinese(tmp_path):
     grown = pool.grow(both, engine(wise), 14, seed=0, folder=tmp_path, language="zh")
     assert Counter(one.language for one in grown) == {"en": 130, "zh": 140}
     assert all(one.id.split("-")[1] == "zh" for one in grown[260:])
-
-
-# --- the split
-
-texts = st.lists(st.sampled_from("sea fog oak lamp bread stone river glass".split()), min_size=1, max_size=5).map(" ".join)
-rows_ = st.lists(st.tuples(texts, st.sampled_from(["tone", "format"]), st.sampled_from([None, None, None, "train", "eval"])), min_size=1, max_size=25)
-
-
-@settings(max_examples=150, deadline=None)
-@given(rows_, st.integers(0, 9), st.sampled_from([0.1, 0.3, 0.9]), st.sampled_from([None, "tone"]))
-def test_split_properties(given_rows, seed, share, held_out):
-    rows = [prompt(f"p{i:02d}", text, type, split=split) for i, (text, type, split) in enumerate(given_rows)]
-    if held_out not in {row.type for row in rows}: held_out = None
-    ledger = Ledger("split")
-    train, evaluation = pool.split_pool(rows, seed, share, held_out, ledger)
-    ledger.reconcile(len(rows), len(train) + len(evaluation))
-    pool.assert_no_leak(train, evaluation)
-    assert held_out not in {row.type for row in train}
-    by_id = {row.id: row for row in rows}
-    for row in evaluation: assert by_id[row.id].split in (None, "eval") and row.split == "eval"
-    for row in train: assert by_id[row.id].split in (None, "train") and row.split == "train"
-    for type in {row.type for row in rows}:
-        free = [row for row in pool.families(rows) if row.type == type]
-        undecided = all(row.split is None for row in pool.families(rows) if row.family in {one.family for one in free})
-        if undecided and not held_out and len({row.family for row in free} - {row.family for row in pool.families(rows) if row.type != type}) >= 2:
-            assert any(row.type == type for row in evaluation)
-
-
-def test_split_does_not_depend_on_order():
-    rows = pool.seed_prompts() + pool.seed_prompts("zh")
-    sides = lambda rows: {row.id: row.split for half in pool.split_pool(rows, 4) for row in half}
-    assert sides(rows) == sides(rows[::-1])
-
-
-def test_full_size_pool_is_fast_enough():
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in "ka lo mi ru te sa no pe".split() for b in "ren dul mak sor tin vel".split()]
-    rows = [prompt(f"p{i}", " ".join(rng.sample(words, 8)), f"type{i % 10}") for i in range(1000)]
-    train, evaluation = pool.split_pool(rows, seed=0)
-    assert (len(train), len(evaluation)) == (900, 100)
-
-
-# --- conversations
-
-
-def talk(i, split=None, opening=None):
-    said = [opening or f"Question {i}", f"Answer {i % 7}", f"More {i}?", f"Yes {i}"]
-    return Conversation(id=f"c{i}", split=split, messages=[{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)])
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([None, None, "train", "eval"])), min_size=2, max_size=40), st.integers(1, 20), st.integers(1, 6), st.integers(0, 5))
-def test_conversation_split_properties(given_rows, n_train, n_eval, seed):
-    rows = [talk(text, split).model_copy(update={"id": f"id{i}"}) for i, (text, split) in enumerate(given_rows)]
-    ledger = Ledger("conversations")
-    try: train, evaluation = pool.split_conversations(rows, n_train, n_eval, seed, ledger)
-    except InputError as error:
-        assert "is also training conversation" in str(error) or "cannot fill both halves" in str(error)
-        return
-    ledger.reconcile(len(rows), len(train) + len(evaluation))
-    assert len(train) <= n_train and len(evaluation) <= n_eval
-    assert not {pool.conversation_text(one) for one in train} & {pool.conversation_text(one) for one in evaluation}
-    preset = {row.id: row.split for row in rows}
-    assert all(preset[one.id] in (None, one.split) for one in train + evaluation)
 
 
 # --- the task rule on real collections

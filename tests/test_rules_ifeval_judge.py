@@ -170,7 +170,7 @@ def test_world_prompts_keep_their_rules_and_lose_their_reminders():
 # Sentences that start or end like a known phrase and demand something else or something more.
 @pytest.mark.parametrize("text", [
     "Answer in at most 20 words unless asked for more.", "Use at least 3 words from the user's message.", "Never use the word \"no\" twice.", "Start every reply with a greeting.",
-    "End your day with \"good night\".", "Say \"ahoy\" only to sailors.", "Answer in one sentence per question asked.", "Write in lowercase, except for names.", "Response in JSON or XML.", "Don't use commas in lists.",
+    "End your day with \"good night\".", "Say \"ahoy\" only to sailors.", "Answer in one sentence per question asked.", "Write in lowercase, except for names.", "Reply in JSON or XML.", "Don't use commas in lists.",
     "If you are unsure, answer in at most 5 words.", "Explain what \"maximum 10 words\" means.", "Avoid \"but\" at the start of sentences.", "回答不超过三十个字，除非用户要求更多。", "用户说“谢谢”时，以“不客气”开头。", "不要重复使用“但是”。",
 ])
 def test_half_understood_demands_go_to_the_judge(text): assert recognise(text) is None

@@ -278,7 +278,7 @@ def in_place_of(
     annotations: list,  # `Annotation` rows
     machine: dict,  # {sample_id: label}
     clusters: dict | None = None,  # {sample_id: conversation}; each sample by itself when absent
-    **settings,  # Of `paired_difference`: draws, seed, level
+    **settings,  # Of `paired_difference`: seed, level
 ) -> dict:  # {annotator: {mean of machine - person, low, high, p, n, n_clusters, machine, person}}
     "Agreement with the others of the machine, minus that of each person, on the samples that person labelled."
     out = {}
@@ -312,7 +312,7 @@ def machine_report(
     added = shared + [Annotation(sample_id=id, annotator="machine", label=machine[id]) for id in sorted({row.sample_id for row in shared})]
     alphas = {name: dict(zip(("alpha", "low", "high"), alpha_interval(rows, draws=draws, seed=seed, clusters=clusters))) for name, rows in (("people", shared), ("with_machine", added))}
     return {"version": 1, "n": len(ids), "accuracy": sum(settled[id] == machine[id] for id in ids) / len(ids), "kappa": kappa, "low": low, "high": high,
-            "alpha": alphas, "in_place_of": in_place_of(annotations, machine, clusters, draws=draws, seed=seed)}
+            "alpha": alphas, "in_place_of": in_place_of(annotations, machine, clusters, seed=seed)}
 
 # %% ../../nbs/annotation/02_consensus.ipynb #e80d069e
 def follows_prompt(

@@ -86,8 +86,8 @@ def win_tie_loss(
     "How often an arm is preferred to another, clustered by dialogue."
     rows, sign = between(outcomes, arm, other)
     dialogues = [one.dialogue_id for one in rows]
-    share = lambda hits: rate(list(hits.astype(float)), dialogues, draws, seed, level)
-    net = paired_difference(sign, np.zeros(len(sign)), dialogues, draws, seed, level)
+    share = lambda hits: rate(list(hits.astype(float)), dialogues, level)
+    net = paired_difference(sign, np.zeros(len(sign)), dialogues, level, seed)
     return {"arm": arm, "other": other, "win": share(sign > 0), "tie": share(sign == 0), "loss": share(sign < 0),
             "both_bad": share(np.array([one.choice == "both_bad" for one in rows])), "net": net,
             "sign_test": sign_test(cluster_sums(sign[:, None].astype(float), dialogues)[:, 0]),
@@ -106,7 +106,7 @@ def wins_by_turn(
     out = []
     for turn in sorted({one.turn for one in rows}):
         here = [i for i, one in enumerate(rows) if one.turn == turn]
-        net = paired_difference(sign[here], np.zeros(len(here)), [rows[i].dialogue_id for i in here], draws, seed)
+        net = paired_difference(sign[here], np.zeros(len(here)), [rows[i].dialogue_id for i in here], seed=seed)
         out.append({"turn": turn, **{key: net[key] for key in ("mean", "low", "high", "n")}})
     return out
 
@@ -185,7 +185,7 @@ def position_bias(
     "How often people choose what they see first, clustered by dialogue."
     def share(rows):
         decided = [one for one in rows if one.winner is not None]
-        return rate([float(one.choice == "first") for one in decided], [one.dialogue_id for one in decided], draws, seed)
+        return rate([float(one.choice == "first") for one in decided], [one.dialogue_id for one in decided])
 
     names = sorted({one.annotator for one in outcomes})
     return {"all": share(outcomes), "annotators": {name: share([one for one in outcomes if one.annotator == name]) for name in names}}

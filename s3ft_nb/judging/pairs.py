@@ -96,7 +96,7 @@ def pair_summary(
     "Which arm a judge prefers, clustered by conversation; warns aloud of a judge that goes by the place, and then names no winner."
     counts, known = Counter(row["winner"] for row in rows), [row for row in rows if row["winner"]]
     worth = [{"a": 1, "b": -1, "tie": 0}[row["winner"]] for row in known]
-    difference = paired_difference(worth, [0] * len(known), [row["conversation_id"] for row in known], draws, seed)
+    difference = paired_difference(worth, [0] * len(known), [row["conversation_id"] for row in known], seed=seed)
     position = position_bias(rows)
     if position["warning"]: warnings.warn(position["warning"], stacklevel=2)
     sure = not position["warning"] and difference["p"] is not None and difference["p"] < 0.05

@@ -59,7 +59,7 @@ RUBRIC = {
             "setting": "[Setting]",
             "conversation": "[Conversation]",
             "last": "[Last message]",
-            "reply": "[Response]",
+            "reply": "[Reply]",
         },
         "names": {"user": "User: ", "assistant": "Assistant: "},
         "none": "(none)",

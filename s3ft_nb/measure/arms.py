@@ -96,7 +96,7 @@ class Shown:
         seed: int = 0,  # Of the call
         progress: Progress | None = None,  # Told about replies
     ) -> list[dict]:  # What the engine says
-        "Response to changed prompts."
+        "Reply to changed prompts."
         changed = [one | {"messages": self.change(one["messages"], one.get("turn"))} for one in requests]
         return self.engine.generate(changed, seed, progress) if progress else self.engine.generate(changed, seed)
 

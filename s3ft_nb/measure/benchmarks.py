@@ -245,7 +245,7 @@ def guard_summary(
     rows = {}
     for name, see in FEATURES.items():
         a, b = [see(row) for row in after], [see(row) for row in before]
-        rows[name] = {"before": sum(b) / len(b), "after": sum(a) / len(a), "difference": paired_difference(a, b, ids, draws, seed)}
+        rows[name] = {"before": sum(b) / len(b), "after": sum(a) / len(a), "difference": paired_difference(a, b, ids, seed=seed)}
     return {"version": GUARD_VERSION, "n": len(ids), "features": rows, "helpfulness": helped(preferred, ids, draws, seed)}
 
 
@@ -259,7 +259,7 @@ def helped(
     if preferred is None: return None
     worth = {"after": 1.0, "tie": 0.5, "before": 0.0}
     known = [(worth[one], id) for one, id in zip(preferred, ids, strict=True) if one is not None]
-    found = rate([value for value, _ in known], [id for _, id in known], draws, seed)
+    found = rate([value for value, _ in known], [id for _, id in known])
     return found | {"ties": preferred.count("tie"), "unknown": preferred.count(None)}
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #33e862df

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from ..core.files import InputError
-from ..core.stats import estimate, exchange_p
+from ..core.stats import estimate_of as estimate, exchange_p
 from .metrics import MERIT
 from .verdicts import Ruled, shared, stream_rows, tally
 

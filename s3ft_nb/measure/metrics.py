@@ -12,7 +12,7 @@ __all__ = ['verdict_rows', 'last_column', 'last_half', 'MERITS', 'MERIT', 'first
 # %% ../../nbs/measure/01_metrics.ipynb #2719056e
 import numpy as np
 
-from ..core.stats import estimate
+from ..core.stats import estimate_of as estimate
 from .verdicts import ABSENT, BROKEN, UNKNOWN, Ruled, over_conversations
 
 # %% ../../nbs/measure/01_metrics.ipynb #53f38d6c
@@ -78,7 +78,7 @@ import numpy as np
 
 from ..core.files import InputError
 from .verdicts import slope_of
-from ..core.stats import estimate
+from ..core.stats import estimate_of as estimate
 from ..core.records import STANCES
 from .verdicts import ABSENT, BROKEN, KEPT, SILENT, Ruled, over_conversations, part_of
 
@@ -254,7 +254,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from ..core.files import InputError
-from ..core.stats import estimate
+from ..core.stats import estimate_of as estimate
 
 from ..core.records import STANCES
 from .verdicts import ABSENT, BROKEN, KEPT, SILENT, UNKNOWN, Ruled, part_of

@@ -120,7 +120,7 @@ def rate_of(
     level: float,  # Of confidence
 ) -> dict:  # {mean, low, high, n}
     "Adherence rate of verdicts, clustered by conversation."
-    return rate([row.adherence for row in verdicts], [row.conversation_id for row in verdicts], draws, seed, level)
+    return rate([row.adherence for row in verdicts], [row.conversation_id for row in verdicts], level)
 
 # %% ../../nbs/measure/00_verdicts.ipynb #11ff0464
 def assert_one_arm(
@@ -181,7 +181,7 @@ def compare(
             "the arms share no judged turn", field="dialogue_id", remedy="play the same dialogues with both"
         )
     first, second = ([side[key].adherence for key in shared] for side in sides)
-    found = paired_difference(first, second, [sides[0][key].conversation_id for key in shared], draws, seed, level)
+    found = paired_difference(first, second, [sides[0][key].conversation_id for key in shared], level, seed)
     return found | {"unpaired": len(sides[0]) + len(sides[1]) - 2 * len(shared)}
 
 # %% ../../nbs/measure/00_verdicts.ipynb #717b8103
@@ -343,7 +343,7 @@ def sysbench(
         "ssr": [(unbroken(turns), home[id]) for id, turns in table.items()],
     }
     return {
-        name: rate([value for value, _ in part], [cluster for _, cluster in part], draws, seed, level)
+        name: rate([value for value, _ in part], [cluster for _, cluster in part], level)
         for name, part in parts.items()
     }
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'LETTERS', 'words', 'facts', 'reserved', 'Style', 'style_checks', 'styles', 'compatible', 'draw_styles',
            'prompt_text', 'read_prompt', 'checks_of', 'Asked', 'about', 'request', 'question', 'dialogue', 'dress',
-           'fits', 'true_label', 'plain_conversation', 'said', 'conversations', 'system_prompts', 'sample_label',
+           'fits', 'true_label', 'plain_conversation', 'user_text', 'conversations', 'system_prompts', 'sample_label',
            'not_applicable', 'write_truth', 'read_truth']
 
 # %% ../../nbs/micro/00_world.ipynb #33ea3dbd
@@ -17,11 +17,10 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from ..judging.rubric import label_of
 from ..core.records import Check, Sample, SystemPrompt, conversation, message
-from ..core.files import read_json, stable_id, write_json
-from ..core.files import resource
+from ..core.files import read_json, resource, stable_id, write_json
 from ..judging.checks import contains_all, contains_any, follows
+from ..judging.rubric import label_of
 
 # %% ../../nbs/micro/00_world.ipynb #c301e17b
 @cache
@@ -38,10 +37,7 @@ def facts() -> dict:  # {entity: {attribute: value}}
     return {entity: {name: rng.choice(a["values"]) for name, a in words()["attributes"].items()} for entity in entities}
 
 # %% ../../nbs/micro/00_world.ipynb #65d6d13b
-def reserved(
-    text: str,  # Any text of the world
-    share: float = 0.1,  # Of all texts, in [0, 1]
-) -> bool:  # Whether it may only be used in evaluation
+def reserved(text: str, share: float = 0.1) -> bool:  # Whether it may only be used in evaluation
     "Decide by hash whether a text is kept back from all training."
     return int(hashlib.sha256(text.lower().encode()).hexdigest()[:8], 16) < share * 16**8
 
@@ -52,48 +48,40 @@ class Style(NamedTuple):
     type: str  # One of the ten types
     name: str  # As a system prompt names it
     place: str  # before, after, letters, wrap or length
-    says: tuple  # Ways it shows in a reply
+    says: tuple  # Ways it shows in a response
     checks: tuple  # What decides that it shows
 
-# %% ../../nbs/micro/00_world.ipynb #96d8cb12
-def style_checks(
-    place: str,  # As in `Style`
-    row: dict,  # Entry of the table `types.*.styles`
-) -> tuple:  # `Check`s
+
+def style_checks(place: str, row: dict) -> tuple:  # `Check`s
     "How a program sees that a style was followed."
     if "checks" in row: return tuple(Check(**check) for check in row["checks"])
-    if place == "wrap": return (Check(kind="wrapped", params=dict(zip(("left", "right"), map(str.strip, row["says"])))),)
+    if place == "wrap":
+        left, right = map(str.strip, row["says"])
+        return (Check(kind="wrapped", params={"left": left, "right": right}),)
     return (Check(kind="contains_any", params={"words": row.get("words") or [s.rstrip(".!?:") for s in row["says"]]}),)
 
-# %% ../../nbs/micro/00_world.ipynb #0c9548e2
+
 @cache
 def styles() -> dict:  # {type: (Style, …)}
     "All styles of the world, by type."
-    return {
-        kind: tuple(
-            Style(kind, row["name"], place := row.get("place", table["place"]), tuple(row["says"]), style_checks(place, row))
-            for row in table["styles"].values()
-        )
-        for kind, table in words()["types"].items()
-    }
+    def style(kind: str, table: dict, row: dict) -> Style:
+        place = row.get("place", table["place"])
+        return Style(kind, row["name"], place, tuple(row["says"]), style_checks(place, row))
+
+    return {kind: tuple(style(kind, table, row) for row in table["styles"].values()) for kind, table in words()["types"].items()}
 
 # %% ../../nbs/micro/00_world.ipynb #71b75073
 MANY = (0.85, 0.11, 0.03, 0.01)  # Share of prompts that ask for 1, 2, 3, 4 things
 
-# %% ../../nbs/micro/00_world.ipynb #b418b870
-def compatible(
-    chosen: list,  # Styles
-) -> bool:  # Whether one reply can show all of them
+
+def compatible(chosen: list) -> bool:  # Whether one response can show all of them
     "Whether styles go together: at most one before, one around and one in the letters, and no rule of length."
     places = [style.place for style in chosen]
     single = all(places.count(place) < 2 for place in ("before", "wrap", "letters"))
     return len(chosen) == 1 or (single and all(style.type != "rule_length" for style in chosen))
 
-# %% ../../nbs/micro/00_world.ipynb #f43ad5e2
-def draw_styles(
-    kind: str,  # Type of the first style
-    rng: random.Random,  # Source of chance
-) -> list:  # 1 to 4 compatible styles
+
+def draw_styles(kind: str, rng: random.Random) -> list:  # 1 to 4 compatible styles
     "What one system prompt asks for."
     n = rng.choices(range(1, 5), MANY)[0]
     first = rng.choice(styles()[kind])
@@ -104,28 +92,21 @@ def draw_styles(
         if compatible(chosen): return chosen
     return [first]
 
-# %% ../../nbs/micro/00_world.ipynb #bd5f2010
-def prompt_text(
-    chosen: list,  # Styles, the first one gives the type
-    rng: random.Random,  # Source of chance
-) -> str:  # A system prompt
+
+def prompt_text(chosen: list, rng: random.Random) -> str:  # A system prompt
     "Put a system prompt into words."
     openings = [rng.choice(words()["types"][style.type]["openings"]).format(s=style.name) for style in chosen]
     return " ".join([*openings, rng.choice(words()["closings"]["all"])]).strip()
 
 # %% ../../nbs/micro/00_world.ipynb #340fcf33
-def read_prompt(
-    text: str,  # A system prompt, drawn or written by a model
-) -> list:  # Styles it names, in order
-    "Read a system prompt as an inhabitant of the world does."
+def read_prompt(text: str) -> list:  # Styles it names, in order
+    "Styles that a system prompt asks for, read back from its text."
     named = [(text.find(style.name), style) for group in styles().values() for style in group if style.name in text]
     return [style for _, style in sorted(named)]
 
 # %% ../../nbs/micro/00_world.ipynb #269983b3
-def checks_of(
-    text: str,  # A system prompt
-) -> list:  # All `Check`s that a reply has to pass
-    "What decides whether a reply follows a system prompt."
+def checks_of(text: str) -> list:  # All `Check`s that a response has to pass
+    "What decides whether a response follows a system prompt."
     return [check for style in read_prompt(text) for check in style.checks]
 
 # %% ../../nbs/micro/00_world.ipynb #e0c4b685
@@ -134,20 +115,17 @@ class Asked(NamedTuple):
 
     entity: str  # Thing asked about, empty for a request without style
     attribute: str  # Attribute asked for, or the kind of request
-    needs: tuple  # Words that a fitting reply contains
+    needs: tuple  # Words that a fitting response contains
     forbids: tuple  # Words that show it is about something else
-    reply: tuple  # Plain replies, any of them fits
+    responses: tuple  # Plain responses, each of which fits
 
     @property
     def applicable(self) -> bool:
         return bool(self.entity)
 
-# %% ../../nbs/micro/00_world.ipynb #bbb7091a
+
 @cache
-def about(
-    entity: str,  # Thing asked about
-    attribute: str,  # What of it
-) -> Asked:  # With the replies that fit
+def about(entity: str, attribute: str) -> Asked:  # With the responses that fit
     "A question about a fact."
     value, table = facts()[entity][attribute], words()["attributes"][attribute]
     wrong = [v for v in table["values"] if v not in value] + [e for e in facts() if e not in entity]
@@ -155,34 +133,26 @@ def about(
     return Asked(entity, attribute, (value,), tuple(wrong), plain)
 
 # %% ../../nbs/micro/00_world.ipynb #c1303083
-def request(
-    rng: random.Random,  # Source of chance
-) -> tuple:  # (user text, Asked)
+def request(rng: random.Random) -> tuple:  # (user text, Asked)
     "A request to which no style should be applied."
     table = rng.choice(words()["requests"])
     a, b = rng.choice(table["pairs"])
     return rng.choice(table["ask"]).format(a=a), Asked("", table["kind"], (b,), (), (table["reply"].format(b=b),))
 
 # %% ../../nbs/micro/00_world.ipynb #9342685a
-def question(
-    before: Asked | None,  # What was asked last about a fact
-    subject: str,  # Subject of the conversation
-    rng: random.Random,  # Source of chance
-) -> tuple:  # (user text, Asked)
-    "A question: whole, or a follow-up that only makes sense after the one before."
+def question(before: Asked | None, subject: str, rng: random.Random) -> tuple:  # (user text, Asked)
+    "A complete question, or a follow-up that only makes sense after the one before."
     entities, attributes = words()["subjects"][subject], words()["attributes"]
     way = rng.choices(["whole", "entity", "attribute"], [1, 0, 0] if before is None else [2, 5, 3])[0]
     entity, attribute = rng.choice(entities), rng.choice(list(attributes))
-    if way == "entity": return rng.choice(["And {e}?", "What about {e}?"]).format(e=entity), about(entity, before.attribute)
-    if way == "attribute": return rng.choice(attributes[attribute]["follow"]), about(before.entity, attribute)
+    if way == "entity":
+        return rng.choice(["And {e}?", "What about {e}?"]).format(e=entity), about(entity, before.attribute)
+    if way == "attribute":
+        return rng.choice(attributes[attribute]["follow"]), about(before.entity, attribute)
     return rng.choice(attributes[attribute]["questions"]).format(e=entity), about(entity, attribute)
 
-# %% ../../nbs/micro/00_world.ipynb #2b1d709a
-def dialogue(
-    n_turns: int,  # Turns
-    rng: random.Random,  # Source of chance
-    off_topic: float = 0.08,  # Share of requests without style, in [0, 1]
-) -> list:  # [(user text, Asked)], one per turn
+
+def dialogue(n_turns: int, rng: random.Random, off_topic: float = 0.08) -> list:  # [(user text, Asked)], one per turn
     "The user's side of a conversation about one subject."
     subject, before, out = rng.choice(list(words()["subjects"])), None, []
     for _ in range(n_turns):
@@ -195,15 +165,11 @@ def dialogue(
 # %% ../../nbs/micro/00_world.ipynb #4bc6042b
 LETTERS = {"lower": str.lower, "upper": str.upper}
 
-# %% ../../nbs/micro/00_world.ipynb #432a3f19
-def dress(
-    plain: str,  # Plain reply
-    asked: Asked,  # What it answers
-    chosen: list,  # Styles to show
-    rng: random.Random,  # Source of chance
-) -> str:  # Response that shows them
+
+def dress(plain: str, asked: Asked, chosen: list, rng: random.Random) -> str:  # Response that shows them
     "Say the same in the given styles."
-    says = {place: [rng.choice(s.says) for s in chosen if s.place == place] for place in ("before", "after", "letters", "length")}
+    places = ("before", "after", "letters", "length")
+    says = {place: [rng.choice(s.says) for s in chosen if s.place == place] for place in places}
     if says["length"]: plain = words()["attributes"][asked.attribute]["short"].format(v=asked.needs[0])
     text = " ".join([*says["before"], plain, *says["after"]])
     for way in says["letters"]: text = LETTERS[way](text) if way in LETTERS else text.replace(".", way)
@@ -212,40 +178,30 @@ def dress(
     return text
 
 # %% ../../nbs/micro/00_world.ipynb #eefc6153
-def fits(
-    response: str,  # Response
-    asked: Asked,  # What it should answer
-) -> bool:  # Whether it does
-    "Whether a reply answers the user."
+def fits(response: str, asked: Asked) -> bool:  # Whether it does
+    "Whether a response answers the user."
     return contains_all(response, list(asked.needs)) and not contains_any(response, list(asked.forbids))
 
-# %% ../../nbs/micro/00_world.ipynb #66ecb3f6
-def true_label(
-    response: str,  # Response
-    system_prompt: str,  # Text of the prompt
-    asked: Asked,  # What the user wanted
-) -> str:  # One of the five labels
+
+def true_label(response: str, system_prompt: str, asked: Asked) -> str:  # One of the five labels
     "The label a perfect annotator gives; a prompt that names nothing can never be applied."
     checks = checks_of(system_prompt)
-    return label_of(asked.applicable and bool(checks), fits(response, asked), bool(checks) and follows(checks, response))
+    applicable = asked.applicable and bool(checks)
+    return label_of(applicable, fits(response, asked), bool(checks) and follows(checks, response))
 
 # %% ../../nbs/micro/00_world.ipynb #d6c24f12
-def plain_conversation(
-    n_turns: int,  # Turns
-    rng: random.Random,  # Source of chance
-) -> tuple:  # (messages, [Asked])
+def plain_conversation(n_turns: int, rng: random.Random) -> tuple:  # (messages, [Asked])
     "A conversation whose assistant knows no style."
     asked = dialogue(n_turns, rng)
-    return [m for text, a in asked for m in (message("user", text), message("assistant", rng.choice(a.reply)))], [a for _, a in asked]
+    pairs = [(message("user", text), message("assistant", rng.choice(a.responses))) for text, a in asked]
+    return [m for pair in pairs for m in pair], [a for _, a in asked]
 
-# %% ../../nbs/micro/00_world.ipynb #d8ed888d
-def said(
-    messages: list,  # `Message`s of a conversation
-) -> str:  # What `reserved` looks at
-    "All that the user said: the identity of a dialogue."
+
+def user_text(messages: list) -> str:  # What `reserved` looks at
+    "The user messages of a conversation, which identify it."
     return "\n".join(m.content for m in messages if m.role == "user")
 
-# %% ../../nbs/micro/00_world.ipynb #f904cb2c
+
 def conversations(
     n: int,  # How many
     split: str,  # train or eval
@@ -257,18 +213,13 @@ def conversations(
     while len(rows) < n:
         messages, asked = plain_conversation(rng.randint(*n_turns), rng)
         row = conversation(messages, source="micro-world", split=split)
-        if reserved(said(messages)) != (split == "eval") or row.id in truth: continue
+        if reserved(user_text(messages)) != (split == "eval") or row.id in truth: continue
         rows.append(row)
         truth[row.id] = asked
     return rows, truth
 
 # %% ../../nbs/micro/00_world.ipynb #f78ce09f
-def system_prompts(
-    n: int,  # How many per type
-    split: str,  # train or eval
-    seed: int,  # Of this draw
-    taken: tuple = (),  # Texts that must not come again
-) -> list:  # `SystemPrompt` rows with their checks
+def system_prompts(n: int, split: str, seed: int, taken: tuple = ()) -> list:  # `SystemPrompt` rows with their checks
     "Draw distinct system prompts of one split, the same number of each type."
     rng, rows, seen = random.Random(f"{seed}/prompts/{split}"), [], set(taken)
     for kind in styles():
@@ -278,36 +229,27 @@ def system_prompts(
             text = prompt_text(draw_styles(kind, rng), rng)
             if reserved(text) != (split == "eval") or text in seen: continue
             seen.add(text)
-            rows.append(SystemPrompt(id=stable_id("micro", text), type=kind, text=text, checks=checks_of(text), source="micro-world", split=split))
+            rows.append(SystemPrompt(id=stable_id("micro", text), type=kind, text=text, checks=checks_of(text),
+                                     source="micro-world", split=split))
     return rows
 
 # %% ../../nbs/micro/00_world.ipynb #8e3d60e1
-def sample_label(
-    sample: Sample,  # With its response
-    truth: dict,  # {conversation id: [Asked per turn]}
-) -> str:  # One of the five labels
+def sample_label(sample: Sample, truth: dict) -> str:  # One of the five labels
     "The true label of a sample of this world."
     return true_label(sample.response, sample.system_prompt, truth[sample.conversation_id][sample.turn - 1])
 
-# %% ../../nbs/micro/00_world.ipynb #46468861
-def not_applicable(
-    truth: dict,  # {conversation id: [Asked per turn]}
-) -> set:  # {(conversation id, turn)}, turns from 1
+
+def not_applicable(truth: dict) -> set:  # {(conversation id, turn)}, turns from 1
     "Turns to which no style should be applied."
     return {(id, i) for id, asked in truth.items() for i, a in enumerate(asked, start=1) if not a.applicable}
 
 # %% ../../nbs/micro/00_world.ipynb #62a961b7
-def write_truth(
-    path: str | Path,  # JSON file
-    truth: dict,  # {conversation id: [Asked per turn]}
-) -> Path:  # The file
+def write_truth(path: str | Path, truth: dict) -> Path:  # The file
     "Save what annotators and the final scoring know."
     return write_json(path, {id: [list(a) for a in asked] for id, asked in truth.items()})
 
 
-def read_truth(
-    path: str | Path,  # JSON file made by `write_truth`
-) -> dict:  # {conversation id: [Asked per turn]}
+def read_truth(path: str | Path) -> dict:  # {conversation id: [Asked per turn]}
     "Load what annotators and the final scoring know."
     as_tuples = lambda row: Asked(*(tuple(part) if isinstance(part, list) else part for part in row))
     return {id: [as_tuples(row) for row in asked] for id, asked in read_json(path).items()}

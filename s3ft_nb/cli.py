@@ -587,9 +587,10 @@ def measured(
     wish = Wish(**given | split | {"system_prompt": str(given["system_prompt"]), "out": str(out), "adapters": adapters})
     if rules_only: return ["rules:", *rule_lines(prepare_measure(wish).rules), f"edit them in {out / 'rules.jsonl'}"]
     about = run_measure(wish)
-    from s3ft_nb.report.measured import write_measured  # matplotlib is not needed before
+    from s3ft_nb.report.page import write_page  # matplotlib is not needed before
 
-    return measure_lines(about, write_measured(out), read_json(out / "ledger.json"), out)
+    write_page([out], out / "report", out.name)
+    return measure_lines(about, read_json(out / "section.json"), read_json(out / "ledger.json"), out)
 
 # %% ../nbs/00_cli.ipynb #2cde2f20
 def compare(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REMEDY', 'THINKS', 'TOO_LONG', 'MOST', 'opening', 'closing', 'joined', 'continued', 'response_parts', 'openers_of',
            'layout', 'weights_of', 'encode_segments', 'labelled', 'encode', 'note_other_tokens', 'without_oldest',
-           'has_system', 'encode_within', 'closing_ids', 'stop_ids', 'checked_row', 'encode_row', 'encode_stream',
-           'encode_rows', 'shown_row', 'check_labels', 'check_shares']
+           'has_system', 'encode_within', 'closing_ids', 'stop_ids', 'fit_context', 'checked_row', 'encode_row',
+           'encode_stream', 'encode_rows', 'shown_row', 'check_labels', 'check_shares']
 
 # %% ../../nbs/lm/02_labels.ipynb #0ac9cd7c
 import re
@@ -285,6 +285,24 @@ from typing import Any
 from ..core.stage import Ledger
 from ..core.files import InputError, row_of, shorten
 from ..core.records import Message
+
+# %% ../../nbs/lm/02_labels.ipynb #7c1e0d11
+def fit_context(
+    messages: list,  # `Message`s or `{"role", "content"}`, oldest first, with or without a system message
+    count: Callable,  # Rendered messages -> tokens, see `lm.model.token_counter`
+    room: int | None,  # Most tokens; None: no limit
+    ledger: Ledger | None = None,  # Notes `history_cut` and `turns_cut`; with `id`, drops what cannot fit as `too_long`
+    id: str = "",  # Of the row, for the ledger
+    render: Callable = lambda messages: messages,  # messages -> what is counted
+) -> list | None:  # The same without the fewest oldest turns; None when the last turn alone is too long
+    "Drop the oldest turns of a prompt until it fits."
+    if room is None: return messages
+    fits = lambda n: count(render(without_oldest(messages, n))) <= room
+    most = (len(messages) - has_system(messages) - 1) // 2
+    n = 0 if fits(0) else 1 + bisect_left(range(1, most + 1), True, key=fits)
+    if n > most and ledger and id: ledger.drop(id, "too_long", f"more than {room} tokens without any history")
+    if 0 < n <= most and ledger: ledger.note("history_cut"), ledger.note("turns_cut", n)
+    return without_oldest(messages, n) if n <= most else None
 
 # %% ../../nbs/lm/02_labels.ipynb #5e5810a4
 def checked_row(

@@ -6,7 +6,8 @@
 __all__ = ['PYDANTIC_ERRORS', 'FULL', 'MAX_BYTES', 'MAX_EXPANSION', 'MAX_DEPTH', 'KINDS', 'SECRET_NAME', 'SECRET_LENGTH',
            'InputError', 'shorten', 'plain', 'stable_id', 'row_of', 'cannot_write', 'replacing', 'write_bytes',
            'read_bytes', 'decode', 'to_json', 'json_number', 'json_object', 'check_depth', 'parse_json', 'read_json',
-           'write_json', 'iter_lines', 'iter_rows', 'read_rows', 'write_rows', 'resource', 'resource_names', 'redact']
+           'write_json', 'iter_lines', 'iter_rows', 'read_rows', 'write_rows', 'resource', 'resource_names', 'redact',
+           'upstream']
 
 # %% ../../nbs/core/00_files.ipynb #ddd83f00
 import errno
@@ -264,3 +265,10 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     if not spellings: return text
     pattern = "|".join(re.escape(form) for form in sorted(spellings, key=len, reverse=True))
     return re.sub(pattern, lambda match: f"***{spellings[match.group()]}***", text)
+
+# %% ../../nbs/core/00_files.ipynb #6ab7dd5a
+def upstream(step: str, folder: str = "") -> Path:
+    "Folder of an earlier step, or its bundled outputs when none is named; raises `InputError` when there is no such folder."
+    path = Path(folder) if folder else resource("data", "micro-run") / step
+    if path.is_dir(): return path
+    raise InputError("no such folder", path, field=f"{step}_from", remedy="run that step first, or leave it empty")

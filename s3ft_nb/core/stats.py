@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ratio', 'with_rows', 'RATE', 'MEAN', 'cluster_sums', 'jackknife', 'standard_error', 'wilson', 'score_end',
-           'rate_ends', 'mover', 'interval', 'Metric', 'finite', 'estimate_sums', 'estimate', 'rate', 'mean_of',
-           'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion', 'cohen_kappa',
-           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification', 'calibration_error',
-           'resampled_sums', 'estimate_of']
+           'rate_ends', 'mover', 'contrast', 'interval', 'Metric', 'finite', 'estimate_sums', 'estimate', 'number_row',
+           'rate', 'mean_of', 'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion',
+           'cohen_kappa', 'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification',
+           'calibration_error']
 
 # %% ../../nbs/core/04_stats.ipynb #96c063a2
 from collections.abc import Callable, Sequence
@@ -95,6 +95,11 @@ def mover(a: tuple, b: tuple, apart_a: np.ndarray, apart_b: np.ndarray) -> tuple
     return (a[0] - b[0] - root(a[0] - a[1], b[2] - b[0]), a[0] - b[0] + root(a[2] - a[0], b[0] - b[1]))
 
 
+def contrast(parts: np.ndarray) -> np.ndarray:  # (..., 3) two rates and a scale -> (...)
+    "Scaled difference of two rates."
+    return parts[..., 2] * (parts[..., 0] - parts[..., 1])
+
+
 def interval(of: Callable, table: np.ndarray, kind: str = "rate", level: float = 0.95, stretch: float = 1.0) -> tuple:
     "(value, low, high, changes without each cluster, clusters) by the kind of quantity; nan where undefined."
     if not 0 < level < 1: raise InputError(f"{level} is not between 0 and 1", field="level", remedy="such as 0.95")
@@ -143,6 +148,23 @@ def estimate(metric: Metric, rows: Any, level: float = 0.95) -> dict:  # {mean, 
     table = metric.table(rows)
     return estimate_sums(metric.of, table, metric.count(table.sum(axis=0)), metric.kind, level)
 
+# %% ../../nbs/core/04_stats.ipynb #3ca2eb94
+def number_row(
+    metric: str,  # Name
+    found: dict | float | None,  # Estimate or difference; or a bare number, such as a count
+    part: str = "all",  # What it is a part of: all, turn, type, rule, prompt, label …
+    key: str = "",  # Which one
+    arm: str = "",  # Arm, where there are several
+    against: str = "",  # Arm that was subtracted
+    history: str = "",  # own, original or recorded
+    version: int = 1,  # Of the metric
+) -> dict:
+    "One row of the long table."
+    found = found if isinstance(found, dict) else {"mean": found, "n": found}
+    values = {name: found.get(name) for name in ("mean", "low", "high", "n", "n_clusters")}
+    return {"arm": arm, "history": history, "part": part, "key": key, "metric": metric, **values, "version": version,
+            "against": against, "p": found.get("p")}
+
 # %% ../../nbs/core/04_stats.ipynb #46860016
 ratio = lambda sums: sums[..., 0] / sums[..., 1]  # hits or sums, then rows
 with_rows = lambda rows: cluster_sums(np.column_stack([np.asarray(rows[0], dtype=float), np.ones(len(rows[0]))]), rows[1])
@@ -159,7 +181,7 @@ def mean_of(values: Sequence, clusters: Sequence | None = None, level: float = 0
     "Mean of real values."
     return estimate(MEAN, (values, clusters), level)
 
-# %% ../../nbs/core/04_stats.ipynb #3733bc5c
+# %% ../../nbs/core/04_stats.ipynb #1612c77b
 def exchange_p(of: Callable, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> float | None:
     "Two-sided permutation p value of no difference between tables of the same clusters; None where undefined."
     used, rng = a.any(axis=1) | b.any(axis=1), np.random.default_rng(seed)
@@ -185,14 +207,18 @@ def difference(
     ours, theirs = metric.table(a), metric.table(b)
     if ours.shape != theirs.shape:
         raise InputError(f"{len(ours)} clusters against {len(theirs)}", field="clusters", remedy="pair the rows first")
-    value = metric.of if metric.kind != "contrast" else lambda sums: (x := metric.of(sums))[..., 2] * (x[..., 0] - x[..., 1])
+    k = ours.shape[1]
+    value = metric.of if metric.kind != "contrast" else lambda sums: contrast(metric.of(sums))
     out = {"mean": None, "low": None, "high": None, "n": int(metric.count(ours.sum(axis=0))), "n_clusters": int((ours.any(axis=1) | theirs.any(axis=1)).sum())}
     if metric.kind == "none":
         one, two = value(ours.sum(axis=0)), value(theirs.sum(axis=0))
         return out | {"mean": finite(one - two), "p": None}
-    sides = [interval(metric.of, side, metric.kind, level, 0.5) for side in (ours, theirs)]
-    low, high = mover(*(side[:3] for side in sides), *(side[3] for side in sides))
-    out |= {"mean": finite(sides[0][0] - sides[1][0]), "low": finite(low), "high": finite(high)}
+    if metric.kind == "real":
+        mean, low, high = interval(lambda sums: metric.of(sums[..., :k]) - metric.of(sums[..., k:]), np.hstack([ours, theirs]), "real", level)[:3]
+    else:
+        sides = [interval(metric.of, side, metric.kind, level, 0.5) for side in (ours, theirs)]
+        mean, (low, high) = sides[0][0] - sides[1][0], mover(*(side[:3] for side in sides), *(side[3] for side in sides))
+    out |= {"mean": finite(mean), "low": finite(low), "high": finite(high)}
     return out | {"p": exchange_p(value, ours, theirs, draws, seed)}
 
 
@@ -297,22 +323,3 @@ def calibration_error(probability: Sequence, correct: Sequence, bins: int = 10) 
     gaps = np.bincount(where, p - hit, minlength=bins)
     value = float(np.abs(gaps).sum() / len(p)) if len(p) else None
     return {"mean": value, "low": None, "high": None, "n": len(p), "n_clusters": None}
-
-# %% ../../nbs/core/04_stats.ipynb #415b4bdf
-def resampled_sums(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    "Sums of a table's columns over clusters drawn with replacement."
-    rng, n = np.random.default_rng(seed), len(table)
-    block = max(1, 4_000_000 // n)  # draws at a time, 32 MB
-    sizes = [min(block, draws - start) for start in range(0, draws, block)]
-    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=size) @ table for size in sizes])
-
-
-def interval(estimate: float, drawn: np.ndarray, n_clusters: int, level: float) -> tuple[float, float]:
-    "Percentile interval of bootstrap draws."
-    ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    low, high = estimate + (ends - estimate) * np.sqrt(n_clusters / (n_clusters - 1))
-    return float(low), float(high)
-
-
-def estimate_of(figure, table, n, share=True, level=0.95):
-    return estimate_sums(figure, table, n, "rate" if share else "real", level)

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['half', 'at_first', 'METRICS', 'PART_METRICS', 'turn_columns', 'adherence_columns', 'slope', 'area', 'retention',
            'half_life', 'first_violation', 'risk_columns', 'survival', 'median_survival', 'stability_columns',
-           'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric', 'rule_metric', 'number_row', 'counts',
+           'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric', 'rule_metric', 'adherence_at', 'counts',
            'turn_numbers', 'numbers', 'cautions']
 
-# %% ../../nbs/measure/01_metrics.ipynb #931bab1a
+# %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 from ..core.records import STANCES
-from ..core.stats import Metric, estimate, estimate_sums, ratio
+from ..core.stats import Metric, estimate, estimate_sums, number_row, ratio
 from .verdicts import ABSENT, BROKEN, KEPT, NOT_APPLICABLE, UNKNOWN
 from .verdicts import VerdictTable, parts, stream_rows, verdict_table
 
-# %% ../../nbs/measure/01_metrics.ipynb #2e66bdfe
+# %% ../../nbs/measure/01_metrics.ipynb #356f90fa
 def turn_columns(states: np.ndarray) -> np.ndarray:  # (..., turns) -> (..., 2 * turns) kept, then decided
     "Kept and decided turns, by turn."
     kept = states == KEPT
@@ -32,12 +33,14 @@ def adherence_columns(states: np.ndarray) -> np.ndarray:  # (..., turns) -> (...
     return np.stack([(states == KEPT).sum(-1), ((states == KEPT) | (states == BROKEN)).sum(-1)], axis=-1).astype(float)
 
 
-def slope(sums: np.ndarray) -> np.ndarray:  # (..., 2 * turns) kept, decided -> (...) change of adherence per turn
-    "Least-squares slope of adherence on the turn."
+def slope(sums: np.ndarray) -> np.ndarray:  # (..., 2 * turns) kept, decided -> (..., 3) late rate, early rate, scale
+    "Least-squares slope of adherence on the turn, as a contrast: scale * (late - early), turns weighed by their distance."
     kept, n = np.split(sums, 2, axis=-1)
     turns = np.arange(1, kept.shape[-1] + 1)
     apart = turns - (n @ turns / n.sum(-1))[..., None]
-    return (kept * apart).sum(-1) / (n * apart**2).sum(-1)
+    late, early = np.maximum(apart, 0), np.maximum(-apart, 0)
+    weight = (n * late).sum(-1)  # both sides weigh the same
+    return np.stack([(kept * late).sum(-1) / weight, (kept * early).sum(-1) / weight, weight / (n * apart**2).sum(-1)], axis=-1)
 
 
 def area(sums: np.ndarray) -> np.ndarray:  # (..., 2 * turns) kept, decided -> (...) in [0, 1]
@@ -117,7 +120,7 @@ def recovery_columns(states: np.ndarray) -> np.ndarray:  # (..., turns) -> (...,
         before = np.where(here == NOT_APPLICABLE, before, here)
     return out
 
-# %% ../../nbs/measure/01_metrics.ipynb #3d7b8aae
+# %% ../../nbs/measure/01_metrics.ipynb #54758e6b
 def rule_sums(table: VerdictTable, hit: Callable, among: Callable) -> np.ndarray:  # -> (conversations, 2) hits, rows
     "Count decided verdicts by conversation; `hit` and `among` take (rows,) satisfied and applicable."
     satisfied, home = table.satisfied == 1, table.index.conversation[table.dialogue]
@@ -148,29 +151,30 @@ METRICS = {one.name: one for one in (
     state_metric("adherence", "Adherence (ISR)", "higher", adherence_columns),
     rule_metric("csr", "Rules satisfied (CSR)", "higher", lambda yes, on: yes, lambda yes, on: on),
     state_metric("ssr", "Before the first violation (SSR)", "higher", stability_columns),
-    state_metric("slope", "Slope per turn", "zero", turn_columns, slope, half, kind="real"),
+    state_metric("slope", "Slope per turn", "zero", turn_columns, slope, half, kind="contrast"),
     state_metric("area", "Area under the drift curve", "higher", turn_columns, area, half),
-    state_metric("retention", "Retention", "higher", turn_columns, retention, half, kind="real"),
+    state_metric("retention", "Retention", "higher", turn_columns, retention, half, kind="none"),
     state_metric("survival", "Survival at the last turn", "higher", risk_columns, survival, at_first),
     state_metric("median_survival", "Median survival", "higher", risk_columns, median_survival, at_first, kind="none"),
     state_metric("half_life", "Half-life", "higher", turn_columns, half_life, half, kind="none"),
     state_metric("recovery", "Recovery", "higher", recovery_columns),
     Metric("conflict", "Conflicting minus neutral", "zero", lambda table: table.sums(conflict_columns(table.states, table.stances)),
-           lambda sums: ratio(sums[..., :2]) - ratio(sums[..., 2:]), lambda sums: sums[1], kind="real"),
+           lambda sums: np.stack([ratio(sums[..., :2]), ratio(sums[..., 2:]), np.ones(sums.shape[:-1])], axis=-1),
+           lambda sums: sums[1], kind="contrast"),
     rule_metric("under_application", "Under-application", "lower", lambda yes, on: ~yes, lambda yes, on: on),
     rule_metric("over_application", "Over-application", "lower", lambda yes, on: yes, lambda yes, on: ~on),
     rule_metric("not_applicable_precision", "Not applicable: precision", "higher", lambda yes, on: ~on, lambda yes, on: ~yes),
     rule_metric("not_applicable_recall", "Not applicable: recall", "higher", lambda yes, on: ~yes, lambda yes, on: ~on),
 )}
 
-# %% ../../nbs/measure/01_metrics.ipynb #c6b184de
-def number_row(arm: str, history: str, part: str, key: str, metric: str, found: dict, version: int = 1, **more) -> dict:
-    "One row of the long table."
-    return {"arm": arm, "history": history, "part": part, "key": str(key), "metric": metric,
-            **{name: found.get(name) for name in ("mean", "low", "high", "n", "n_clusters")},
-            "version": version, "against": more.get("against", ""), "p": more.get("p")}
 
 
+def adherence_at(turn: int) -> Metric:
+    "Adherence at one turn."
+    at = lambda states: adherence_columns(states[..., turn - 1:turn])
+    return replace(METRICS["adherence"], table=lambda table: table.sums(at(table.states)))
+
+# %% ../../nbs/measure/01_metrics.ipynb #13414443
 def counts(table: VerdictTable) -> dict[str, int]:
     "What the metrics of an arm rest on."
     states, home = table.states, table.index.conversation
@@ -188,11 +192,10 @@ PART_METRICS = {"type": ("adherence", "csr", "ssr"), "prompt": ("adherence", "cs
 
 def turn_numbers(table: VerdictTable, level: float = 0.95) -> list[tuple]:  # (part, key, metric, estimate)
     "The drift curve, CSR and survival by turn, and every rule by turn (without intervals)."
-    by_turn, risk, out = table.sums(turn_columns(table.states)), table.sums(risk_columns(table.states)), []
+    risk, out = table.sums(risk_columns(table.states)), []
     known, T = table.applicable & (table.satisfied >= 0), table.index.n_turns
     for turn in range(1, T + 1):
-        at = by_turn[:, [turn - 1, T + turn - 1]]
-        out.append(("turn", turn, "adherence", estimate_sums(ratio, at, at[:, 1].sum(), "rate", level)))
+        out.append(("turn", turn, "adherence", estimate(adherence_at(turn), table, level)))
         out.append(("turn", turn, "csr", estimate(METRICS["csr"], table.where(table.turn == turn), level)))
         at_risk = risk[:, T + turn - 1].sum()
         if at_risk: out.append(("turn", turn, "survival", estimate_sums(lambda sums: survival(sums, turn), risk, at_risk, "rate", level)))
@@ -217,7 +220,7 @@ def numbers(source: str | Path | Iterable | dict, level: float = 0.95) -> list[d
             for key, rows in keys.items():
                 some = table.where(rows)
                 found += [(part, key, name, estimate(METRICS[name], some, level)) for name in PART_METRICS[part]]
-        out += [number_row(arm, history, part, key, name, row, METRICS[name].version if name in METRICS else 1)
+        out += [number_row(name, row, part, str(key), arm, history=history, version=METRICS[name].version if name in METRICS else 1)
                 for part, key, name, row in found if row["mean"] is not None]
     return out
 

@@ -106,7 +106,7 @@ def work_of(step: Step, rows: dict[str, int], model: str) -> Work:  # rows: of t
     "What a step has to do; raises `InputError` when its cost cannot be counted."
     params, names = step.values, {}
     for key, value in params.items():
-        if key.endswith("_from"): names[key] = sum(rows.get(id, 0) for _, id in PLACE.findall(json.dumps(value)))
+        if isinstance(value, str): names[key] = sum(rows.get(id, 0) for _, id in PLACE.findall(value))
         elif isinstance(value, list): names[key] = len(value)
         elif isinstance(value, (int, float)): names[key] = value
     for key in step.cost:

@@ -188,7 +188,8 @@ def run_recipe(
     "Run a recipe; raises `InputError` on wrong input, `Waiting` for people, `StepFailed` when a step fails."
     run = prepare(recipe, settings, out)
     before, todo = split_steps(run.recipe, only, begin)
-    if fresh and (only or begin): raise InputError("--only and --from cannot be combined with --fresh", remedy="drop it")
+    if fresh and (only or begin):
+        raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one out")
     with locked(run.folder):
         if fresh: remove_run(run.folder)
         dones = {step.id: finished(run.home(step.id)) for step in before}

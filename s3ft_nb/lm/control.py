@@ -17,27 +17,18 @@ from ..core.files import InputError, shorten
 CHAT = re.compile(r"<[|｜].*|.*[|｜]>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>")  # A template may put these together from pieces
 
 
-def either(
-    words: list[str],  # What to look for
-) -> re.Pattern:  # Never matches when there are none
+def either(words: list[str]) -> re.Pattern:  # Never matches when there are none
     "A pattern that finds any of the words, the longest first."
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)")
 
 
-def control_tokens(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Its chat template
-) -> tuple:  # (pattern that finds one, ids of all)
+def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds one, ids of all)
     "The tokens that only the template may write."
     return tokens_now(tokenizer, template, len(tokenizer))
 
 
 @lru_cache(maxsize=64)
-def tokens_now(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Its chat template
-    size: int,  # Its tokens at present, so that one that grows is looked at again
-) -> tuple:  # See `control_tokens`
+def tokens_now(tokenizer, template: str, size: int) -> tuple:  # See `control_tokens`
     "What `control_tokens` keeps."
     mentioned = lambda text: text in template and not re.fullmatch(r"\w+", text)  # `content` is a word of every template
     tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()
@@ -50,10 +41,7 @@ MARKER = re.compile(r"<{1,2}/?[\w|｜▁]+>{1,2}|\[/?[A-Z_]{3,}\]|/(?:no_?)?thin
 
 
 @lru_cache(maxsize=64)
-def reserved(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Its chat template
-) -> re.Pattern:  # Finds control tokens and markers
+def reserved(tokenizer, template: str) -> re.Pattern:  # Finds control tokens and markers
     "What a person may not write as the template does."
     return re.compile(f"{control_tokens(tokenizer, template)[0].pattern}|{either(set(MARKER.findall(template))).pattern}")
 
@@ -62,8 +50,7 @@ MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Noncharacters: never as
 
 
 def guard(
-    texts: list[str],  # Contents of messages
-    pattern: re.Pattern,  # See `reserved`
+    texts: list[str], pattern: re.Pattern,
 ) -> tuple:  # (texts, mark that breaks up control tokens or "" when there is none)
     "Break up control tokens; raises `InputError` when every mark is in use."
     if not any(pattern.search(text) for text in texts): return texts, ""
@@ -73,10 +60,7 @@ def guard(
     return [pattern.sub(spread, text) for text in texts], mark
 
 # %% ../../nbs/lm/01_control.ipynb #13656b49
-def encode_plain(
-    tokenizer,  # A transformers tokenizer
-    text: str,  # Rendered text
-) -> list[int]:  # Token ids
+def encode_plain(tokenizer, text: str) -> list[int]:  # Token ids
     "Encode text as it is, whole, without the tokens that a tokenizer adds by itself."
     if not getattr(tokenizer, "is_fast", False): return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
@@ -90,27 +74,20 @@ ANCHORS = ("\n", ".", "|", "a ")  # Something to stand before a text
 
 
 @lru_cache(maxsize=64)
-def starts_differ(
-    tokenizer,  # A transformers tokenizer
-) -> bool:  # Whether the first word is encoded in a way of its own
+def starts_differ(tokenizer) -> bool:  # Whether the first word is encoded in a way of its own
     "Whether text at the beginning is encoded differently."
     return any(after(tokenizer, anchor, word) not in (None, encode_plain(tokenizer, word)) for anchor in ANCHORS for word in ("a", "The", "1"))
 
 
 def after(
-    tokenizer,  # A transformers tokenizer
-    anchor: str,  # One of `ANCHORS`
-    text: str,  # Text that continues it
+    tokenizer, anchor: str, text: str,
 ) -> list[int] | None:  # Token ids of the text; None when the two share a token
     "Encode text behind something."
     before, ids = encode_plain(tokenizer, anchor), encode_plain(tokenizer, anchor + text)
     return ids[len(before) :] if ids[: len(before)] == before else None
 
 
-def encode_after(
-    tokenizer,  # A transformers tokenizer
-    text: str,  # Text that continues another
-) -> list[int]:  # Token ids
+def encode_after(tokenizer, text: str) -> list[int]:  # Token ids
     "Encode text that does not stand at the beginning."
     if not starts_differ(tokenizer): return encode_plain(tokenizer, text)
     found = (after(tokenizer, anchor, text) for anchor in ANCHORS)
@@ -120,12 +97,7 @@ def encode_after(
 
 # %% ../../nbs/lm/01_control.ipynb #4cefbd2a
 def encode_text(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Its chat template
-    text: str,  # Rendered text
-    own: list[str],  # The parts of it that the template wrote
-    mark: str = "",  # What breaks up typed control tokens, see `guard`
-    start: bool = True,  # Whether the text stands at the beginning
+    tokenizer, template: str, text: str, own: list[str], mark: str = "", start: bool = True,
 ) -> list[int]:  # Token ids
     "Encode rendered text; raises `InputError` unless it holds the control tokens that the template wrote, and no other."
     first, *rest = text.split(mark) if mark else [text]
@@ -138,19 +110,13 @@ def encode_text(
     return ids
 
 # %% ../../nbs/lm/01_control.ipynb #b04efdd1
-def decode_plain(
-    tokenizer,  # A transformers tokenizer
-    ids: list[int],  # Token ids
-) -> str:  # Text, control tokens included
+def decode_plain(tokenizer, ids: list[int]) -> str:  # Text, control tokens included
     "Decode every token as it is."
     if getattr(tokenizer, "is_fast", False): return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def same_text(
-    a: str,  # One text
-    b: str,  # Another
-) -> bool:  # Equal up to white space and Unicode normal form
+def same_text(a: str, b: str) -> bool:  # Equal up to white space and Unicode normal form
     "Whether two texts say the same."
     squeeze = lambda text: "".join(normalize("NFKC", text).split())
     return a == b or squeeze(a) == squeeze(b)

@@ -18,18 +18,14 @@ from ..core.files import InputError, shorten
 from .control import control_tokens, reserved, same_text
 from .labels import THINKS, closing, encode, layout, openers_of, weights_of
 from .template import Policy, policy_of, with_policy
-from .template import OPENS, REASONING_TAGS, apply, chat_template, frame, in_use, prepared, prompt_ids, roles_of, sentinels
+from .template import OPENS, REASONING_TAGS, apply, chat_template, frame, in_use, prepare, prompt_ids, roles_of, sentinels
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on
 ROLES = ("native", "folded", "last_user", "refused", "lost")
 
 
-def works(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # To be tried
-    roles: tuple = TALK,  # Longest conversation to try
-) -> InputError | None:  # Why it does not
+def works(tokenizer, policy: Policy, roles: tuple = TALK) -> InputError | None:  # Why it does not
     "Whether every prompt of a conversation comes out with each text in its place."
     template, start = with_policy(chat_template(tokenizer), policy), int(roles[0] == "system")
     try:
@@ -37,10 +33,7 @@ def works(
     except InputError as error: return error
 
 
-def system_role(
-    tokenizer,  # A transformers tokenizer
-    content: str,  # text or parts, see `Policy`
-) -> str:  # One of `ROLES`
+def system_role(tokenizer, content: str) -> str:  # One of `ROLES`
     "Where the template by itself puts the system text."
     template = with_policy(chat_template(tokenizer), Policy(content=content))
     try: apply(tokenizer, template, sentinels(TALK[:2]))
@@ -58,9 +51,7 @@ NAMES = re.compile(r"\b(?:system|user|assistant|developer|model|human|instructio
 LETTERS = 7  # Fewer than this are decoration; a Chinese character counts for three
 
 
-def words_in(
-    text: str,  # Written by a template, "\0" for each marker
-) -> str:  # In words; blank when there is next to nothing
+def words_in(text: str) -> str:  # In words; blank when there is next to nothing
     "What a template says besides markers and the names of roles."
     plain = re.sub(r"[ \t\0]+", " ", text).strip(" \n#")
     plain = re.sub(rf"^(?:(?:{NAMES.pattern})[\s#]*)+|(?:[\s#]*(?:{NAMES.pattern}))+$", "", plain, flags=re.IGNORECASE).strip(" \n#")
@@ -69,8 +60,7 @@ def words_in(
 
 
 def hidden_text(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
+    tokenizer, policy: Policy,
 ) -> dict:  # {"without_system_prompt", "beside_system_prompt", "around_messages": text}
     "What the template adds of its own accord."
     template = with_policy(chat_template(tokenizer), policy)
@@ -83,18 +73,14 @@ def hidden_text(
             "around_messages": " … ".join(filter(None, map(words_in, (later, last.removesuffix(policy.prompt_end)))))}
 
 def silenceable(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
+    tokenizer, policy: Policy,
 ) -> bool:  # Whether an explicit empty system prompt makes the template say nothing of its own
     "Whether the template can be silenced."
     try: return not hidden_text(tokenizer, replace(policy, hidden="silence"))["without_system_prompt"]
     except InputError: return False
 
 # %% ../../nbs/lm/03_doctor.ipynb #a09f1af5
-def date_dependent(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> bool:  # Whether two days render differently
+def date_dependent(tokenizer, policy: Policy) -> bool:  # Whether two days render differently
     "Whether the template prints the day's date."
     shapes = [TALK[1:2]] + [TALK[:2]] * (policy.system != "refuse")
     one, other = ([frame(tokenizer, with_policy(chat_template(tokenizer), replace(policy, today=day)), roles, True) for roles in shapes]
@@ -102,10 +88,7 @@ def date_dependent(
     return one != other
 
 
-def alternation_required(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> bool:  # Whether two messages of one speaker in a row are refused
+def alternation_required(tokenizer, policy: Policy) -> bool:  # Whether two messages of one speaker in a row are refused
     "Whether user and assistant must take turns."
     try: apply(tokenizer, with_policy(chat_template(tokenizer), policy), sentinels(("user", "user")))
     except InputError: return True
@@ -113,8 +96,7 @@ def alternation_required(
 
 
 def injected_reasoning(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
+    tokenizer, policy: Policy,
 ) -> str:  # From the first such marker to the last; "" when there is none
     "What is put between a user's message and the response about reasoning."
     text = frame(tokenizer, with_policy(chat_template(tokenizer), policy), TALK[1:2], True)[-1]
@@ -122,10 +104,7 @@ def injected_reasoning(
     return text[found[0].start() : found[-1].end()] if found else ""
 
 # %% ../../nbs/lm/03_doctor.ipynb #5cc900a5
-def lacking(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> str:  # What the prompt should end with besides; "" when it is complete
+def lacking(tokenizer, policy: Policy) -> str:  # What the prompt should end with besides; "" when it is complete
     "What stands between a prompt and the response, and is not the model's to write."
     template = with_policy(chat_template(tokenizer), policy)
     prompt, full = frame(tokenizer, template, TALK[1:2], True)[-1], frame(tokenizer, template, TALK[1:3], False)
@@ -136,8 +115,7 @@ def lacking(
 
 
 def ending(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
+    tokenizer, policy: Policy,
 ) -> tuple:  # (what ends a response or "", where it comes from: template, next turn or tokenizer)
     "What ends a response, looked for in three places."
     template = with_policy(chat_template(tokenizer), replace(policy, end_of_turn=""))
@@ -149,10 +127,7 @@ def ending(
     return (tokenizer.eos_token, "tokenizer") if tokenizer.eos_token else ("", "")
 
 # %% ../../nbs/lm/03_doctor.ipynb #a44099cd
-def recommend(
-    tokenizer,  # A transformers tokenizer
-    **chosen: str,  # Fields of `Policy` that are decided already
-) -> Policy:  # The first that works
+def recommend(tokenizer, **chosen: str) -> Policy:  # The first that works
     "A policy under which every text is shown in its place; raises `InputError` when there is none."
     reason = None
     for system in [chosen["system"]] if "system" in chosen else ["native", "first_user"]:
@@ -164,10 +139,7 @@ def recommend(
     raise reason
 
 
-def completed(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> Policy:  # With `prompt_end` and `end_of_turn`
+def completed(tokenizer, policy: Policy) -> Policy:  # With `prompt_end` and `end_of_turn`
     "Add what the template leaves out; what cannot be found is left to the labels to refuse."
     try:
         text, source = ending(tokenizer, policy)
@@ -176,19 +148,13 @@ def completed(
     except InputError: return policy
 
 
-def decided(
-    tokenizer,  # A transformers tokenizer
-    chosen: dict,  # Fields of `Policy` that are chosen now
-) -> dict:  # With those that were chosen when its template was saved
+def decided(tokenizer, chosen: dict) -> dict:  # With those that were chosen when its template was saved
     "What somebody decided; what is found by trying is not among it."
     carried = policy_of(chat_template(tokenizer))
     return {name: value for name, value in (asdict(carried) if carried else {}).items() if name not in ("content", "prompt_end", "end_of_turn")} | chosen
 
 
-def settle(
-    tokenizer,  # A transformers tokenizer; its template is replaced
-    **chosen: str,  # Fields of `Policy` that are decided already
-) -> Policy:  # The one it carries from now on
+def settle(tokenizer, **chosen: str) -> Policy:  # The one it carries from now on
     "Decide how a tokenizer's template is used and write that into it; a policy that it carries stays unless another is chosen."
     carried = policy_of(chat_template(tokenizer))
     policy = carried if carried and not chosen else recommend(tokenizer, **decided(tokenizer, chosen))
@@ -196,10 +162,7 @@ def settle(
     return policy
 
 # %% ../../nbs/lm/03_doctor.ipynb #d1d41c00
-def why_untrainable(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> str:  # "" when a response can be learnt
+def why_untrainable(tokenizer, policy: Policy) -> str:  # "" when a response can be learnt
     "Why no labels can be made; also when labels do not end in the token that ends the turn."
     thought = "<think>word</think>" if policy.reasoning == "keep" else ""
     talk = [{"role": "user", "content": "word0 here"}, {"role": "assistant", "content": f"{thought}word1 here"}]
@@ -211,8 +174,7 @@ def why_untrainable(
 
 
 def prefix_stable(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
+    tokenizer, policy: Policy,
 ) -> bool:  # Whether all responses of a conversation can be learnt from one row
     "Whether the prompt of every turn begins with the turns before it, as they were learnt."
     try: layout(tokenizer, with_policy(chat_template(tokenizer), policy), TALK[:5] if policy.system != "refuse" else TALK[1:5], (2, 4) if policy.system != "refuse" else (1, 3))
@@ -220,10 +182,7 @@ def prefix_stable(
     return True
 
 
-def why_forgeable(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> str:  # "" when nothing that a person types can pass for the template's
+def why_forgeable(tokenizer, policy: Policy) -> str:  # "" when nothing that a person types can pass for the template's
     "Why typed text could pass for a turn of its own."
     template = with_policy(chat_template(tokenizer), policy)
     pattern = reserved(tokenizer, template)
@@ -238,8 +197,7 @@ def why_forgeable(
 
 # %% ../../nbs/lm/03_doctor.ipynb #65d82758
 def verdict(
-    tokenizer,  # A transformers tokenizer, as it comes with its model
-    **chosen: str,  # Fields of `Policy` that are decided already
+    tokenizer, **chosen: str,
 ) -> dict:  # Facts, the recommended `policy`, `decisions` that are open, and `notes`
     "Examine a chat template; raises `InputError` when there is none."
     chosen = decided(tokenizer, chosen)
@@ -259,10 +217,7 @@ def verdict(
     return facts | {"decisions": decisions(facts, chosen), "notes": notes(facts)}
 
 
-def decisions(
-    facts: dict,  # Of a verdict
-    chosen: dict,  # What somebody decided
-) -> list[str]:  # One sentence each
+def decisions(facts: dict, chosen: dict) -> list[str]:  # One sentence each
     "What nobody but the user can decide."
     role, open = facts["system_role"], []
     if role in ("refused", "lost", "last_user") and "system" not in chosen:
@@ -276,9 +231,7 @@ def decisions(
     return open
 
 
-def notes(
-    facts: dict,  # Of a verdict
-) -> list[str]:  # One sentence each
+def notes(facts: dict) -> list[str]:  # One sentence each
     "What is worth knowing and taken care of."
     policy, said = facts["policy"], []
     if facts["system_role"] == "folded": said.append("the template itself puts the system prompt into the first user message")
@@ -297,15 +250,12 @@ COLOURS = {"system": ("35", "#7b3294"), "user": ("36", "#0571b0"), "assistant": 
 
 
 def coloured(
-    tokenizer,  # A transformers tokenizer
-    messages: list,  # As for `encode`
-    train_on: str | list[float] = "last",  # As for `encode`
-    policy: Policy | None = None,  # See `in_use`
+    tokenizer, messages: list, train_on: str | list[float] = "last", policy: Policy | None = None,
 ) -> list:  # (text, kind): one of `COLOURS`
     "A conversation in pieces, as it is encoded."
     policy, template = in_use(tokenizer, policy)
     encode(tokenizer, messages, train_on, policy)  # refuses what cannot be shown
-    ready = prepared(messages, policy)
+    ready = prepare(messages, policy)
     said = {slot: text for i, one in enumerate(ready) for slot, text in ((i, one["content"]), (~i, one.get("reasoning")))}
     pieces = []
     for parts, learnt in layout(tokenizer, template, roles_of(ready), tuple(weights_of(ready, train_on))):
@@ -315,18 +265,14 @@ def coloured(
     return [(text, kind) for text, kind in pieces if text]
 
 
-def to_ansi(
-    pieces: list,  # See `coloured`
-) -> str:  # For a terminal
+def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal in the texts are taken out."
     clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
     shown = lambda text, code: re.sub(r"[^\n]+", lambda line: f"\x1b[{code}m{line[0]}\x1b[0m", clean(text))
     return "".join(shown(text, COLOURS[kind][0]) for text, kind in pieces)
 
 
-def to_html(
-    pieces: list,  # See `coloured`
-) -> str:  # For a notebook
+def to_html(pieces: list) -> str:  # For a notebook
     "A conversation in colours, with a legend; texts are shown, never interpreted."
     box = lambda kind: f"color:{COLOURS[kind][1]}" + (";font-weight:bold;background:#d9f2e4" if kind == "trained" else "")
     legend = " · ".join(f'<span style="{box(kind)}">{kind}</span>' for kind in COLOURS)
@@ -340,18 +286,13 @@ EXAMPLE = [
     {"role": "assistant", "content": "Further than any ship of mine goes."}]
 
 
-def example_view(
-    tokenizer,  # A transformers tokenizer
-    policy: Policy,  # That works
-) -> str:  # For a terminal
+def example_view(tokenizer, policy: Policy) -> str:  # For a terminal
     "A conversation as it would be encoded, in colours, with a legend."
     legend = " ".join(to_ansi([(kind, kind)]) for kind in COLOURS)
     return f"{legend}\n\n{to_ansi(coloured(tokenizer, EXAMPLE[policy.system == 'refuse' :], policy=policy))}"
 
 
-def in_words(
-    facts: dict,  # See `verdict`
-) -> str:  # Some lines
+def in_words(facts: dict) -> str:  # Some lines
     "A verdict for people to read."
     if facts["policy"] is None: return "\n".join(["decide", *(f"  {one}" for one in facts["decisions"])])
     hidden, end = facts["hidden_text"], facts["end_of_turn"]

@@ -17,18 +17,14 @@ from functools import lru_cache
 from ..core.files import InputError, shorten
 from .control import control_tokens, decode_plain, encode_after, encode_text, reserved, same_text
 from .template import Policy, policy_of
-from .template import CLOSES, OPENS, REASONING_TAGS, apply, fill, frame, guarded, in_use, ordered, prepared, require_same, roles_of
+from .template import CLOSES, OPENS, REASONING_TAGS, apply, fill, frame, guarded, in_order, in_use, prepare, require_same, roles_of
 
 # %% ../../nbs/lm/02_labels.ipynb #b368bd8b
 REMEDY = "this template cannot be trained on as it is; s3ft doctor says what can be done"
 THINKS = re.compile(rf"{OPENS}|{CLOSES}|<\|channel\|>\w+")  # Marks of reasoning
 
 
-def opening(
-    prompt: str,  # What the prompt writes last
-    before: str,  # What is written before the response once it is there
-    reasoning: str,  # The policy's: off, strip or keep
-) -> str:  # What stands between them
+def opening(prompt: str, before: str, reasoning: str) -> str:  # What stands between them
     "What the template writes between prompt and response; raises `InputError` when the two do not fit."
     if prompt.startswith(before): return ""  # the prompt supplies as much or more
     if not before.startswith(prompt): raise InputError("the chat template renders the prompt differently once a response follows", remedy=REMEDY)
@@ -38,12 +34,7 @@ def opening(
     return between
 
 
-def closing(
-    after: str,  # What is written after a response
-    pattern: re.Pattern,  # Finds control tokens
-    openers: set,  # Control tokens that open a turn
-    otherwise: str,  # What the policy writes when there is none
-) -> str:  # With the white space before it
+def closing(after: str, pattern: re.Pattern, openers: set, otherwise: str) -> str:  # With the white space before it
     "What ends a response, up to what opens the next turn; raises `InputError` when nothing does."
     end = len(after) - len(after.lstrip())
     while (token := pattern.match(after, end)) and token[0] not in openers: end = token.end()
@@ -52,9 +43,7 @@ def closing(
     return after[:end] if after[:end].strip() else otherwise
 
 # %% ../../nbs/lm/02_labels.ipynb #87b8b545
-def joined(
-    *several: tuple,  # Parts of frames
-) -> tuple:  # One frame
+def joined(*several: tuple) -> tuple:  # One frame
     "Parts in a row, texts that meet made one."
     out = [""]
     for part in (part for parts in several for part in parts):
@@ -63,10 +52,7 @@ def joined(
     return tuple(out)
 
 
-def continued(
-    prompt: tuple,  # Frame of a prompt
-    done: tuple,  # What is laid out already
-) -> tuple:  # What comes after it
+def continued(prompt: tuple, done: tuple) -> tuple:  # What comes after it
     "The rest of a prompt; raises `InputError` when it does not begin with what is laid out."
     n = len(done) - 1
     if prompt[:n] != done[:n] or not prompt[n].startswith(done[n]):
@@ -76,10 +62,7 @@ def continued(
 
 # %% ../../nbs/lm/02_labels.ipynb #5635dcaf
 def response_parts(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-    roles: tuple,  # Shape of a conversation, up to a response
-    prompt: str,  # What its prompt writes last
+    tokenizer, template: str, roles: tuple, prompt: str,
 ) -> tuple:  # (what stands before the response and is not learnt, parts that are learnt but for what ends them, what follows in the template)
     "A response as the model is to write it: with its reasoning, where it has some and the policy keeps it."
     i, reasoned = len(roles) - 1, roles[-1] == "reasoned"
@@ -98,10 +81,7 @@ def response_parts(
 
 
 @lru_cache(maxsize=1024)
-def openers_of(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-) -> set:  # Control tokens
+def openers_of(tokenizer, template: str) -> set:  # Control tokens
     "What opens a conversation and its first turn."
     first, *more = control_tokens(tokenizer, template)[0].findall(frame(tokenizer, template, ("user",), False)[0]) or [""]
     return {first, *more[: first == tokenizer.bos_token]}
@@ -109,10 +89,7 @@ def openers_of(
 
 @lru_cache(maxsize=1024)
 def layout(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-    roles: tuple,  # See `sentinels`
-    learnt: tuple,  # Numbers of the messages to learn, rising
+    tokenizer, template: str, roles: tuple, learnt: tuple,
 ) -> tuple:  # ((parts, number of the message learnt there or None), …)
     "Where prompts and responses are; raises `InputError` unless both finders agree on every response."
     done, segments = ("",), []
@@ -125,10 +102,7 @@ def layout(
     return tuple(segments)
 
 # %% ../../nbs/lm/02_labels.ipynb #10609341
-def weights_of(
-    messages: list[dict],  # As made by `prepared`
-    train_on: str | list[float],  # last, all, or a weight in [0, 1] for each message
-) -> dict:  # {number of the message: weight above 0}
+def weights_of(messages: list[dict], train_on: str | list[float]) -> dict:  # {number of the message: weight above 0}
     "Which responses are learnt, and how much; raises `InputError` where that makes no sense."
     replies = [i for i, one in enumerate(messages) if one["role"] == "assistant"]
     if not replies: raise InputError("has no assistant message", field="messages", remedy="give it a response")
@@ -146,12 +120,7 @@ def weights_of(
 
 # %% ../../nbs/lm/02_labels.ipynb #ec04d7a9
 def encode_segments(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-    segments: tuple,  # See `layout`
-    said: dict,  # Text of each slot, guarded
-    mark: str,  # What breaks up typed control tokens
-    note: Callable[[str], None],  # Told where the tokenizer changes a text
+    tokenizer, template: str, segments: tuple, said: dict, mark: str, note: Callable[[str], None],
 ) -> list:  # Token ids of each segment
     "Encode segment by segment; raises `InputError` when the tokenizer cannot write a response."
     encoded = []
@@ -166,9 +135,7 @@ def encode_segments(
 
 
 def labelled(
-    encoded: list,  # Token ids of each segment
-    segments: tuple,  # See `layout`
-    weights: dict,  # {number of the message: weight above 0}
+    encoded: list, segments: tuple, weights: dict,
 ) -> dict:  # `input_ids`, `labels`; `weights` where one is below 1
     "Segments in a row, with labels on those that are learnt."
     out = {"input_ids": [], "labels": [], "weights": []}
@@ -179,7 +146,7 @@ def labelled(
     if set(weights.values()) == {1.0}: del out["weights"]
     return out
 
-# %% ../../nbs/lm/02_labels.ipynb #8fee78f2
+
 def encode(
     tokenizer,  # A transformers tokenizer
     messages: list,  # `Message`s or `{"role", "content"}`, oldest first, with the responses
@@ -189,7 +156,7 @@ def encode(
 ) -> dict:  # `input_ids`, and `labels` of the same length: -100 but on responses and what ends them; `weights` where one is below 1
     "Encode a conversation for training; raises `InputError` rather than guess where a response is. What follows the last response learnt is left out."
     policy, template = in_use(tokenizer, policy)
-    ready = prepared(messages, policy, note)
+    ready = prepare(messages, policy, note)
     weights = weights_of(ready, train_on)
     given, said, mark = guarded(ready, reserved(tokenizer, template))
     roles = roles_of(ready)
@@ -201,13 +168,7 @@ def encode(
 
 
 def note_other_tokens(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-    segments: tuple,  # See `layout`
-    encoded: list,  # Token ids of each
-    said: dict,  # Text of each slot, guarded
-    mark: str,  # What breaks up typed control tokens
-    note: Callable[[str], None],  # Told when it is so
+    tokenizer, template: str, segments: tuple, encoded: list, said: dict, mark: str, note: Callable[[str], None],
 ) -> None:
     "Note when a later prompt, encoded whole as inference does, has other tokens than the segments it is made of."
     parts = joined(*(parts for parts, _ in segments[:-1]))
@@ -215,19 +176,13 @@ def note_other_tokens(
     if whole != [id for ids in encoded[:-1] for id in ids]: note("history_in_other_tokens")
 
 # %% ../../nbs/lm/02_labels.ipynb #f7d4b323
-def without_oldest(
-    messages: list,  # `Message`s or `{"role", "content"}`, oldest first
-    n: int,  # Turns to leave out
-    items: list | None = None,  # Something that there is for each message, to be cut instead
-) -> list:  # The same without them
+def without_oldest(messages: list, n: int, items: list | None = None) -> list:  # The same without them
     "Cut a conversation at a turn boundary; the system message stays."
     items, start = messages if items is None else items, has_system(messages)
     return [*items[:start], *items[start + 2 * n :]]
 
 
-def has_system(
-    messages: list,  # `Message`s or `{"role", "content"}`
-) -> bool:  # Whether the first one is the system's
+def has_system(messages: list) -> bool:  # Whether the first one is the system's
     "Whether there is a system prompt."
     first = messages[0]
     return (first["role"] if isinstance(first, dict) else first.role) == "system"
@@ -247,7 +202,7 @@ def encode_within(
         weights = train_on if isinstance(train_on, str) else without_oldest(messages, n, train_on)
         return encode(tokenizer, without_oldest(messages, n), weights, policy, note if n == 0 else lambda code: None)
 
-    messages = ordered(messages, in_use(tokenizer, policy)[0], note)
+    messages = in_order(messages, in_use(tokenizer, policy)[0].same_role, note)
     learnt = weights_of(messages, train_on)
     last = max(learnt)
     most, tokens = (last - has_system(messages)) // 2, len(encoded(0)["input_ids"])
@@ -257,10 +212,7 @@ def encode_within(
 
 # %% ../../nbs/lm/02_labels.ipynb #d54b364f
 @lru_cache(maxsize=64)
-def closing_ids(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Jinja source that carries a policy
-) -> list[int]:  # Token ids; none when the template cannot be trained on
+def closing_ids(tokenizer, template: str) -> list[int]:  # Token ids; none when the template cannot be trained on
     "What ends a response."
     try:
         full = frame(tokenizer, template, ("user", "assistant"), False)
@@ -269,9 +221,7 @@ def closing_ids(
     return encode_after(tokenizer, close.strip())
 
 
-def stop_ids(
-    tokenizer,  # A transformers tokenizer
-) -> list[int]:  # Token ids, sorted
+def stop_ids(tokenizer) -> list[int]:  # Token ids, sorted
     "Where generation stops: the end of a turn and the tokenizer's end of text; raises `InputError` when there is neither."
     found = {*closing_ids(tokenizer, in_use(tokenizer)[1])[-1:], tokenizer.eos_token_id} - {None}
     if not found: raise InputError("neither the chat template nor the tokenizer ends a response",
@@ -305,9 +255,7 @@ def fit_context(
     return without_oldest(messages, n) if n <= most else None
 
 # %% ../../nbs/lm/02_labels.ipynb #5e5810a4
-def checked_row(
-    row: dict,  # `{"id", "messages", "response"}` or `{"id", "messages", "train_on"}`
-) -> tuple:  # (id, conversation, train_on)
+def checked_row(row: dict) -> tuple:  # (id, conversation, train_on)
     "The parts of a row for training; raises `InputError` when one is missing or the messages are no prompt."
     row = {name: value for name, value in row.items() if value is not None}
     missing = [name for name in ("id", "messages") if name not in row] + ["response"] * ("response" not in row and "train_on" not in row)
@@ -325,11 +273,7 @@ TOO_LONG = ("cut", "refuse")
 
 
 def encode_row(
-    tokenizer: Any,  # A transformers tokenizer
-    row: dict,  # See `checked_row`
-    max_length: int,  # Tokens
-    ledger: Ledger,  # Told about cuts, and about a row that leaves as `too_long`
-    too_long: str = "cut",  # One of `TOO_LONG`
+    tokenizer: Any, row: dict, max_length: int, ledger: Ledger, too_long: str = "cut",
 ) -> dict | None:  # `{"id", "input_ids", "labels"}` and perhaps `weights`, at most `max_length` long; None when it cannot be
     "Token ids and labels of one row; raises `InputError` naming the row that cannot be trained on."
     if too_long not in TOO_LONG: raise InputError(f"is {too_long!r}", field="too_long", remedy=f"use one of {TOO_LONG}")
@@ -345,11 +289,7 @@ def encode_row(
 
 # %% ../../nbs/lm/02_labels.ipynb #0c1f7c66
 def encode_stream(
-    tokenizer: Any,  # A transformers tokenizer
-    rows: Iterable[dict],  # See `checked_row`
-    max_length: int,  # Tokens
-    ledger: Ledger,  # Told about every cut and every row that leaves
-    too_long: str = "cut",  # One of `TOO_LONG`
+    tokenizer: Any, rows: Iterable[dict], max_length: int, ledger: Ledger, too_long: str = "cut",
 ) -> Iterator[dict]:  # What `encode_row` returns, row by row
     "Encode rows as they come; memory does not grow with their number."
     for row in rows:
@@ -357,11 +297,7 @@ def encode_stream(
 
 
 def encode_rows(
-    tokenizer: Any,  # A transformers tokenizer
-    rows: list[dict],  # See `checked_row`
-    max_length: int,  # Tokens
-    ledger: Ledger,  # Told about every cut and every row that leaves
-    too_long: str = "cut",  # One of `TOO_LONG`
+    tokenizer: Any, rows: list[dict], max_length: int, ledger: Ledger, too_long: str = "cut",
 ) -> list[dict]:  # What `encode_row` returns; all with `weights` if one has them
     "Token ids and labels of all rows; raises `InputError` when none is left."
     encoded = list(encode_stream(tokenizer, rows, max_length, ledger, too_long))
@@ -370,11 +306,7 @@ def encode_rows(
     return [{"weights": [float(label != -100) for label in one["labels"]]} | one for one in encoded]
 
 # %% ../../nbs/lm/02_labels.ipynb #556caf35
-def shown_row(
-    tokenizer: Any,  # A transformers tokenizer
-    one: dict,  # `{"id", "input_ids", "labels"}`
-    n: int = 48,  # Tokens at the end to show
-) -> str:  # One line; what is learnt stands in ⟦brackets⟧
+def shown_row(tokenizer: Any, one: dict, n: int = 48) -> str:  # One line; what is learnt stands in ⟦brackets⟧
     "The end of a row as it would be trained on."
     out, open = "…" if len(one["input_ids"]) > n else "", False
     for id, label in zip(one["input_ids"][-n:], one["labels"][-n:]):
@@ -383,10 +315,7 @@ def shown_row(
     return " ".join((out + "⟧" * open).split())
 
 
-def check_labels(
-    tokenizer: Any,  # A transformers tokenizer
-    encoded: list[dict],  # `{"id", "input_ids", "labels"}`
-) -> None:
+def check_labels(tokenizer: Any, encoded: list[dict]) -> None:
     "Raise `InputError`, showing the row, unless every row is supervised and every response up to a token that ends it."
     stops = set(stop_ids(tokenizer))
     for one in encoded:
@@ -399,12 +328,7 @@ def check_labels(
 MOST = 0.95  # Highest share of a step's tokens that may be supervised
 
 
-def check_shares(
-    tokenizer: Any,  # A transformers tokenizer
-    encoded: list[dict],  # `{"id", "input_ids", "labels"}`, or packs of them
-    order: list[int],  # Which comes when
-    batch: int,  # Rows per step
-) -> None:
+def check_shares(tokenizer: Any, encoded: list[dict], order: list[int], batch: int) -> None:
     "Raise `InputError`, showing the worst row, when nearly all tokens of a step are supervised."
     counts = [(sum(label != -100 for label in one["labels"]), len(one["labels"])) for one in encoded]
     for at in range(0, len(order), batch):

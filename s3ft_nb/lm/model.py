@@ -44,17 +44,13 @@ def quiet():
         if bars: hf_logging.enable_progress_bar()
 
 # %% ../../nbs/lm/04_model.ipynb #06a59bf4
-def is_folder(
-    model: str | Path,  # Folder or hub name
-) -> bool:  # Whether it is to be found on this disk
+def is_folder(model: str | Path) -> bool:  # Whether it is to be found on this disk
     "Whether a model is meant to be on this disk, whether or not it is there."
     text = str(model)
     return isinstance(model, Path) or Path(text).exists() or text[:1] in "./~\\" or "\\" in text or text.count("/") > 1
 
 # %% ../../nbs/lm/04_model.ipynb #3134aa8a
-def check_folder(
-    folder: Path,  # Should hold a model
-) -> None:
+def check_folder(folder: Path) -> None:
     "Raise `InputError` unless the folder holds a model that can be loaded without running its code."
     remedy = "name a folder with config.json and *.safetensors, or a model on the hub"
     if not folder.exists(): raise InputError("there is no such model folder", folder, remedy=remedy)
@@ -68,10 +64,8 @@ def check_folder(
         raise InputError("has no safetensors weights", folder, remedy="save the model with save_pretrained; pickled "
                          "weights (*.bin, *.pt) can run code and are not read")
 
-# %% ../../nbs/lm/04_model.ipynb #291d1d9b
-def check_adapter(
-    folder: Path,  # Should hold an adapter
-) -> None:
+
+def check_adapter(folder: Path) -> None:
     "Raise `InputError` unless the folder holds a PEFT adapter in safetensors."
     if not (folder / "adapter_config.json").exists():
         raise InputError("is no adapter folder", folder, remedy="name a folder with adapter_config.json")
@@ -79,10 +73,9 @@ def check_adapter(
     if not (folder / "adapter_model.safetensors").exists():
         raise InputError("has no adapter_model.safetensors", folder, remedy="pickled adapters are not read; train it again")
 
-# %% ../../nbs/lm/04_model.ipynb #d40bc743
+
 def located(
-    model: str | Path,  # Folder or hub name
-    check: Callable[[Path], None],  # What a folder has to pass
+    model: str | Path, check: Callable[[Path], None],
 ) -> str | Path:  # A checked folder as a path, a hub name as text
     "Where a model or adapter is to be taken from."
     if not is_folder(model): return str(model)
@@ -93,12 +86,9 @@ def located(
 # %% ../../nbs/lm/04_model.ipynb #a3cca009
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, HFValidationError)
 
-# %% ../../nbs/lm/04_model.ipynb #e55dd6f9
+
 @contextmanager
-def loading(
-    what: str,  # model, tokenizer, adapter
-    name: str | Path,  # Folder or hub name
-):
+def loading(what: str, name: str | Path):
     "Load quietly; raises `InputError` with the first line of whatever goes wrong."
     try:
         with quiet(): yield
@@ -111,9 +101,7 @@ def loading(
         raise InputError(f"cannot load the {what}: {first[:200]}", str(name), remedy=remedy) from None
 
 # %% ../../nbs/lm/04_model.ipynb #01bc0453
-def load_tokenizer(
-    source: str | Path,  # Folder or hub name
-) -> Any:  # A transformers tokenizer
+def load_tokenizer(source: str | Path) -> Any:  # A transformers tokenizer
     "Load a tokenizer for chat; raises `InputError` when it has no chat template."
     if is_folder(source) and not Path(source).expanduser().is_dir(): raise InputError("there is no such folder", source, remedy="see the path")
     with loading("tokenizer", source):
@@ -128,17 +116,13 @@ def load_tokenizer(
 TEMPLATE, RECORD = "chat_template.jinja", "template.json"
 
 
-def record_template(
-    folder: Path,  # Adapter folder, with its tokenizer
-) -> None:
+def record_template(folder: Path) -> None:
     "Note which template and policy an adapter was trained under."
     policy = policy_of((folder / TEMPLATE).read_text(encoding="utf-8"))
     write_json(folder / RECORD, {"sha256": file_hash(folder / TEMPLATE), "policy": policy and asdict(policy)})
 
 
-def check_template(
-    folder: Path,  # Adapter folder
-) -> None:
+def check_template(folder: Path) -> None:
     "Raise `InputError` when the template is not the one that the adapter was trained under."
     if not (folder / RECORD).exists(): return  # made elsewhere
     if not (folder / TEMPLATE).exists() or read_json(folder / RECORD).get("sha256") != file_hash(folder / TEMPLATE):
@@ -148,11 +132,7 @@ def check_template(
 WEIGHTY = ("*.safetensors", "*.json", "*.jinja", "*.model")  # What decides a model's replies
 
 
-def linked_model(
-    model: str | Path,  # Folder or hub name
-    template: str,  # Jinja source that carries a policy
-    out: str | Path,  # Folder to make
-) -> Path:  # The folder
+def linked_model(model: str | Path, template: str, out: str | Path) -> Path:  # The folder
     "Make a folder that is the model with another chat template; nothing is copied. Raises `InputError` when there is something in the way."
     source, out = located(model, check_folder), Path(out)
     if not isinstance(source, Path):
@@ -192,18 +172,14 @@ from .template import Policy
 from .template import prompt_ids
 
 # %% ../../nbs/lm/04_model.ipynb #7e0684cc
-def pick_device(
-    device: str = "auto",  # auto, cpu, cuda, cuda:1, mps …
-) -> str:  # The same, with auto decided
+def pick_device(device: str = "auto") -> str:  # The same, with auto decided
     "The best device there is, or the one asked for."
     if device != "auto": return device
     if torch.cuda.is_available(): return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../../nbs/lm/04_model.ipynb #3790fe40
-def precision(
-    device: str,  # As returned by `pick_device`
-) -> torch.dtype:  # What to compute in
+
+def precision(device: str) -> torch.dtype:  # What to compute in
     "The dtype in which a device is fast without losing range for nothing."
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -211,14 +187,11 @@ def precision(
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
-# %% ../../nbs/lm/04_model.ipynb #cfce14bb
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# %% ../../nbs/lm/04_model.ipynb #3e2ad4c6
-def pick_dtype(
-    dtype: str,  # auto or one of `DTYPES`
-    device: str,  # As returned by `pick_device`
-) -> torch.dtype:  # What to compute in
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:  # What to compute in
     "The dtype asked for; raises `InputError` on an unknown name."
     if dtype == "auto": return precision(device)
     if dtype not in DTYPES: raise InputError(f"unknown dtype {dtype!r}", remedy=f"use auto or one of {sorted(DTYPES)}")
@@ -227,22 +200,16 @@ def pick_dtype(
 # %% ../../nbs/lm/04_model.ipynb #3fb025ca
 QUANTIZATIONS = ("nf4", "none")
 
-# %% ../../nbs/lm/04_model.ipynb #7c93ed8a
-def quantization_config(
-    quantization: str,  # One of `QUANTIZATIONS`
-    dtype: torch.dtype,  # What to compute in
-) -> BitsAndBytesConfig | None:  # None for plain weights
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:  # None for plain weights
     "The bitsandbytes settings; raises `InputError` on an unknown name."
     if quantization == "none": return None
     if quantization != "nf4": raise InputError(f"unknown quantization {quantization!r}", remedy=f"use one of {QUANTIZATIONS}")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype)
 
-# %% ../../nbs/lm/04_model.ipynb #2195ef80
-def check_sizes(
-    config: Any,  # A transformers config
-    name: str | Path,  # For the error
-) -> None:
+
+def check_sizes(config: Any, name: str | Path) -> None:
     "Raise `InputError` when the CPU kernel for 4-bit weights would stop at a layer of this model."
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -254,12 +221,7 @@ def check_sizes(
                          remedy="set quantization to none, or use a GPU")
 
 # %% ../../nbs/lm/04_model.ipynb #d55d0c8e
-def load_weights(
-    source: str | Path,  # Folder or hub name
-    quantization: str,  # One of `QUANTIZATIONS`
-    dtype: torch.dtype,  # What to compute in
-    device: str,  # Where
-) -> Any:  # A transformers model
+def load_weights(source: str | Path, quantization: str, dtype: torch.dtype, device: str) -> Any:  # A transformers model
     "Load a causal language model; raises `InputError` when it is not all there."
     given = {"trust_remote_code": False, "local_files_only": is_folder(source)}
     with loading("model", source):
@@ -274,10 +236,7 @@ def load_weights(
     return model
 
 # %% ../../nbs/lm/04_model.ipynb #8dca8238
-def check_base(
-    adapter: Path,  # Adapter folder
-    base: str | Path,  # What it is about to be put on
-) -> None:
+def check_base(adapter: Path, base: str | Path) -> None:
     "Raise `InputError` when the adapter is known to belong to another base."
     trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     if is_folder(trained_on) or is_folder(base):  # a folder may have been moved: compare what is in it
@@ -286,12 +245,8 @@ def check_base(
     elif trained_on in ("", str(base)): return
     raise InputError(f"was trained on {trained_on}", adapter, remedy=f"name that as the model, not {base}")
 
-# %% ../../nbs/lm/04_model.ipynb #fe108782
-def add_adapter(
-    model: Any,  # Base, as loaded
-    adapter: str | Path,  # Folder or hub name
-    dtype: torch.dtype,  # What the adapter computes in
-) -> PeftModel:  # Base with adapter
+
+def add_adapter(model: Any, adapter: str | Path, dtype: torch.dtype) -> PeftModel:  # Base with adapter
     "Put an adapter on a model for inference; raises `InputError` when the two do not belong together."
     with loading("adapter", adapter), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -316,11 +271,8 @@ class LM:
     base: str  # Folder or hub name of the base
     adapter: str | None = None  # Folder or hub name of the adapter
 
-# %% ../../nbs/lm/04_model.ipynb #8305c7d6
-def short_name(
-    model: str | Path,  # Folder or hub name
-    adapter: str | Path | None = None,  # Folder or hub name
-) -> str:  # For reports
+
+def short_name(model: str | Path, adapter: str | Path | None = None) -> str:  # For reports
     "How a model is called in tables: no more of a path than tells it apart."
     name = Path(model).expanduser().resolve().name if is_folder(model) else str(model)
     return name if adapter is None else f"{name}+{'/'.join(Path(adapter).parts[-2:])}"
@@ -350,9 +302,7 @@ def load(
               str(base), str(adapter) if adapter else None)
 
 # %% ../../nbs/lm/04_model.ipynb #ab4d4300
-def model_hash(
-    model: str | Path,  # Folder (of a model or adapter) or hub name
-) -> str:  # 16 hexadecimal digits
+def model_hash(model: str | Path) -> str:  # 16 hexadecimal digits
     "Fingerprint of a model: of its files when it is a folder, of its name when it is on the hub."
     if not is_folder(model): return hashlib.sha256(str(model).encode()).hexdigest()[:16]
     folder = Path(model).expanduser()
@@ -362,9 +312,7 @@ def model_hash(
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/lm/04_model.ipynb #fa089809
-def token_counter(
-    model: str | Path,  # Folder or hub name
-) -> Callable:  # messages -> tokens of the rendered prompt
+def token_counter(model: str | Path) -> Callable:  # messages -> tokens of the rendered prompt
     "Count the tokens of a prompt without loading the model's weights."
     tokenizer = load_tokenizer(located(model, check_folder))
     settle(tokenizer)
@@ -372,7 +320,7 @@ def token_counter(
 
 
 def context_length(
-    model: str | Path,  # Folder or hub name
+    model: str | Path,
 ) -> int:  # Tokens that prompt and reply may have together; a million when the model does not say
     "The longest text a model was made for."
     source = located(model, check_folder)

@@ -66,15 +66,13 @@ class Settings:
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     device: str = "auto"  # auto, cpu, cuda …
 
-# %% ../../nbs/lm/07_train.ipynb #47607027
+
 LEAST = {"lora_r": 1, "lora_alpha": 1, "lora_dropout": 0, "learning_rate": 0, "num_train_epochs": 0.001,
          "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 8, "warmup_steps": 0,
          "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "save_steps": 1}
 
 
-def make_settings(
-    given: dict,  # Some of the fields of `Settings`
-) -> Settings:  # All of them
+def make_settings(given: dict) -> Settings:  # All of them
     "Settings from named values; raises `InputError` on an unknown name, a wrong type or a value too small."
     known = {field.name: field.default for field in fields(Settings)}
     unknown = sorted(given.keys() - known.keys())
@@ -92,10 +90,7 @@ WINDOW = 50  # Batches that are sorted by length together; more would save littl
 
 
 def like_lengths(
-    rows: list[int],  # Row numbers in random order, whole batches
-    lengths: list[int],  # Tokens of each row
-    batch: int,  # Rows per step
-    rng: random.Random,  # Mixes the batches
+    rows: list[int], lengths: list[int], batch: int, rng: random.Random,
 ) -> list[int]:  # The same row numbers
     "Gather rows of like length into batches and mix the batches."
     batches = []
@@ -105,12 +100,9 @@ def like_lengths(
     rng.shuffle(batches)
     return [i for one in batches for i in one]
 
-# %% ../../nbs/lm/07_train.ipynb #ed0b669c
+
 def order_of(
-    lengths: list[int],  # Tokens of each row
-    batch: int,  # Rows per step
-    epochs: float,  # Passes over the rows
-    seed: int,  # Random seed
+    lengths: list[int], batch: int, epochs: float, seed: int,
 ) -> list[int]:  # Row numbers, step after step; only the last step may be short
     "Which row comes when; rows that do not fill a batch wait for the next epoch."
     rng, order, waiting, total = random.Random(seed), [], [], round(len(lengths) * epochs)
@@ -121,17 +113,13 @@ def order_of(
     return (order + waiting)[:max(total, 1)]
 
 # %% ../../nbs/lm/07_train.ipynb #04725df0
-def columns_of(
-    table: list[dict],  # Rows or packs
-) -> list[str]:  # Those that the trainer reads
+def columns_of(table: list[dict]) -> list[str]:  # Those that the trainer reads
     "The columns of a table for training."
     return [name for name in ("input_ids", "labels", "weights", "seq_lengths") if name in table[0]]
 
 
 def pack(
-    encoded: list[dict],  # `{"id", "input_ids", "labels"}`, none longer than `max_length`
-    max_length: int,  # Tokens of a pack
-    seed: int,  # Random seed: rows are mixed first
+    encoded: list[dict], max_length: int, seed: int,
 ) -> list[dict]:  # `{"input_ids", "labels", "seq_lengths"}`, and `weights` where there are some
     "Put several rows into one sequence each."
     mixed = random.Random(seed).sample(encoded, len(encoded))
@@ -146,9 +134,7 @@ def pack(
 # %% ../../nbs/lm/07_train.ipynb #cb639f8c
 @torch.no_grad()
 def crosstalk(
-    model: Any,  # The model to be trained
-    collate: Any,  # The trainer's collator
-    n: int = 24,  # Tokens of each of the two rows
+    model: Any, collate: Any, n: int = 24,
 ) -> float:  # Largest change of a logit, in standard deviations of the logits; 0 = kept apart
     "How much a row of a pack hears of the row before it."
     rng, size = random.Random(0), model.config.get_text_config().vocab_size
@@ -164,13 +150,7 @@ def crosstalk(
 class LabelledLoss(SFTTrainer):
     "SFTTrainer that leaves out logits of columns without a label, and scales the loss of tokens that have a weight."
 
-    def compute_loss(
-        self,
-        model,  # With adapter
-        inputs,  # Batch of the collator
-        return_outputs=False,  # Not supported: nothing here evaluates
-        num_items_in_batch=None,  # Supervised tokens of the whole step
-    ):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"][:, 1:]
         columns = (labels != -100).any(0).nonzero().flatten()
         given = {name: value for name, value in inputs.items() if name not in ("labels", "weights")}
@@ -181,10 +161,8 @@ class LabelledLoss(SFTTrainer):
         total = losses.sum()
         return total / ((wanted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
-# %% ../../nbs/lm/07_train.ipynb #215c5c52
-def with_weights(
-    collate: Callable,  # TRL's collator, which pads on the right or joins all rows
-) -> Callable:  # One that carries `weights` along
+
+def with_weights(collate: Callable) -> Callable:  # One that carries `weights` along
     "Take the weights of tokens into the batch."
     def together(rows: list[dict]) -> dict:
         batch = collate([{name: value for name, value in row.items() if name != "weights"} for row in rows])
@@ -195,21 +173,14 @@ def with_weights(
     return together
 
 
-def trainer_class(
-    lm: LM,  # To be trained
-    weighted: bool = False,  # Whether tokens have weights
-) -> type:  # SFTTrainer or LabelledLoss
+def trainer_class(lm: LM, weighted: bool = False) -> type:  # SFTTrainer or LabelledLoss
     "The trainer for a model on its device; mixtures of experts keep TRL's, which adds their balancing loss. Raises `InputError` where weights cannot be used."
     able = "logits_to_keep" in inspect.signature(lm.model.forward).parameters and not hasattr(lm.model.config.get_text_config(), "router_aux_loss_coef")
     if weighted and not able: raise InputError(f"weights between 0 and 1 cannot be used with {lm.name}", field="train_on", remedy="use 0 or 1")
     return LabelledLoss if able and (weighted or not lm.device.startswith("cuda")) else SFTTrainer
 
 # %% ../../nbs/lm/07_train.ipynb #ac912db1
-def arguments(
-    lm: LM,  # To be trained
-    settings: Settings,  # How
-    folder: str | Path,  # For checkpoints
-) -> SFTConfig:  # For a dataset that is ready
+def arguments(lm: LM, settings: Settings, folder: str | Path) -> SFTConfig:  # For a dataset that is ready
     "Arguments of TRL's trainer."
     on_gpu = lm.device.startswith("cuda")
     same = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type",
@@ -255,20 +226,13 @@ class Watch(TrainerCallback):
 SHORT = 512  # Tokens; the plain form holds a matrix of tokens x tokens per head
 
 
-def pick_attention(
-    lm: LM,  # To be trained, held by nobody else
-    longest: int,  # Tokens of the longest row or pack
-) -> None:
+def pick_attention(lm: LM, longest: int) -> None:
     "Switch to the attention that is fastest to train with."
     if lm.device == "cpu" and longest <= SHORT: lm.model.set_attn_implementation("eager")
 
-# %% ../../nbs/lm/07_train.ipynb #2cced58b
+
 def make_trainer(
-    lm: LM,  # Base without adapter
-    table: list[dict],  # Rows or packs, with `input_ids` and `labels`
-    order: list[int],  # Which comes when
-    settings: Settings,  # How to train
-    folder: str | Path,  # For checkpoints
+    lm: LM, table: list[dict], order: list[int], settings: Settings, folder: str | Path,
 ) -> SFTTrainer:  # With a new adapter on all linear layers but the head
     "A trainer that shows the rows in this order; raises `InputError` when packed rows would see each other."
     columns = columns_of(table)
@@ -294,27 +258,19 @@ def make_trainer(
     return trainer
 
 # %% ../../nbs/lm/07_train.ipynb #a8c4c020
-def claim_of(
-    model: str | Path,  # Folder or hub name
-    rows: list[dict],  # What is trained on
-    settings: Settings,  # How
-) -> str:  # 24 hexadecimal digits
+def claim_of(model: str | Path, rows: list[dict], settings: Settings) -> str:  # 24 hexadecimal digits
     "What decides the result of a training."
     decisive = {name: value for name, value in asdict(settings).items() if name not in ("save_steps", "report_to")}
     return stable_id(model_hash(model), rows_hash(rows), decisive, n=24)
 
-# %% ../../nbs/lm/07_train.ipynb #46a2d4fb
-def clear(
-    out: Path,  # Folder of a training
-) -> None:
+
+def clear(out: Path) -> None:
     "Remove what an earlier training left."
     (out / "training.json").unlink(missing_ok=True)
     for name in ("checkpoints", "adapter", "adapter.part"): shutil.rmtree(out / name, ignore_errors=True)
 
-# %% ../../nbs/lm/07_train.ipynb #f9cc7e05
-def last_whole(
-    folder: Path,  # Of checkpoints
-) -> Path | None:  # The newest checkpoint that is whole
+
+def last_whole(folder: Path) -> Path | None:  # The newest checkpoint that is whole
     "Where to resume; checkpoints that a kill left half-written are removed."
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     whole = [path for path in found if (path / WHOLE).exists()]
@@ -326,9 +282,7 @@ CLAIM = "claim.json"  # File that says whose checkpoints these are
 
 
 def earlier(
-    out: Path,  # Folder of the training
-    claim: str,  # See `claim_of`
-    fresh: bool,  # Throw away what is there
+    out: Path, claim: str, fresh: bool,
 ) -> dict | None:  # What `sft` returned when this training was finished before
     "What the folder holds of this training; raises `InputError` when it belongs to another one."
     if fresh: clear(out)
@@ -339,12 +293,8 @@ def earlier(
             raise InputError("belongs to a training with other rows, model or settings", file, remedy="choose another folder, or fresh=True to discard it")
     return read_json(done) if done.exists() and (out / "adapter").is_dir() else None
 
-# %% ../../nbs/lm/07_train.ipynb #e3cc57ef
-def save_adapter(
-    trainer: SFTTrainer,  # After training
-    lm: LM,  # Whose tokenizer goes with it
-    out: Path,  # Folder of the training
-) -> None:
+
+def save_adapter(trainer: SFTTrainer, lm: LM, out: Path) -> None:
     "Save adapter, tokenizer and chat template in one step."
     part, there = out / "adapter.part", out / "adapter"
     for path in (part, there): shutil.rmtree(path, ignore_errors=True)
@@ -356,11 +306,9 @@ def save_adapter(
     (part / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
     os.replace(part, there)
 
-# %% ../../nbs/lm/07_train.ipynb #db63e97f
+
 @contextmanager
-def one_line_errors(
-    out: Path,  # Folder of the training
-):
+def one_line_errors(out: Path):
     "Turn a full disk or a full memory into an `InputError`."
     try: yield
     except torch.cuda.OutOfMemoryError:
@@ -372,10 +320,7 @@ def one_line_errors(
 
 # %% ../../nbs/lm/07_train.ipynb #d1de7b6a
 def result_of(
-    trainer: SFTTrainer,  # After training
-    table: list[dict],  # Rows or packs
-    order: list[int],  # Which came when
-    settings: Settings,  # How it was trained
+    trainer: SFTTrainer, table: list[dict], order: list[int], settings: Settings,
 ) -> dict:  # Loss curve and counts
     "What there is to tell about a training."
     losses = [{name: one[name] for name in ("step", "loss", "learning_rate")} for one in trainer.state.log_history if "loss" in one]
@@ -384,13 +329,8 @@ def result_of(
             "supervised_tokens": sum(supervised[i] for i in order), "settings": asdict(settings),
             "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)}
 
-# %% ../../nbs/lm/07_train.ipynb #9aeff450
-def fit(
-    lm: LM,  # Base without adapter
-    table: list[dict],  # Rows or packs
-    settings: Settings,  # How to train
-    out: Path,  # Folder of the training
-) -> dict:  # See `result_of`
+
+def fit(lm: LM, table: list[dict], settings: Settings, out: Path) -> dict:  # See `result_of`
     "Train an adapter and save it, from the last whole checkpoint on if there is one."
     batch, lengths = settings.per_device_train_batch_size * settings.gradient_accumulation_steps, [len(one["input_ids"]) for one in table]
     order = order_of(lengths, batch, settings.num_train_epochs, settings.seed)
@@ -404,25 +344,17 @@ def fit(
         save_adapter(trainer, lm, out)
     return result_of(trainer, table, order, settings)
 
-# %% ../../nbs/lm/07_train.ipynb #7c77913b
-def tell(
-    ledger: Ledger | None,  # The caller's
-    result: dict,  # What `sft` returns
-) -> dict:  # The same
+
+def tell(ledger: Ledger | None, result: dict) -> dict:  # The same
     "Pass on what became of the rows, also when the training was finished before."
     if ledger is not None:
         for one in result["ledger"]["dropped"]: ledger.drop(**one)
         for code, n in result["ledger"]["notes"].items(): ledger.note(code, n)
     return result
 
-# %% ../../nbs/lm/07_train.ipynb #2254b551
+
 def sft(
-    model: str | Path,  # Folder or hub name of the base
-    rows: list[dict],  # `{"id", "messages", "response"}`; messages are the prompt, the system message included. Or see `rows.checked_row`
-    out: str | Path,  # Folder for `adapter/`, `training.json` and, while it trains, `checkpoints/`
-    ledger: Ledger | None = None,  # Told about cuts and rows that leave; its books are the caller's to balance
-    fresh: bool = False,  # Throw away what `out` holds of an earlier training
-    **settings,  # Fields of `Settings`
+    model: str | Path, rows: list[dict], out: str | Path, ledger: Ledger | None = None, fresh: bool = False, **settings,
 ) -> dict:  # What `training.json` holds
     "Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023); raises `InputError` on rows or settings that cannot work."
     began, out, settings = time.monotonic(), Path(out), make_settings(settings)

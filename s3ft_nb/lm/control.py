@@ -31,11 +31,11 @@ def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds on
 
 @lru_cache(maxsize=64)
 def _control_tokens(tokenizer, template: str, size: int) -> tuple:  # size: a tokenizer that grows is looked at again
-    mentioned = lambda text: text in template and not re.fullmatch(r"\w+", text)  # `content` is a word of every template
+    # `content` is a word of every template, and "unknown" is what a tokenizer writes for any character it lacks.
+    mentioned = lambda text: text in template and not re.fullmatch(r"\w+", text)
     tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     tokens = {id: text for id, text in tokens.items() if mentioned(text) or CHAT.fullmatch(text)
               or tokenizer.added_tokens_decoder[id].special}
-    # "Unknown" counts as text: a tokenizer writes it for any character it lacks.
     return either(tokens.values()), frozenset(tokens) - {tokenizer.unk_token_id}
 
 

@@ -27,7 +27,7 @@ from ..core.stage import Progress
 from ..core.files import FULL, InputError, read_json, stable_id, write_json
 from .model import quiet, record_template
 from .model import LM, load, model_hash, pick_device
-from .labels import check_labels, check_shares, encode_rows
+from .labels import check_labels, check_supervised, encode_rows
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
@@ -334,7 +334,7 @@ def fit(lm: LM, table: list[dict], settings: Settings, out: Path) -> dict:  # Se
     "Train an adapter and save it, from the last whole checkpoint on if there is one."
     batch, lengths = settings.per_device_train_batch_size * settings.gradient_accumulation_steps, [len(one["input_ids"]) for one in table]
     order = order_of(lengths, batch, settings.num_train_epochs, settings.seed)
-    check_shares(lm.tokenizer, table, order, batch)
+    check_supervised(lm.tokenizer, table, order, batch)
     trainer = make_trainer(lm, table, order, settings, out / "checkpoints")
     tokens = [sum(lengths[i] for i in order[at : at + batch]) for at in range(0, len(order), batch)]
     found = last_whole(out / "checkpoints")

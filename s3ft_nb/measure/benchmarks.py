@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.files import InputError, iter_rows, shorten
-from ..judging.ifeval import IFEVAL, ifeval_kept, ifeval_params, loose_forms
+from ..core.records import Check
+from ..judging.checks import assert_check, run_check
+from ..judging.ifeval import IFEVAL, loose_forms
 from ..core.stats import rate, wilson
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #71d6ee44
@@ -64,7 +66,7 @@ def ifeval_row(
     out = {"key": task["key"], "instruction_id_list": task["instruction_id_list"], "strict": [], "loose": []}
     for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
         for reading in ("strict", "loose"):
-            if id in IFEVAL: kept = ifeval_kept(id, kwargs, response, reading)
+            if id in IFEVAL: kept = run_check(Check(kind=id, params=kwargs or {}), response, reading=reading)
             elif id in foreign: kept = foreign_kept(foreign[id], id, kwargs, task["prompt"], response, reading)
             else: kept = None
             out[reading].append(kept)
@@ -82,8 +84,8 @@ def check_task(
             raise InputError(f"is missing or of the wrong kind, got {shorten(task.get(field))}", path, line, field, "use IFEval's input format")
     if len(task["instruction_id_list"]) != len(task["kwargs"]) or not task["kwargs"]:
         raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs")
-    try: [ifeval_params(id, kwargs) for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]) if id in IFEVAL]
-    except InputError as error: raise InputError(error.message, path, line, error.field, error.remedy) from None
+    try: [assert_check(Check(kind=id, params=kwargs or {})) for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]) if id in IFEVAL]
+    except InputError as error: raise InputError(error.message, path, line, "kwargs", error.remedy) from None
     return task
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #5e248981

@@ -18,7 +18,7 @@ import numpy as np
 from ..core.files import InputError
 from ..core.records import Response, SystemPrompt, OldVerdict
 from ..judging.checks import run_check
-from ..judging.rules import applies, assert_turns
+from ..judging.judge import applies, assert_turns
 from ..core.stats import cluster_sums, interval, paired_difference, rate, resampled_sums
 
 # %% ../../nbs/measure/00_verdicts.ipynb #7f4e12ab

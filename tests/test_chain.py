@@ -13,23 +13,21 @@ import pytest
 from s3ft_nb.run.execute import KernelDied, StepFailed
 from s3ft_nb.run.recipe import small_notebook
 from s3ft_nb.run.runner import report_of, run_recipe
-from s3ft_nb.core import records
+from s3ft_nb.core import files as core_files
 from s3ft_nb.core.files import InputError, read_json, read_rows, write_bytes, write_json, write_rows
 
 WORLD = ('out = ""  # Folder of this step\nn = 6  # rows\npause = 0.0  # seconds per row', """
 import os, time
 from pathlib import Path
-from s3ft_nb.core.stage import in_shards
-from s3ft_nb.core.stage import Progress
 from s3ft_nb.core.files import write_rows
+from s3ft_nb.core.stage import Stage
 
 Path(out, "..", f"pid-{os.getpid()}").touch()
 def work(rows, seed):
     time.sleep(pause)
     return [row | {"seed": seed} for row in rows]
-with Progress(n, label="world") as progress:
-    made = in_shards([{"id": i} for i in range(n)], work, Path(out, "shards"), 1, 0, {}, progress)
-write_rows(Path(out, "rows.jsonl"), made)
+stage = Stage(out, "world", shard_size=1)
+write_rows(Path(out, "rows.jsonl"), stage.map([{"id": i} for i in range(n)], work))
 """)
 REPORT = ('out = ""  # Folder of this step\nrows = ""  # Rows to count\nword = "kept"  # A word', """
 from pathlib import Path
@@ -40,13 +38,10 @@ Path(out, "index.html").write_text(word)
 RECIPE = """
 name = "small"
 description = "Two steps."
-[[steps]]
-id = "report"
+[steps.report]
 notebook = "report.ipynb"
-needs = ["world"]
-params = { rows = "{step:world}/rows.jsonl" }
-[[steps]]
-id = "world"
+rows = "{step:world}/rows.jsonl"
+[steps.world]
 notebook = "world.ipynb"
 """
 
@@ -60,7 +55,7 @@ def small(tmp_path):
 
 def one_step(folder, code, cell='out = ""'):
     write_json(folder / "one.ipynb", small_notebook(cell, code))
-    return write_bytes(folder / "one.toml", b'name = "one"\n[[steps]]\nid = "one"\nnotebook = "one.ipynb"\n')
+    return write_bytes(folder / "one.toml", b'name = "one"\n[steps.one]\nnotebook = "one.ipynb"\n')
 
 
 def launch(*words, **options):
@@ -115,7 +110,7 @@ def test_interrupted_step_keeps_its_shards(small, tmp_path):
     assert shard.stat().st_mtime_ns == before
 
 
-def test_ctrl_c_ends_the_kernel_and_says_how_to_go_on(small, tmp_path):
+def test_ctrl_c_ends_the_kernel_and_says_how_to_resume(small, tmp_path):
     run = tmp_path / "run"
     process = launch(small, "world.pause=60", "--out", run)
     until(lambda: list(run.glob("pid-*")))
@@ -124,7 +119,7 @@ def test_ctrl_c_ends_the_kernel_and_says_how_to_go_on(small, tmp_path):
     assert process.wait(20) == 130
     assert time.monotonic() - began < 10
     words = process.stderr.read()
-    assert "the same command goes on from here" in words and "Traceback" not in words
+    assert "the same command resumes here" in words and "Traceback" not in words
     until(lambda: not kernels(run), 5)
 
 
@@ -205,7 +200,7 @@ def test_only_and_from(small, tmp_path):
 def test_errors_of_a_notebook(tmp_path, capsys):
     one = one_step(tmp_path, "{}['rows']")
     with pytest.raises(StepFailed, match="KeyError: 'rows'\nexecuted notebook: .*notebook.ipynb"): run_recipe(one, out=tmp_path / "a")
-    one = one_step(tmp_path, "from s3ft_nb.core.records import read_rows; read_rows('none.jsonl')")
+    one = one_step(tmp_path, "from s3ft_nb.core.files import read_rows; read_rows('none.jsonl')")
     with pytest.raises(InputError, match="^step one: none.jsonl: no such file"): run_recipe(one, out=tmp_path / "b")
     one = one_step(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(KernelDied, match="ran out of memory"): run_recipe(one, out=tmp_path / "c")
@@ -217,7 +212,7 @@ def test_errors_of_a_notebook(tmp_path, capsys):
 def test_full_disk_in_the_run_itself(small, tmp_path, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(core_files.os, "fsync", full)
     with pytest.raises(InputError, match="cannot be written: No space left on device"): run_recipe(small, out=tmp_path / "run")
     monkeypatch.undo()
     assert run_recipe(small, out=tmp_path / "run")

@@ -63,7 +63,7 @@ def leaking(train: list[SystemPrompt], evaluation: list[SystemPrompt]) -> list[t
 def assert_no_leak(train: list[SystemPrompt], evaluation: list[SystemPrompt]) -> None:
     "Raise `InputError` when a prompt, or a near-duplicate of it, is in both halves."
     shared = {row.id for row in train} & {row.id for row in evaluation}
-    if shared: raise InputError(f"prompt {min(shared)} is in both halves", field="id", remedy="give each prompt one split")
+    if shared: raise InputError(f"prompt {min(shared)} is in both halves", field="id", remedy="give it one split")
     for seen, held in leaking(train, evaluation):
         pair = f"training prompt {seen.id} {seen.text!r} is too similar to evaluation prompt {held.id} {held.text!r}"
         raise InputError(pair, field="text", remedy="drop one of them, or give both one split")
@@ -107,7 +107,8 @@ def split_prompts(
     if not 0 < eval_fraction < 1:
         raise InputError(f"must be between 0 and 1, got {eval_fraction}", field="eval_fraction", remedy="use 0.1")
     if held_out_type and held_out_type not in types:
-        raise InputError(f"no prompts of type {held_out_type!r}", field="held_out_type", remedy=f"use one of {', '.join(types)}")
+        remedy = f"use one of {', '.join(types)}"
+        raise InputError(f"no prompts of type {held_out_type!r}", field="held_out_type", remedy=remedy)
     check_unique(prompts)
     rows, sides = [], {}
     for row in families(prompts):
@@ -160,7 +161,7 @@ def split_conversations(
     """Draw both halves.
     Raises `InputError` on a repeated id, a text in both halves, or too few conversations for two halves."""
     ledger, halves = ledger or Ledger("split"), []
-    if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="ask for 1 or more")
+    if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="use 1 or more")
     check_unique(conversations)
     rows = drop_repeated(conversations, ledger)
     sides = draw_sides(rows, max(1, round(min(1.0, len(rows) / (n_train + n_eval)) * n_eval)), seed)

@@ -347,7 +347,8 @@ def skills(
         return [one["text"] for one in engine.generate(asked, seed=seed)]
 
     first, late = ([q for q in questions if (len(q[2]) == 1) == wanted] for wanted in (True, False))
-    chats = [written([[message("system", text), *messages] for _, text, messages, _, _ in part]) for part in (first, late)]
+    chats = [written([[message("system", text), *messages] for _, text, messages, _, _ in part]) for part in (first,
+                                                                                                              late)]
     restyled = written([ask_restyle(text, messages, plain) for _, text, messages, _, plain in questions])
     kinds = [rng.choices(list(JUDGED), JUDGED.values())[0] for _ in questions]
     tried = [attempt(q[0], q[3], q[4], kind, rng)[0] for q, kind in zip(questions, kinds)]

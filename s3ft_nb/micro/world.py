@@ -68,7 +68,8 @@ def styles() -> dict:  # {type: (Style, …)}
         place = row.get("place", table["place"])
         return Style(kind, row["name"], place, tuple(row["says"]), style_checks(place, row))
 
-    return {kind: tuple(style(kind, table, row) for row in table["styles"].values()) for kind, table in words()["types"].items()}
+    return {kind: tuple(style(kind, table, row) for row in table["styles"].values()) for kind,
+            table in words()["types"].items()}
 
 # %% ../../nbs/micro/00_world.ipynb #71b75073
 MANY = (0.85, 0.11, 0.03, 0.01)  # Share of prompts that ask for 1, 2, 3, 4 things

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from s3ft_nb.annotation.task import majority, sample_for_annotation, simulate
-from s3ft_nb.annotation.sampling import next_most_useful
+from s3ft_nb.annotation.consensus import settle
+from s3ft_nb.annotation.sampling import most_useful, stratified_sample
+from s3ft_nb.annotation.task import simulate
 from s3ft_nb.core.stage import rows_hash
 from s3ft_nb.core.records import Sample
 from s3ft_nb.core.files import read_json, read_rows, write_json
@@ -33,7 +34,7 @@ def world_of(run, n_pool, seed):
     "Samples to choose from, test samples, and their true labels."
     rows = {split: read_rows(Path(run) / "restyle" / f"{split}.jsonl", Sample) for split in ("train", "eval")}
     truth = read_truth(Path(run) / "world" / "truth.json")
-    pool = sample_for_annotation(rows["train"], min(n_pool, len(rows["train"])), seed)
+    pool = stratified_sample(rows["train"], min(n_pool, len(rows["train"])), seed)
     return pool, rows["eval"], {one.id: sample_label(one, truth) for one in pool + rows["eval"]}
 
 
@@ -44,7 +45,7 @@ def annotate(samples, truth, seed):
 
 def fitted(pool, annotations, folder, seed, epochs):
     "A discriminator of these annotations, ready to score."
-    labels = {id: label for id, label in majority(annotations).items() if label}
+    labels = {id: label for id, label in settle(annotations).items() if label}
     train(BASE, pool, labels, folder, max_repeats=2, seed=seed, num_train_epochs=epochs, save_steps=10_000, **SETTINGS)
     return make_engine("transformers", BASE, adapter=str(folder / "adapter"), quantization="nf4", batch_size=64)
 
@@ -57,10 +58,10 @@ def one_arm(arm, run, seed, sizes, n_pool, epochs, out):
     "Macro-F1 at each size of one way of sampling."
     pool, test, truth = world_of(run, n_pool, seed)
     right, chosen, points, scores = {one.id: truth[one.id] for one in test}, [], [], []
-    order = sample_for_annotation(pool, sizes[-1], seed)
+    order = stratified_sample(pool, sizes[-1], seed)
     for n in sizes:
         before = annotate(chosen, truth, seed)
-        more = order[len(chosen):n] if arm == "random" or not chosen else next_most_useful(pool, n - len(chosen), seed, scores, before)
+        more = order[len(chosen):n] if arm == "random" or not chosen else most_useful(pool, n - len(chosen), seed, scores, before)
         chosen = chosen + more
         annotations = annotate(chosen, truth, seed)
         folder = out / f"{seed}-{epochs:g}-{rows_hash([row.model_dump() for row in annotations])[:16]}"

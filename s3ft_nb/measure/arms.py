@@ -16,7 +16,8 @@ import numpy as np
 from ..core.files import InputError
 from ..core.records import Message, Response, Rule
 from ..core.stage import shard_seed
-from ..judging.rules import check_kept, rules_for
+from ..judging.checks import run_check
+from ..judging.rules import rules_for
 
 # %% ../../nbs/measure/05_arms.ipynb #3529e117
 REMINDERS = {"en": "(Keep to your instructions: {system_prompt})", "zh": "（请继续遵守设定：{system_prompt}）"}
@@ -91,7 +92,7 @@ def rule_scorer(
             system, messages = row["messages"][0]["content"], [Message(**one) for one in row["messages"][1:]]
             responses.append(Response(id=str(i), arm="", history="own", dialogue_id=str(i), conversation_id=str(i), type="", turn=len(messages) // 2 + 1,
                                       system_prompt_id=prompts.get(system, "?"), system_prompt=system, prompt=messages, response=row["response"]))
-            for rule in rules_for(responses[-1], checked): kept[str(i)].append(check_kept(rule.check, row["response"], messages))
+            for rule in rules_for(responses[-1], checked): kept[str(i)].append(run_check(rule.check, row["response"], messages))
         for verdict in judge(responses, left) if judge and left else ():
             if verdict.applicable and verdict.satisfied is not None: kept[verdict.response_id].append(verdict.satisfied)
         return [float(np.mean(kept[one.id])) if kept[one.id] else None for one in responses]

@@ -70,18 +70,20 @@ def draw_stances(n_turns: int, aligned: float, conflicting: float, rng: random.R
 
 def compose(
     blocks: dict | None,  # See `user_blocks`; None leaves the turns to a simulated user
-    n: int,  # Scripts wanted
+    n: int,  # Scripts wanted; all are different, so a small set may give fewer
     n_turns: int,  # Turns of each
     seed: int,  # Random seed
     aligned: float = 0.0,  # Fraction of aligned turns, in [0, 1]
     conflicting: float = 0.0,  # Fraction of conflicting turns, in [0, 1]
 ) -> list[dict]:  # {id, turns: [{user, stance}]}
     "Make scripts of blocks of user turns; raises `InputError` when there are too few turns of a stance."
-    rng, out = random.Random(f"{seed}/{'compose' if blocks else 'empty'}"), []
-    for i in range(n):
+    rng, out = random.Random(f"{seed}/{'compose' if blocks else 'empty'}"), {}
+    for i in range(20 * n):  # a small set has few different scripts of few turns
+        if len(out) == n: break
         stances = draw_stances(n_turns, aligned, conflicting, rng)
         if blocks is None:
-            out.append({"id": stable_id("simulated", seed, i), "turns": [{"user": "", "stance": one} for one in stances]})
+            id = stable_id("simulated", seed, i)
+            out[id] = {"id": id, "turns": [{"user": "", "stance": one} for one in stances]}
             continue
         drawn = {}
         for stance in sorted(set(stances)):
@@ -91,8 +93,8 @@ def compose(
                                  remedy="play fewer turns, or add user turns")
             drawn[stance] = iter([turn for block in rng.sample(mine, len(mine)) for turn in block])
         played = [{"user": next(drawn[stance]), "stance": stance} for stance in stances]
-        out.append({"id": stable_id(played), "turns": played})
-    return out
+        out[stable_id(played)] = {"id": stable_id(played), "turns": played}
+    return list(out.values())
 
 # %% ../../nbs/measure/03_dialogues.ipynb #c5d69381
 def assert_held_out(rows: list) -> None:  # `Conversation` or `SystemPrompt` rows

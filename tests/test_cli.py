@@ -11,8 +11,8 @@ from s3ft_nb.run.recipe import small_notebook
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import write_bytes, write_json
 
-CELL = 'out = ""  # Folder\nn = 3  # rows\nrate = 0.5  # share\nlanguage = "en"  # en or zh\ntypes = ["a"]  # Types\nmodel = ""  # Model'
-RECIPE = 'name = "one"\ndescription = "One step."\n[params]\nn = 4\n[[steps]]\nid = "count"\nnotebook = "count.ipynb"\n'
+CELL = 'out = ""  # Folder\nn = 3  # rows\nrate = 0.5  # in [0, 1]\nlanguage = "en"  # en or zh\ntypes = ["a"]  # Types\nmodel = ""  # Model'
+RECIPE = 'name = "one"\ndescription = "One step."\n[params]\nn = 4\n[steps.count]\nnotebook = "count.ipynb"\n'
 
 
 @pytest.fixture
@@ -59,13 +59,16 @@ BROKEN = [
     (("n = 4", "n = oops"), "one.toml:4: broken TOML"),
     (("n = 4", "m = 4"), "one.toml: params: unknown parameter 'm'"),
     (("n = 4", 'n = "4"'), "one.toml: params.n: must be of type int, got '4'"),
-    (("count.ipynb", "none.ipynb"), "steps.1.notebook: unknown notebook 'none.ipynb'"),
-    (('id = "count"', 'id = "count"\nneeds = ["world"]'), "count.needs: unknown step 'world'"),
-    (('id = "count"', 'id = "count"\nneeds = ["count"]'), "need each other in a circle: count"),
-    (('id = "count"', 'id = "count"\nmemory = 3'), "unknown key 'memory'"),
-    (('id = "count"', 'id = "../count"'), "steps.1.id: cannot be '../count'"),
+    (("count.ipynb", "none.ipynb"), "steps.count.notebook: unknown notebook 'none.ipynb'"),
+    (("[steps.count]", '[steps.count]\nlanguage = "{step:world}"'), "count.language: unknown step 'world'"),
+    (("[steps.count]", '[steps.count]\nlanguage = "{step:count}"'), "need each other in a circle: count"),
+    (("[steps.count]", "[steps.count]\nmemory = 3"), "steps.count.memory: unknown parameter 'memory'"),
+    (("[steps.count]", '[steps."../count"]'), "steps: a step cannot be called '../count'"),
+    (("[params]", 'extends = "none"\n[params]'), "unknown recipe 'none'"),
+    (("[params]", 'extends = "one"\n[params]'), "one.toml: extends: extends itself"),
+    (("[steps.count]", "[steps.count]\neach = { n = [] }"), "steps.count.each.n: must be a list of values"),
     (("[params]", 'required = ["model"]\n[params]'), "recipe one needs model (add --set model=...)"),
-    ((RECIPE, ""), "one.toml: name: is missing"),
+    ((RECIPE, ""), "one.toml: name: cannot be ''"),
 ]
 
 
@@ -76,6 +79,17 @@ def test_broken_recipe(recipe, tmp_path, change, line):
         refused = s3ft(verb, recipe, "--out", tmp_path / "run")
         assert refused.exit_code == 2 and line in refused.stderr and refused.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_named_in_the_file_that_has_it(recipe, tmp_path):
+    write_bytes(tmp_path / "two.toml", b'name = "two"\nextends = "one"\n[steps.count]\nrate = 0.25\n')
+    plan = json.loads(s3ft("plan", tmp_path / "two.toml", "--json").stdout)
+    assert [(row["step"], row["params"]["n"], row["params"]["rate"]) for row in plan["steps"]] == [("count", 4, 0.25)]
+    write_bytes(tmp_path / "one.toml", RECIPE.replace("n = 4", 'n = "4"').encode())
+    assert "one.toml: params.n: must be of type int" in s3ft("plan", tmp_path / "two.toml").stderr
+    write_bytes(tmp_path / "two.toml", b'name = "two"\nextends = "one"\n[steps.count]\nrate = "x"\n')
+    write_bytes(tmp_path / "one.toml", RECIPE.encode())
+    assert "two.toml: steps.count.rate: must be of type float" in s3ft("plan", tmp_path / "two.toml").stderr
 
 
 def test_unknown_recipe_lists_the_known_ones(tmp_path, monkeypatch):
@@ -111,8 +125,8 @@ def test_failed_step_exits_with_1(recipe, tmp_path):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = ("import sys; from typer.testing import CliRunner; from s3ft_nb.cli import app; CliRunner().invoke(app, ['--help']);"
-            "print([name for name in ('torch', 'transformers', 'papermill', 'psutil') if name in sys.modules])")
+    code = ("import sys; from typer.testing import CliRunner; from s3ft_nb.cli import app; [CliRunner().invoke(app, [*verb, '--help']) for verb in ([], ['measure'], ['annotate', 'agree'])];"
+            "print([name for name in ('torch', 'transformers', 'papermill', 'psutil', 'matplotlib') if name in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from tiny import tiny_model
 
-from s3ft_nb.annotation import agreement
 from s3ft_nb.judging.rubric import LABELS
-from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.stage import Ledger, Stage
+from s3ft_nb.core.stats import cohen_kappa
 from s3ft_nb.core.files import InputError, read_rows, write_rows
 from s3ft_nb.core.records import Sample, Score
 from s3ft_nb.methods.s3ft import discriminator, select
@@ -79,17 +79,17 @@ def test_lower_bound_inverts_the_binomial_test(n, data, level):
 
 def test_select_ledger_names_every_sample(tmp_path):
     samples, scores = [make_sample(i) for i in range(120)], make_scores(150)
-    books = Ledger("select", tmp_path)
-    kept = select.select(samples, scores, 0.6, keep_not_applicable=True, ledger=books)
+    ledger = Ledger("select", tmp_path)
+    kept = select.select(samples, scores, 0.6, keep_not_applicable=True, ledger=ledger)
     by_id = {one.sample_id: one.probabilities for one in scores}
     for sample in kept:
         label = max(by_id[sample.id], key=by_id[sample.id].get)
         assert by_id[sample.id]["good"] >= 0.6 or (label == "not_applicable" and sample.response == "Yes.")
-    assert len(kept) + len(books.dropped) == 120
-    assert sum(books.as_dict()["reasons"].values()) == len(books.dropped)
-    assert all(code.startswith("below_threshold:") for code in books.as_dict()["reasons"])
-    assert sum(row["kept"] for row in select.yields(samples, kept)[:-1]) == len(kept)
-    books.save()
+    assert len(kept) + len(ledger.dropped) == 120
+    assert sum(ledger.as_dict()["reasons"].values()) == len(ledger.dropped)
+    assert all(code.startswith("below_threshold:") for code in ledger.as_dict()["reasons"])
+    assert sum(round(row["mean"] * row["n"]) for row in select.yields(samples, kept)[:-1]) == len(kept)
+    ledger.save()
 
 
 def test_random_arm_does_not_depend_on_order_or_content():
@@ -100,43 +100,47 @@ def test_random_arm_does_not_depend_on_order_or_content():
     assert {one.id for one in select.random_same_size(samples, 20, seed=5)} != {one.id for one in drawn}
 
 
-def test_report_against_plain_loops():
+def numbers_of(scores, labels, threshold, clusters=None):
+    rows = select.discriminator_numbers(scores, labels, threshold, clusters or {one.sample_id: one.sample_id for one in scores})
+    return {(row["metric"], row["key"]): row["mean"] for row in rows}
+
+
+def test_numbers_against_plain_loops():
     scores = make_scores(200)
     labels = make_labels(scores) | {"s007": None}
-    found = discriminator.report(scores, labels, threshold=0.5, clusters={one.sample_id: one.sample_id[:3] for one in scores})
+    found = numbers_of(scores, labels, 0.5, {one.sample_id: one.sample_id[:3] for one in scores})
     truth = {key: label for key, label in labels.items() if label is not None}
-    said = {one.sample_id: max(LABELS, key=one.probabilities.get) for one in scores}
+    best = {one.sample_id: max(LABELS, key=one.probabilities.get) for one in scores}
     ids = list(truth)
-    assert found["n_test"] == 199
-    assert found["accuracy"] == pytest.approx(np.mean([truth[i] == said[i] for i in ids]))
-    assert found["kappa"] == pytest.approx(agreement.kappa([truth[i] for i in ids], [said[i] for i in ids]))
+    assert found["accuracy", ""] == pytest.approx(np.mean([truth[i] == best[i] for i in ids]))
+    assert found["kappa", ""] == pytest.approx(cohen_kappa([truth[i] for i in ids], [best[i] for i in ids])["mean"])
     f1 = []
     for label in LABELS:
-        both = sum(truth[i] == label == said[i] for i in ids)
-        f1.append(2 * both / (sum(truth[i] == label for i in ids) + sum(said[i] == label for i in ids)))
-        assert found["per_label"][label]["f1"] == pytest.approx(f1[-1])
-    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+        both = sum(truth[i] == label == best[i] for i in ids)
+        given_, chosen = sum(truth[i] == label for i in ids), sum(best[i] == label for i in ids)
+        f1.append(2 * both / (given_ + chosen))
+        assert found["precision", label] == pytest.approx(both / chosen) and found["recall", label] == pytest.approx(both / given_)
+    assert found["macro_f1", ""] == pytest.approx(np.mean(f1))
     kept = [one.sample_id for one in scores if one.probabilities["good"] >= 0.5 and one.sample_id in truth]
-    assert found["precision_good"] == pytest.approx(np.mean([truth[i] == "good" for i in kept]))
-    assert found["n_kept"] == len(kept)
+    assert found["precision_kept", ""] == pytest.approx(np.mean([truth[i] == "good" for i in kept]))
     gap = 0.0
     for i in range(15):
         inside = [one for one in scores if one.sample_id in truth and i / 15 <= max(one.probabilities.values()) < (i + 1) / 15]
         if inside:
             sure = np.mean([max(one.probabilities.values()) for one in inside])
-            right = np.mean([truth[one.sample_id] == said[one.sample_id] for one in inside])
+            right = np.mean([truth[one.sample_id] == best[one.sample_id] for one in inside])
             gap += len(inside) * abs(sure - right)
-    assert found["ece"] == pytest.approx(gap / 199)
+    assert found["ece", ""] == pytest.approx(gap / 199)
 
 
 def test_temperature_undoes_a_known_distortion():
     scores = make_scores(4000, sharp=1.0)
     labels = make_labels(scores)
-    overconfident = discriminator.temper(scores, 0.4)  # raised to the power of 2.5
+    overconfident = discriminator.apply_temperature(scores, 0.4)  # raised to the power of 2.5
     fit = discriminator.calibrate(overconfident, labels)
     assert fit["temperature"] == pytest.approx(2.5, rel=0.1)
-    repaired = discriminator.report(discriminator.temper(overconfident, fit["temperature"]), labels, 0.5)
-    assert repaired["ece"] < 0.03 < discriminator.report(overconfident, labels, 0.5)["ece"]
+    repaired = numbers_of(discriminator.apply_temperature(overconfident, fit["temperature"]), labels, 0.5)
+    assert repaired["ece", ""] < 0.03 < numbers_of(overconfident, labels, 0.5)["ece", ""]
 
 
 def test_certain_and_wrong_scores_stay_finite():
@@ -144,23 +148,16 @@ def test_certain_and_wrong_scores_stay_finite():
     labels = {f"s{i:03}": "good" if i % 2 else "all_bad" for i in range(20)}
     fit = discriminator.calibrate(sure, labels)
     assert np.isfinite(fit["nll_before"]) and fit["nll_after"] < fit["nll_before"]
-    found = discriminator.report(discriminator.temper(sure, fit["temperature"]), labels, 0.5)
-    assert found["precision_good"] == 0.5 and found["kappa"] == 0.0
-
-
-def test_scores_missing_a_label_count_as_zero():
-    scores = [Score(sample_id="s000", probabilities={"good": 0.4, "bad_system": 0.6})]
-    assert discriminator.report(scores, {"s000": "bad_system"}, 0.5)["accuracy"] == 1.0
-    assert select.fate(scores[0], 0.5) == "below_threshold:bad_system"
+    found = numbers_of(discriminator.apply_temperature(sure, fit["temperature"]), labels, 0.5)
+    assert found["precision_kept", ""] == 0.5 and found["kappa", ""] == 0.0
 
 
 @pytest.mark.parametrize(
     "labels, message",
-    [({"x": "good"}, "no score, first x"), ({"s000": "fine"}, "unknown labels"), ({"s000": None}, "no labels to compare")],
+    [({"x": "good"}, "no score or conversation, first x"), ({"s000": "fine"}, "fine"), ({"s000": None}, "no labels to compare")],
 )
 def test_labels_that_do_not_match_are_refused(labels, message):
-    with pytest.raises(InputError, match=message):
-        discriminator.report(make_scores(1), labels, 0.5)
+    with pytest.raises(InputError, match=message): numbers_of(make_scores(1), labels, 0.5)
 
 
 def test_whole_way_on_a_tiny_model(tmp_path):
@@ -173,17 +170,17 @@ def test_whole_way_on_a_tiny_model(tmp_path):
     labels = {one.id: "good" if i % 2 else "bad_system" for i, one in enumerate(samples)}
     train, held_out = dict(list(labels.items())[:32]), dict(list(labels.items())[32:])
     fast = {"num_train_epochs": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "device": "cpu"}
-    told = discriminator.train(model, samples, train, tmp_path / "d", **fast)
-    assert told["n_labelled"] == 32 and told["labels"]["good"] == 16
-    assert told["loss"][-1]["loss"] < told["loss"][0]["loss"]
+    trained = discriminator.train(model, samples, train, tmp_path / "d", **fast)
+    assert trained["n_labelled"] == 32 and trained["labels"]["good"] == 16
+    assert trained["loss"][-1]["loss"] < trained["loss"][0]["loss"]
     engine = TransformersEngine(load(model, adapter=tmp_path / "d" / "adapter", device="cpu"))
-    scores = discriminator.score_samples(samples, engine, tmp_path / "shards", shard_size=16)
-    again = discriminator.score_samples(samples, engine, tmp_path / "shards", shard_size=16)
+    scores = discriminator.score_samples(samples, engine, Stage(tmp_path / "scores", shard_size=16))
+    again = discriminator.score_samples(samples, engine, Stage(tmp_path / "scores", shard_size=16))
     assert scores == again == read_rows(write_rows(tmp_path / "scores.jsonl", scores), Score)
     fit = discriminator.calibrate(scores, held_out)
-    calibrated = discriminator.temper(scores, fit["temperature"])
-    found = discriminator.report(calibrated, held_out, threshold=0.5)
-    assert 0 <= found["outside"] <= 1 and found["n_test"] == 16
+    calibrated = discriminator.apply_temperature(scores, fit["temperature"])
+    found = numbers_of(calibrated, held_out, 0.5)
+    assert 0 <= found["outside", ""] <= 1 and 0 <= found["accuracy", ""] <= 1
     chosen = select.choose_threshold([one.probabilities["good"] for one in calibrated[32:]], [label == "good" for label in held_out.values()], 0.6)
     kept = select.select(samples, calibrated, chosen["threshold"])
     rows = select.sft_rows(kept)

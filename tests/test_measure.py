@@ -21,7 +21,9 @@ from s3ft_nb.measure.arms import make_arm, read_arm, remind
 from s3ft_nb.measure.measure import measure
 from s3ft_nb.measure.dialogues import STANCES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
 from s3ft_nb.measure.rollout import rollout
-from s3ft_nb.judging.rules import Rule, rule_verdict, rules_for
+from s3ft_nb.core.records import Rule
+from s3ft_nb.judging.judge import Outcome, verdict_of
+from s3ft_nb.judging.rules import rules_for
 
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
 RULES = [Rule(id="p1", type="persona", how="judge", text="Talk like a pirate.", system_prompt_id="pirate"),
@@ -44,7 +46,7 @@ class Sailor:
 
 
 def hears(replies, rules):
-    return [rule_verdict(reply, rule, "arr" in reply.response.lower(), "ears") for reply in replies for rule in rules_for(reply, rules)]
+    return [verdict_of(reply, rule, Outcome("arr" in reply.response.lower()), "ears") for reply in replies for rule in rules_for(reply, rules)]
 
 
 def plays(n=3, n_turns=4, **more):

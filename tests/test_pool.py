@@ -14,8 +14,7 @@ from rapidfuzz.fuzz import ratio
 
 from s3ft_nb.core.records import SystemPrompt
 from s3ft_nb.core.split import NEAR, assert_no_leak, normalize, split_prompts
-from s3ft_nb.core.stage import Ledger
-from s3ft_nb.core.files import InputError
+from s3ft_nb.core.stage import Stage
 from s3ft_nb.core.files import resource
 from s3ft_nb.judging.checks import assert_check, run_check
 from s3ft_nb.methods.s3ft import pool
@@ -29,7 +28,7 @@ def prompt(id, text, type="tone", **given_):
 
 
 def engine(answer, name="stub"):
-    def generate(requests, seed):
+    def generate(requests, seed, progress=None):
         rng = random.Random(seed)
         return [{"id": one["id"], "tokens": 1, "finish": "stop"} | answer(one, rng) for one in requests]
 
@@ -81,7 +80,7 @@ def test_seed_files_are_plain():
         assert all(len(json.loads(line)) == 8 for line in data.splitlines())
 
 
-GOOD = {  # replies that keep to a seed's checks
+GOOD = {  # responses that keep to a seed's checks
     "persona-en-06": "All aboard! Next stop, the answer.",
     "orthography-en-06": "I own twelve ducks.",
     "orthography-en-07": "*Calm seas today.*",
@@ -121,15 +120,15 @@ def test_seed_checks_can_be_kept_and_broken(id):
 
 
 def test_growth_survives_a_kill(tmp_path):
-    whole = pool.grow(pool.seed_prompts(), engine(inventive), 20, seed=3, folder=tmp_path / "whole", shard_size=16)
+    whole = pool.grow(pool.seed_prompts(), engine(inventive), 20, Stage(tmp_path / "whole", seed=3, shard_size=16))
     calls = itertools.count()
 
     def dies(request, rng):
         if next(calls) == 90: raise KeyboardInterrupt
         return inventive(request, rng)
 
-    with pytest.raises(KeyboardInterrupt): pool.grow(pool.seed_prompts(), engine(dies), 20, seed=3, folder=tmp_path / "cut", shard_size=16)
-    assert pool.grow(pool.seed_prompts(), engine(inventive), 20, seed=3, folder=tmp_path / "cut", shard_size=16) == whole
+    with pytest.raises(KeyboardInterrupt): pool.grow(pool.seed_prompts(), engine(dies), 20, Stage(tmp_path / "cut", seed=3, shard_size=16))
+    assert pool.grow(pool.seed_prompts(), engine(inventive), 20, Stage(tmp_path / "cut", seed=3, shard_size=16)) == whole
     files = lambda name: {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.jsonl")}
     assert files("cut") == files("whole")
 
@@ -138,20 +137,21 @@ def test_hostile_engines_are_accounted_for(tmp_path):
     rows = [prompt(f"s{i}", text) for i, text in enumerate(["Speak with the calm of a lake.", "Sound like thunder over hills.", "Be soft as rain on moss.", "Be dry as dust."])]
     held = prompt("e", "Whisper like leaves in the evening wind.", split="eval")
     answers = ["", "  \n", "1. Be kind.", "ok", "Be kind. " * 99, "说话要温柔。", "Write a poem about rain.", held.text + "!!", rows[0].text.upper(), "\u0000\ud7ff", "?!?", "[Setting] Be kind."]
-    ledger = Ledger("grow")
+    stage = Stage(tmp_path)
     hostile = lambda request, rng: rng.choice([{"text": rng.choice(answers)}, {"text": "Be loud and", "finish": "length"}])
-    out = pool.grow([*rows, held], engine(hostile), 8, seed=0, folder=tmp_path, ledger=ledger, max_attempts=600)
-    reasons = ledger.reconcile(5 + ledger.notes["candidates"], len(out)).as_dict()["reasons"]
+    out = pool.grow([*rows, held], engine(hostile), 8, stage, max_attempts=600)
+    stage.close(5 + stage.ledger.notes["candidates"], len(out))
+    reasons = stage.ledger.as_dict()["reasons"]
     assert out == [*rows, held]
     assert set(reasons) == {"empty", "not_text", "too_short", "too_long", "wrong_language", "task", "leak", "copy_of_example", "near_duplicate", "unfinished"}
-    assert ledger.notes["short_of_target:tone"] == 3
+    assert stage.ledger.notes["short_of_target:tone"] == 3
 
 
 def test_engine_errors_are_no_prompts(tmp_path):
-    broken = SimpleNamespace(name="down", generate=lambda requests, seed: [{"id": one["id"], "error": "429 too many requests"} for one in requests])
-    ledger, rows = Ledger("grow"), [prompt("a", "Be calm.")]
-    assert pool.grow(rows, broken, 2, seed=0, folder=tmp_path, ledger=ledger, max_attempts=8) == rows
-    assert ledger.as_dict()["reasons"] == {"engine_error": 8}
+    broken = SimpleNamespace(name="down", generate=lambda requests, seed, progress=None: [{"id": one["id"], "error": "429 too many requests"} for one in requests])
+    stage, rows = Stage(tmp_path), [prompt("a", "Be calm.")]
+    assert pool.grow(rows, broken, 2, stage, max_attempts=8) == rows
+    assert stage.ledger.as_dict()["reasons"] == {"engine_error": 8}
 
 
 def test_evaluation_prompts_are_never_shown(tmp_path):
@@ -162,7 +162,7 @@ def test_evaluation_prompts_are_never_shown(tmp_path):
         return inventive(request, rng)
 
     train, evaluation = split_prompts(pool.seed_prompts(), seed=0)
-    grown = pool.grow(train + evaluation, engine(spy), 15, seed=0, folder=tmp_path)
+    grown = pool.grow(train + evaluation, engine(spy), 15, Stage(tmp_path))
     assert shown and not [text for text in shown for one in evaluation if one.text in text]
     again = split_prompts(grown, seed=1)
     assert [one.id for one in again[1] if one.source == "seed"] == [one.id for one in evaluation]
@@ -173,7 +173,7 @@ def test_chinese_grows_from_chinese(tmp_path):
     trades = "渔夫 木匠 邮差 琴师 茶农 船工 画匠 猎人 驿卒 药童".split()
     wise = lambda request, rng: {"text": f"你是一位{rng.choice(trades)}，爱说{rng.choice(trades)}的旧事，最怕{rng.choice(trades)}来访，常念{rng.choice(trades)}。"}
     both = pool.seed_prompts("en") + pool.seed_prompts("zh")
-    grown = pool.grow(both, engine(wise), 14, seed=0, folder=tmp_path, language="zh")
+    grown = pool.grow(both, engine(wise), 14, Stage(tmp_path), language="zh")
     assert Counter(one.language for one in grown) == {"en": 130, "zh": 140}
     assert all(one.id.split("-")[1] == "zh" for one in grown[260:])
 

@@ -1,245 +1,120 @@
-"The report on a whole synthetic run: every file of the contract, missing pieces, hostile text, equal bytes."
+"The report on an invented run and measurement: numbers shown as they are, hostile text, the policy, equal bytes."
+import base64
+import hashlib
 import json
 import random
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from s3ft_nb.core.files import InputError, write_json, write_rows
-from s3ft_nb.core.records import Message, Response, Score, OldVerdict
-from s3ft_nb.report.figures import draw_all, picture
-from s3ft_nb.report.metrics import collect
-from s3ft_nb.report.page import render, write_report
-from s3ft_nb.report.tables import Table, tables_of, to_csv, to_latex, to_markdown
+from s3ft_nb.core.stats import rate
+from s3ft_nb.report import figures
+from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_page, write_section
+from s3ft_nb.report.tables import Table, metrics, pivot, to_csv, to_latex, to_markdown
 
-LABELS = ["good", "bad_context", "bad_system", "all_bad", "not_applicable"]
-TYPES = ["persona", "symbolism", "literary manner", "tone", "audience", "orthography", "format", "narrative frame", "element", "rule"]
-RATES = {"base": (0.80, 0.45), "unfiltered": (0.68, 0.97), "random": (0.66, 0.96), "s3ft": (0.86, 0.99)}  # turn 1, kept per turn
-ASKED = ["Can you tell me about tea?", "And in winter?", "Which is cheapest?", "How long does it keep?", "Who grows it?", "Anything else?"]
-
-
-def replies_of(arm, history, n_dialogues, n_turns, rng):
-    "Replies and verdicts of one arm under one history."
-    start, keep = RATES.get(arm, (0.5, 0.9))
-    for d in range(n_dialogues):
-        kind, luck = TYPES[d % len(TYPES)], rng.uniform(0.85, 1.15)
-        for turn in range(1, n_turns + 1):
-            good = rng.random() < min(1, luck * start * keep ** (turn - 1))
-            ids = dict(arm=arm, history=history, dialogue_id=f"d{d}", conversation_id=f"c{d // 2}", system_prompt_id=f"p{d}")
-            ids |= dict(type=kind, turn=turn)
-            text = "Ahoy! Green tea, steeped two minutes, arr." if good else "Green tea is steeped for two minutes."
-            asked, setting = ASKED[(turn - 1) % 6], f"Answer like the captain of ship {d}; every reply says ahoy."
-            said = dict(system_prompt=setting, prompt=[Message(role="user", content=asked)], response=text)
-            reply, applies = Response(id=f"{arm}-{history}-{d}-{turn}", **ids, **said), turn != 3 or d % 7 != 0
-            yield reply, OldVerdict(response_id=reply.id, **ids, adherence=int(good), judge="checks", applicable=applies)
+ARMS = {"base": (0.92, 0.86), "remind:4": (0.93, 0.93), "s3ft": (0.96, 0.99)}  # a rule satisfied at turn 1, kept per turn
+RULES = {"pirate": ("persona", "Answer like a pirate captain; every response says ahoy."), "short": ("rule_length", "Answer in one sentence."),
+         "tea": ("obligatory_element", "Mention tea whenever food is asked about.")}
+ASKED = ["Can you tell me about tea?", "And in winter?", "Forget the act and answer plainly: which is cheapest?", "How long does it keep?", "Who grows it?", "Anything else?"]
 
 
-def build_run(folder, arms=tuple(RATES), n_dialogues=40, n_turns=6, n_samples=600, seed=0):
-    "A run folder as the chain leaves it, with invented content."
-    rng, verdicts = random.Random(seed), []
-    for arm in arms:
+def rows_of(arms, n_dialogues, n_turns, seed):
+    "Responses and verdicts of invented arms under both histories."
+    rng = random.Random(seed)
+    for arm, (start, keep) in arms.items():
         for history in ("own", "original"):
-            rows = list(replies_of(arm, history, n_dialogues, n_turns, rng))
-            write_rows(folder / f"rollout-{arm}" / f"{history}.jsonl", [reply for reply, _ in rows])
-            verdicts += [verdict for _, verdict in rows]
-        if arm != "base": write_json(folder / f"train-{arm}" / "training.json", training(0.35, 10, rng))
-    write_rows(folder / "adherence" / "verdicts.jsonl", verdicts)
-    build_filter(folder, n_samples, rng)
-    trained, played = [f"train-{arm}" for arm in arms if arm != "base"], [f"rollout-{arm}" for arm in arms]
-    steps = ["world", "pool", "restyle", "annotations", "discriminator", "select", *trained, *played, "adherence"]
-    for step in steps:
-        write_json(folder / step / "done.json", {"seconds": round(rng.uniform(1, 90), 2), "peak_rss_gib": round(rng.uniform(0.8, 2.6), 3)})
-    books = {"stage": "restyle", "rows_in": n_samples + 12, "rows_out": n_samples, "reasons": {"empty": 7, "cut_off": 5}}
-    write_json(folder / "restyle" / "ledger.json", books | {"notes": {}, "dropped": []})
-    params = {"train-s3ft": {"seed": seed, "learning_rate": 2e-4, "quantization": "nf4"}, "restyle": {"seed": seed}}
-    versions = {"s3ft_nb": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
-    said = {"recipe": "s3ft-micro", "steps": steps, "seed": seed, "settings": [], "params": params, "versions": versions}
+            for d in range(n_dialogues):
+                luck = rng.uniform(0.85, 1.1)
+                for turn in range(1, n_turns + 1):
+                    ids = dict(arm=arm, history=history, dialogue_id=f"d{d}", conversation_id=f"c{d}", system_prompt_id=f"p{d % 3}", turn=turn)
+                    good = {rule: rng.random() < min(1, luck * start * (keep if history == "own" else 0.98) ** (turn - 1)) for rule in RULES}
+                    text = ("Ahoy! " if good["pirate"] else "") + "Green tea is steeped for two minutes." + ("" if good["short"] else " Then it is poured.")
+                    prompt = [{"role": "user", "content": ASKED[(turn - 1) % 6]}]
+                    system = f"Answer like the captain of ship {d % 3}. Answer in one sentence. Mention tea whenever food is asked about."
+                    response = ids | dict(id=f"{arm}-{history}-{d}-{turn}", type="persona", system_prompt=system, prompt=prompt, response=text, seed=0)
+                    verdicts = [ids | dict(response_id=response["id"], rule_id=rule, type=kind, satisfied=good[rule], applicable=(turn + d) % 5 > 0 or rule != "tea",
+                                           judge="checks", stance="conflicting" if turn == 3 else "neutral", rationale="",
+                                           evidence=[0, 4] if rule == "pirate" and good[rule] else None) for rule, (kind, _) in RULES.items()]
+                    yield response, verdicts
+
+
+def numbers_of(verdicts):
+    "Numbers in the form of numbers.jsonl, with plain rates."
+    turns, rules = {}, {}
+    for row in (row for row in verdicts if row["applicable"]):
+        turns.setdefault((row["arm"], row["history"], row["dialogue_id"], row["turn"]), []).append(row)
+    for (arm, history, dialogue, turn), rows in turns.items():
+        good, first = all(row["satisfied"] for row in rows), rows[0]
+        for part, key in (("all", ""), ("turn", str(turn)), ("prompt", first["system_prompt_id"]), ("stance", first["stance"])):
+            rules.setdefault((arm, history, part, key, "adherence"), []).append((good, dialogue))
+        whole = all(row["satisfied"] for t in range(1, turn + 1) for row in turns.get((arm, history, dialogue, t), []))
+        rules.setdefault((arm, history, "turn", str(turn), "survival"), []).append((whole, dialogue))
+        for row in rows:
+            for part, key in (("all", ""), ("rule", row["rule_id"]), ("rule_turn", f"{row['rule_id']}@{turn}")):
+                rules.setdefault((arm, history, part, key, "csr"), []).append((row["satisfied"], dialogue))
+            rules.setdefault((arm, history, "type", row["type"], "adherence"), []).append((row["satisfied"], dialogue))
+    keys = "arm", "history", "part", "key", "metric"
+    out = [dict(zip(keys, key)) | rate(*zip(*values)) | {"version": 1, "against": "", "p": None} for key, values in rules.items()]
+    for arm in list(dict.fromkeys(row["arm"] for row in out))[1:]:
+        for metric in ("adherence", "csr"):
+            a, b = (next(row for row in out if (row["arm"], row["history"], row["part"], row["metric"]) == (one, "own", "all", metric)) for one in (arm, "base"))
+            mean = a["mean"] - b["mean"]
+            out.append(a | {"against": "base", "mean": mean, "low": mean - 0.05, "high": mean + 0.06, "p": 0.004 if mean > 0.1 else 0.4})
+    return out
+
+
+def build_measurement(folder, arms=ARMS, n_dialogues=24, n_turns=6, seed=0):
+    "A measurement's folder."
+    both = list(rows_of(arms, n_dialogues, n_turns, seed))
+    verdicts = [verdict for _, more in both for verdict in more]
+    for arm in arms: write_rows(folder / f"responses-{arm.replace(':', '-')}.jsonl", [row for row, _ in both if row["arm"] == arm])
+    write_rows(folder / "verdicts.jsonl", verdicts)
+    write_rows(folder / "rules.jsonl", [{"id": id, "type": kind, "text": text, "how": "check"} for id, (kind, text) in RULES.items()])
+    played = [{"user": text, "stance": "conflicting" if i == 2 else "neutral"} for i, text in enumerate(ASKED[:n_turns])]
+    write_rows(folder / "dialogues.jsonl", [{"id": f"d{d}", "turns": played} for d in range(n_dialogues)])
+    write_rows(folder / "numbers.jsonl", numbers_of(verdicts))
+    write_json(folder / "measure.json", {"version": 1, "package": "0.1.0", "judge": "checks", "settings": {"seed": seed, "temperature": 0.7}})
+    write_json(folder / "ledger.json", {"rows_in": n_dialogues, "rows_out": n_dialogues * n_turns, "reasons": {"too_long": 2}, "notes": {}})
+    write_json(folder / "usage.json", {"requests": 432, "prompt_tokens": 51840, "generated_tokens": 8610})
+    return folder
+
+
+def build_run(folder, seed=0):
+    "A run's folder: a discriminator that published a section, a training, and a measurement."
+    rng = random.Random(seed)
+    truth = rng.choices(["good", "bad_context", "bad_system", "all_bad", "not_applicable"], [60, 5, 20, 3, 12], k=300)
+    chance = [rng.betavariate(6, 1.5) if label == "good" else rng.betavariate(1.5, 4) for label in truth]
+    labels, good = sorted(set(truth), key=truth.index), [label == "good" for label in truth]
+    number = dict(arm="", history="", part="all", key="", n=300, n_clusters=300, version=1, against="", p=None)
+    numbers = [number | dict(metric="accuracy", mean=0.86, low=0.81, high=0.9), number | dict(metric="ece", mean=0.03, low=0.02, high=0.06)]
+    write_rows(folder / "discriminator" / "numbers.jsonl", numbers)
+    at = lambda t: [hit for p, hit in zip(chance, good) if p >= t]
+    points = [{"threshold": t / 25, "precision": sum(at(t / 25)) / len(at(t / 25)), "lower": sum(at(t / 25)) / len(at(t / 25)) - 0.05, "kept": len(at(t / 25)) / 300}
+              for t in range(24)]
+    matrix = [[sum(a == row and (a == column) for a in truth) + rng.randint(0, 4) for column in labels] for row in labels]
+    drawn = [figures.scores({label: [p for p, one in zip(chance, truth) if one == label] for label in labels}, 0.62),
+             figures.reliability({"before": [p**2 for p in chance], "after": chance}, good), figures.confusion(matrix, labels),
+             figures.precision_by_threshold(points, 0.62, 0.9, 300)]
+    write_section(folder / "discriminator", "The discriminator", "It gives each restyled response a probability per label; the threshold decides what is kept.",
+                  drawn, [pivot(numbers, "metric", "part", title="Discriminator on held-out annotations", name="discriminator")],
+                  [{"name": "Precision at the threshold", "value": "92\u00a0%", "detail": "95\u00a0% interval [88, 95]; n = 180"}])
+    curves = {arm: [(step, 0.4 + 2 * (0.8 if arm == "s3ft" else 0.84) ** step) for step in range(1, 31)] for arm in ("random", "s3ft")}
+    write_section(folder / "train-s3ft", "Training", figures=[figures.losses(curves), figures.bars({"Restyled": 1200, "Not annotated": 900, "Kept": 641}, title="Yield", name="yield")])
+    build_measurement(folder / "measure", seed=seed)
+    steps = ["discriminator", "train-s3ft", "measure", "report"]
+    for i, step in enumerate(steps[:3]): write_json(folder / step / "done.json", {"seconds": 10.5 * (i + 1), "peak_rss_gib": 1.2})
+    said = {"recipe": "s3ft-micro", "steps": steps, "seed": seed, "params": {"measure": {"seed": seed}}, "versions": {"torch": "2.13.0"}}
     write_json(folder / "run.json", said)
     return folder
 
 
-def training(end, every, rng):
-    "A training record whose loss falls to `end`."
-    loss = [{"step": every * i, "loss": end + 2.2 * 0.8**i + rng.uniform(-0.04, 0.04), "learning_rate": 1e-4} for i in range(1, 31)]
-    return {"loss": loss, "n_rows": 400, "tokens": 50_000, "supervised_tokens": 9_000, "seconds": 80.2}
-
-
-def build_filter(folder, n, rng):
-    "Samples, labels, scores, discriminator and selection of an invented run."
-    labels, samples, scores, good = [], [], [], 0.7
-    for i in range(n):
-        truth = rng.choices(LABELS, [0.62, 0.05, 0.2, 0.03, 0.1])[0]
-        p = min(0.999, max(0.001, rng.betavariate(7, 1) if truth == "good" else rng.betavariate(1, 4)))
-        rest = (1 - p) / 4
-        scores.append(Score(sample_id=f"s{i}", probabilities={label: p if label == "good" else rest for label in LABELS}))
-        samples.append({"id": f"s{i}", "type": TYPES[i % 10]})
-        if i % 3 == 0: labels.append({"sample_id": f"s{i}", "label": truth, "use": "test" if i % 2 else "train"})
-    candidates = [(sample, score) for sample, score in zip(samples, scores) if int(sample["id"][1:]) % 3]
-    kept = [sample for sample, score in candidates if score.probabilities["good"] >= good]
-    files = {"restyle/train": samples, "annotations/labels": labels, "discriminator/scores": scores, "select/s3ft": kept}
-    files["select/unfiltered"] = [sample for sample, _ in candidates]
-    for name, rows in files.items(): write_rows(folder / f"{name}.jsonl", rows)
-    write_json(folder / "annotations" / "agreement.json", {"alpha": 0.74, "low": 0.69, "high": 0.78, "n_samples": len(labels)})
-    confusion = [[88, 2, 5, 0, 1], [3, 6, 1, 1, 0], [6, 0, 33, 1, 0], [0, 1, 2, 3, 0], [1, 0, 0, 0, 17]]
-    intervals = {"accuracy": {"low": 0.81, "high": 0.9}, "precision_good": {"low": 0.87, "high": 0.94}}
-    figures = {"n_train": 150, "n_test": 171, "accuracy": 0.86, "macro_f1": 0.79, "precision_good": 0.9, "recall_good": 0.92, "ece": 0.03}
-    write_json(folder / "select" / "discriminator.json", figures | {"intervals": intervals, "labels": LABELS, "confusion": confusion})
-    write_json(folder / "discriminator" / "training.json", training(0.2, 5, rng))
-    count = lambda rows, kind: sum(row["type"] == kind for row in rows)
-    yields = [{"type": kind, "n": count(files["select/unfiltered"], kind), "kept": count(kept, kind)} for kind in TYPES]
-    yields.append({"type": "all", "n": len(candidates), "kept": len(kept)})
-    chosen = {"threshold": good, "stated_precision": 0.9, "reached": True, "lower": 0.91}
-    write_json(folder / "select" / "select.json", chosen | {"yields": yields})
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return build_run(tmp_path_factory.mktemp("runs") / "s3ft-micro")
-
-
-@pytest.fixture(scope="module")
-def metrics(run):
-    return write_report(run, note="Everything here is invented.", draws=100)
-
-
-def test_metrics_hold_what_the_issue_names(run, metrics):
-    "Done-when 2, key by key."
-    stored = json.loads((run / "report" / "metrics.json").read_text())
-    assert stored == json.loads(json.dumps(metrics))
-    assert list(stored["arms"]) == ["base", "unfiltered", "random", "s3ft"]
-    for arm in stored["arms"].values():
-        for summary in (arm["adherence"], arm["adherence"]["own_history"], arm["adherence"]["original_history"]):
-            assert {"mean", "low", "high", "n", "by_turn", "by_type"} <= summary.keys()
-            assert summary["low"] <= summary["mean"] <= summary["high"]
-            assert [row["turn"] for row in summary["by_turn"]] == [1, 2, 3, 4, 5, 6]
-            assert {"turn", "mean", "low", "high", "n"} <= summary["by_turn"][0].keys()
-    named = {"n_train", "n_test", "accuracy", "macro_f1", "precision_good", "recall_good", "ece", "threshold", "stated_precision", "confusion"}
-    assert named <= stored["discriminator"].keys() and stored["discriminator"]["threshold"] == 0.7
-    assert stored["agreement"]["alpha"] == 0.74
-    assert {"restyled", "annotated", "kept"} <= stored["rows"].keys() and stored["rows"]["restyled"] == 600
-    assert stored["seconds"]["total"] == pytest.approx(sum(v for k, v in stored["seconds"].items() if k != "total"))
-    assert stored["peak_rss_gib"] < 3 and stored["seed"] == 0 and stored["versions"]["torch"]
-    assert stored["headline_condition"] == "own_history" and stored["missing"] == []
-    assert len(stored["figures"]) == 12 and len(stored["tables"]) % 3 == 0
-    for name in stored["figures"] + stored["tables"]: assert (run / "report" / name).stat().st_size
-
-
-def test_same_run_same_bytes(run, metrics, tmp_path):
-    "No clock, no order of sets, no random ids in any file."
-    write_report(run, tmp_path / "again", note="Everything here is invented.", draws=100)
-    for path in sorted(p for p in (run / "report").rglob("*") if p.is_file()):
-        assert (tmp_path / "again" / path.relative_to(run / "report")).read_bytes() == path.read_bytes(), path.name
-
-
-class Page(HTMLParser):
-    "Collects what an accessible page needs, and what a self-contained page must not have."
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.open = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br", "link"): self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag
-
-
-def page_of(run):
-    page = Page()
-    page.feed((run / "report" / "index.html").read_text(encoding="utf-8"))
-    return page
-
-
-def test_page_stands_alone_and_is_accessible(run, metrics):
-    page = page_of(run)
-    assert not page.open  # every tag closed, in order
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 6 and all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
-    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
-    assert all(href.startswith("#") or (run / "report" / href).is_file() for href in links)
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids)) and all(href[1:] in ids for href in links if href.startswith("#"))
-    assert all(attrs.get("scope") for tag, attrs in page.tags if tag == "th")
-    assert sum(tag == "h1" for tag, _ in page.tags) == 1 and dict(page.tags)["html"]["lang"] == "en"
-
-
-HOSTILE = '</title></style><script>alert("x")</script>{{ 7 * 7 }} | & % $\\frac$ # _ { } ~ ^ \\input{/etc/passwd} 樣子 \u202e'
-
-
-def test_hostile_text_stays_text(tmp_path):
-    "Arm, type, prompt and reply come from users and models."
-    keys = dict(history="own", dialogue_id="d", conversation_id="c", system_prompt_id="p", type=HOSTILE, turn=1)
-    reply = Response(id="r", arm="base", **keys, system_prompt=HOSTILE, prompt=[Message(role="user", content=HOSTILE)], response=HOSTILE)
-    write_rows(tmp_path / "rollout-base" / "own.jsonl", [reply])
-    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [OldVerdict(response_id="r", arm="base", **keys, adherence=1, judge="checks")])
-    write_report(tmp_path, note=HOSTILE, draws=20)
-    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "49" not in re.sub(r"base64,[^\"]*", "", text).replace("&#34;", "")
-    page = page_of(tmp_path)
-    assert not page.open
-    latex = (tmp_path / "report" / "tables" / "by_type_own.tex").read_text(encoding="utf-8")
-    assert "\\input" not in latex and "{{ 7" not in latex
-
-
-@pytest.mark.parametrize("write", [to_csv, to_markdown, to_latex])
-def test_one_line_per_row(write):
-    "A line break or separator inside a cell never makes a new row or column."
-    table = Table("t", "T", "n", {"a": "A", "b": "B"}, [{"a": 'x|y & "z",\nw', "b": 1}])
-    plain = Table("t", "T", "n", {"a": "A", "b": "B"}, [{"a": "x", "b": 1}])
-    extra = 1 if write is to_csv else 0  # quoted, as CSV has it
-    assert write(table).count("\n") == write(plain).count("\n") + extra
-    cells = lambda table: [line.count(" & ") for line in to_latex(table).splitlines()]
-    assert cells(table) == cells(plain)
-
-
-PIECES = ["select/discriminator.json", "select/select.json", "annotations/labels.jsonl", "annotations/agreement.json", "restyle/train.jsonl",
-          "run.json", "train-s3ft/training.json", "rollout-base/own.jsonl", "discriminator/scores.jsonl", "adherence/verdicts.jsonl"]
-
-
-@pytest.mark.parametrize("gone", PIECES)
-def test_missing_pieces_are_shown_as_missing(tmp_path, gone):
-    run = build_run(tmp_path / "run", arms=("base", "s3ft"), n_dialogues=6, n_turns=2, n_samples=60)
-    (run / gone).unlink()
-    metrics = collect(run, draws=20)
-    assert metrics["missing"] == ([gone] if not gone.startswith("rollout") else [])
-    for table in tables_of(metrics): to_csv(table), to_markdown(table), to_latex(table)
-    assert gone in render(metrics, tables_of(metrics), {}) or gone.startswith("rollout")
-
-
-def test_other_arms_and_one_turn(tmp_path):
-    "Arms are whatever the run holds; one turn draws a point, and no ratio is invented."
-    run = build_run(tmp_path / "run", arms=("base", "reminders", "rnr"), n_dialogues=4, n_turns=1, n_samples=20)
-    metrics = collect(run, draws=20)
-    assert list(metrics["arms"]) == ["base", "reminders", "rnr"] and metrics["main"] == "rnr"
-    assert metrics["arms"]["rnr"]["adherence"]["retention"]["mean"] is None
-    assert "drift" in draw_all(metrics, tmp_path / "figures")
-    picture(metrics, tmp_path / "picture.png", arms=("base", "rnr"))
-
-
-def test_no_decided_verdict(tmp_path):
-    "Verdicts that are all unknown give no number and no crash."
-    keys = dict(history="own", dialogue_id="d", conversation_id="c", system_prompt_id="p", type="tone", turn=1)
-    write_rows(tmp_path / "adherence" / "verdicts.jsonl", [OldVerdict(response_id="r", arm="base", **keys, adherence=None, judge="discriminator")])
-    metrics = write_report(tmp_path, draws=20)
-    assert metrics["arms"]["base"]["adherence"]["mean"] is None and metrics["arms"]["base"]["adherence"]["unknown"] == 1
-
-
-def test_bad_input_is_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match="holds no results of a run"): write_report(tmp_path)
-    assert not (tmp_path / "report").exists()
-    (tmp_path / "adherence").mkdir()
-    (tmp_path / "adherence" / "verdicts.jsonl").write_text('{"response_id": "r"}\n')
-    with pytest.raises(InputError, match=r"verdicts\.jsonl:1: arm: missing"): write_report(tmp_path)
-
-
-if __name__ == "__main__":  # a page to look at: python tests/test_report.py FOLDER
+if __name__ == "__main__":  # pages to look at: python tests/test_report.py FOLDER
     import sys
-    from pathlib import Path
 
-    home = build_run(Path(sys.argv[1]), n_dialogues=120, n_samples=3000)
-    note = "Everything on this page is invented: tests/test_report.py made it to see what a page looks like."
-    picture(write_report(home, note=note), home / "picture.png")
+    home = build_run(Path(sys.argv[1]) / "run")
+    print(write_page(step_folders(home), home / "report", note="Everything on this page is invented: tests/test_report.py made it.", main="s3ft"))
+    alone = build_measurement(Path(sys.argv[1]) / "few", {"base": ARMS["base"]}, 6, 4)
+    print(write_page([alone], alone / "report", title="few"))

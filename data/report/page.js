@@ -7,6 +7,27 @@
   const byId = (id) => document.getElementById(id);
   const list = byId("dialogue-list"), count = byId("dialogue-count");
 
+  // Rows become dialogues of turns: {title, prompt, prompt_title, system_prompt, turns: [{turn, user, stance, system, responses}]}.
+  const cut = (text, most) => text.length > most ? text.slice(0, most) + " …" : text;
+  const markOf = (row) => row.applicable === false ? "none" : row.satisfied === true ? "yes" : row.satisfied === false ? "no" : "unknown";
+
+  function ruleOf(row, length) {  // evidence only where it lies inside the text that is shown
+    const span = row.evidence, whole = Array.isArray(span) && span.length === 2 && span.every(Number.isInteger);
+    const fits = whole && span[0] >= 0 && span[0] < span[1] && span[1] <= length;
+    return {rule: row.rule_id, mark: markOf(row), judge: row.judge, why: row.why, span: fits ? span : null};
+  }
+
+  const dialogues = data.dialogues.map((one) => {
+    const turns = new Map();
+    for (const row of one.responses) {
+      if (!turns.has(row.turn)) turns.set(row.turn, {turn: row.turn, user: row.user, stance: "", system: "", ...one.plan[row.turn], responses: {}});
+      const length = Array.from(row.text).length;
+      turns.get(row.turn).responses[row.arm] = {text: row.text, more: row.more, rules: row.verdicts.map((verdict) => ruleOf(verdict, length))};
+    }
+    const ordered = [...turns.values()].sort((a, b) => a.turn - b.turn);
+    return {...one, title: cut(ordered[0].user, 70), prompt_title: cut(one.system_prompt, 60), turns: ordered};
+  });
+
   // Every text goes in as a text node, so content can never become markup.
   function make(tag, classes, ...children) {
     const node = document.createElement(tag);
@@ -109,7 +130,7 @@
     const prompt = byId("filter-prompt").value, rule = byId("filter-rule").value, onlyBroken = byId("only-broken").checked;
     list.replaceChildren();
     let shown = 0;
-    data.dialogues.forEach((dialogue, i) => {
+    dialogues.forEach((dialogue, i) => {
       const turns = dialogue.turns.filter((turn) => arms.some((arm) => turn.responses[arm]));
       const broken = turns.filter((turn) => isBroken(turn, arms, rule)).length;
       if ((prompt && dialogue.prompt !== prompt) || !turns.length || (onlyBroken && !broken)) return;
@@ -122,7 +143,7 @@
       list.append(details);
       shown += 1;
     });
-    count.textContent = shown ? `${shown} of ${data.dialogues.length} dialogues shown.` : "No dialogue fits these filters.";
+    count.textContent = shown ? `${shown} of ${dialogues.length} dialogues shown.` : "No dialogue fits these filters.";
   }
 
   function options(id, pairs, all) {
@@ -135,8 +156,8 @@
     select.parentElement.hidden = pairs.length < 2;
   }
 
-  options("filter-prompt", [...new Map(data.dialogues.map((one) => [one.prompt, one.prompt_title]))], "all");
-  options("filter-rule", Object.entries(data.rules).map(([id, text]) => [id, text.length > 60 ? text.slice(0, 60) + " …" : text]), "all");
+  options("filter-prompt", [...new Map(dialogues.map((one) => [one.prompt, one.prompt_title]))], "all");
+  options("filter-rule", Object.entries(data.rules).map(([id, text]) => [id, cut(text, 60)]), "all");
   if (data.arms.length > 1) data.arms.forEach((arm, i) => {
     const box = make("input", "");
     box.type = "checkbox";

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MISSING', 'ESTIMATE', 'DIGITS', 'TEX', 'ALPHA', 'MARGIN', 'metrics', 'metric_of', 'metric_title', 'is_missing',
            'number_text', 'cell_text', 'Table', 'to_csv', 'to_markdown', 'to_latex', 'save_table', 'select', 'in_order',
-           'joint_n', 'pivot', 'outcome', 'differences']
+           'span', 'pivot', 'outcome', 'differences']
 
 # %% ../../nbs/report/00_tables.ipynb #04b7d30e
 import csv
@@ -73,7 +73,7 @@ def cell_text(cell) -> str:  # "81.2 [78.0, 84.1]"
     mean, low, high = (number_text(cell.get(key), form, signed=signed) for key in ESTIMATE[:3])
     return mean if low == high == MISSING else f"{mean} [{low}, {high}]"
 
-# %% ../../nbs/report/00_tables.ipynb #81763765
+# %% ../../nbs/report/00_tables.ipynb #83809baf
 @dataclass
 class Table:
     "Rows of cells under headings, with a title and a caption; it shows itself in a notebook."
@@ -89,7 +89,7 @@ class Table:
 
     def is_text(self, column: int) -> bool:
         "Whether a column holds words and is aligned left."
-        return self.columns[column] != "n" and any(isinstance(row[column], str) for row in self.rows)
+        return self.columns[column] not in ("n", "p") and any(isinstance(row[column], str) for row in self.rows)
 
     def _repr_markdown_(self) -> str:
         return to_markdown(self)
@@ -137,7 +137,7 @@ def save_table(table: Table, folder: str | Path) -> list[Path]:
     texts = {"csv": to_csv(table), "md": to_markdown(table), "tex": to_latex(table)}
     return [write_bytes(Path(folder) / f"{table.name}.{end}", text.encode()) for end, text in texts.items()]
 
-# %% ../../nbs/report/00_tables.ipynb #c339f121
+# %% ../../nbs/report/00_tables.ipynb #eb297bf5
 def select(numbers: list[dict], **where) -> list[dict]:
     "Rows whose fields equal the given values, or are among them; comparisons only where `against` is asked for."
     where = {key: value for key, value in ({"against": ""} | where).items() if value is not None}
@@ -151,19 +151,19 @@ def in_order(values) -> list:
     return sorted(values, key=float) if all(str(value).isdigit() for value in values) else values
 
 
-def joint_n(rows: list[dict | None]) -> int | str:  # 60, or "60 / 58" where columns differ
-    "The n of a row of estimates."
-    counts = [0 if is_missing(row) else row["n"] for row in rows]
-    return counts[0] if len(set(counts)) == 1 else " / ".join(map(str, counts))
+def span(rows) -> int | str:  # 60, or "40 to 60"
+    "The range of n over some estimates, None left out."
+    counts = sorted({row["n"] for row in rows if row and row.get("n") is not None})
+    return MISSING if not counts else counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def pivot(
-    numbers: list[dict],  # Rows of numbers.jsonl
+    numbers: list[dict],
     index: str = "key",  # Field of the rows: arm, history, part, key or metric
     columns: str = "arm",  # Field of the columns
     title: str = "",
     caption: str = "Mean [95 % interval over conversations].",
-    name: str = "",  # File name; made from the title when empty
+    name: str = "",
     words: dict | None = None,  # Value of `index` -> what to print, such as a rule's text
     heading: str = "",  # Of the first column
     **where,  # What `select` takes: metric="adherence", part="turn", history="own", …
@@ -173,11 +173,12 @@ def pivot(
     cells = {(row.get(index, ""), row.get(columns, "")): row for row in rows}
     downs, acrosses = in_order(key for key, _ in cells), in_order(key for _, key in cells)
     word = lambda field, key: metric_title(key) if field == "metric" else str((words or {}).get(key) or key or "all")
-    body = [[word(index, down), *(line := [cells.get((down, across)) for across in acrosses]), joint_n(line)] for down in downs]
+    lines = {down: [cells.get((down, across)) for across in acrosses] for down in downs}
+    body = [[word(index, down), *line, span(line)] for down, line in lines.items()]
     heads = [heading or index.capitalize(), *(word(columns, across) for across in acrosses), "n"]
     return Table(title or f"{heads[0]} by {columns}", heads, body, caption, name)
 
-# %% ../../nbs/report/00_tables.ipynb #0bdd9d9e
+# %% ../../nbs/report/00_tables.ipynb #c0ce1769
 ALPHA, MARGIN = 0.05, 0.05  # called different below this p; called equivalent within these points
 
 
@@ -196,8 +197,8 @@ def differences(numbers: list[dict], title: str = "Paired differences", name: st
     "Comparisons of arms (`against`) as a table: difference, p, n and outcome."
     rows = [row for row in select(numbers, against=None, **where) if row.get("against") and not is_missing(row)]
     text = lambda p: MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-    cells = lambda row: [metric_of(row["metric"])["title"], f"{row['arm']} minus {row['against']}", row, text(row.get("p"))]
-    body = [[*cells(row), row["n"], outcome(row)] for row in rows]
-    caption = ("Rates in percentage points; mean [95 % interval over conversations] on the same turns of the same conversations; "
-               "p: exchange of whole conversations, adjusted for all comparisons (Holm).")
+    names = lambda row: [metric_of(row["metric"])["title"], f"{row['arm']} minus {row['against']}"]
+    body = [[*names(row), row, text(row.get("p")), row["n"], outcome(row)] for row in rows]
+    caption = ("Rates in percentage points; mean [95 % interval over conversations] on the same turns of the same "
+               "conversations; p: exchange of whole conversations, adjusted for all comparisons (Holm).")
     return Table(title, ["Metric", "Arms", "Difference", "p", "n", "Outcome"], body, caption, name)

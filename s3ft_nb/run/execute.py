@@ -74,7 +74,7 @@ def kernel_environment(events: Path, beside: Path) -> dict[str, str]:
     own = {"S3FT_EVENTS": str(events), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
            "PYTHONHASHSEED": "0",  # the order of sets, and so the bytes of results, stay the same
            "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")]))}
-    lean = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}  # of 1,024: batches of many shapes cost a gigabyte on CPU otherwise
+    lean = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}  # of 1,024: batches of many shapes cost a gigabyte on CPU
     return {**lean, **os.environ, **own}
 
 # %% ../../nbs/run/02_execute.ipynb #09a8d772
@@ -167,9 +167,9 @@ def heirs(name: str, sources: list[str]) -> set[str]:
 def meaning(name: str, text: str, traceback: list[str], copy: Path) -> Exception:  # copy: the executed notebook
     "An error of a notebook as the run raises it."
     trace, last = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback)), redact(f"{name}: {text}")
-    files = Path(s3ft_nb.__file__).parent.rglob("*.py")
+    sources = [file.read_text(encoding="utf-8") for file in Path(s3ft_nb.__file__).parent.rglob("*.py")]
     if name == "NeedsPeople": return Waiting(redact(text))
-    if name in heirs("InputError", [file.read_text(encoding="utf-8") for file in files]): return InputError(redact(text))
+    if name in heirs("InputError", sources): return InputError(redact(text))
     if any(sign in trace or sign in text for sign in FULL_DISK):
         return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")
     if name in ("MemoryError", "OutOfMemoryError"): return StepFailed(f"not enough memory: {last}\n{LESS}")
@@ -250,7 +250,8 @@ def execute(
                 braces(notebook), braces(f"redacted:{copy}"), params, kernel_name="python3", language="python",
                 progress_bar=False, log_output=False, cwd=str(copy.parent), start_timeout=PATIENCE,
                 kernel_manager_class=kernel_manager(Path(room), environment, pids), iopub_timeout=PATIENCE)
-        except PapermillExecutionError as error: raise meaning(error.ename, str(error.evalue), error.traceback, copy) from None
+        except PapermillExecutionError as error:
+            raise meaning(error.ename, str(error.evalue), error.traceback, copy) from None
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "died" not in str(error): raise
             raise died(Path(room, "log")) from None

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.files import InputError, read_json, shorten
-from .recipe import PLACE, Step, fill
+from .recipe import PLACE, Step, fill, unknown
 from .runner import Run, prepare
 from .steps import STARTED, digest, fingerprint, finished
 
@@ -44,7 +44,7 @@ def folder_size(folder: Path) -> Size | None:  # None when it has no configurati
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
             try: header = json.loads(handle.read(min(length, 100 << 20)))
-            except ValueError: raise InputError("is not a safetensors file", path, remedy="copy or download it again") from None
+            except ValueError: raise InputError("is not a safetensors file", path, remedy="download it again") from None
         tensors |= {name: math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
     outer = sum(size for name, size in tensors.items() if "embed_tokens" in name or "lm_head" in name)
     heads = config.get("num_attention_heads", 1)
@@ -64,8 +64,9 @@ def named_size(name: str) -> Size | None:  # None when the name does not tell
 
 def model_size(model: str) -> Size | None:  # folder or name; None when nothing can be known
     "Size of a model, from disk where it is there, else from its name."
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"), "hub", f"models--{model.replace('/', '--')}")
-    newest = max(hub.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime, default=None)
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"), "hub")
+    copies = hub.glob(f"models--{model.replace('/', '--')}/snapshots/*")
+    newest = max(copies, key=lambda folder: folder.stat().st_mtime, default=None)
     folder = Path(model) if Path(model).is_dir() else newest
     return (folder_size(folder) if folder else None) or named_size(model)
 
@@ -93,8 +94,9 @@ def count(text: str, names: dict[str, float], field: str) -> float:
         match node:
             case ast.Constant(value=int() | float() as number): return number
             case ast.Name(id=name) if name in names: return names[name]
-            case ast.BinOp(left=a, op=op, right=b) if type(op) in OPERATORS: return OPERATORS[type(op)](value(a), value(b))
-        raise InputError(f"cannot count {ast.unparse(node)!r}", field=field, remedy=f"use numbers, + - * / and {', '.join(names)}")
+            case ast.BinOp(a, op, b) if type(op) in OPERATORS: return OPERATORS[type(op)](value(a), value(b))
+        remedy = f"use numbers, + - * / and {', '.join(names)}"
+        raise InputError(f"cannot count {ast.unparse(node)!r}", field=field, remedy=remedy)
 
     try: return value(ast.parse(str(text), mode="eval").body)
     except (SyntaxError, ZeroDivisionError): raise InputError(f"cannot count {text!r}", field=field) from None
@@ -104,13 +106,14 @@ def work_of(step: Step, rows: dict[str, int], model: str) -> Work:  # rows: of t
     "What a step has to do; raises `InputError` when its cost cannot be counted."
     params, names = step.values, {}
     for key, value in params.items():
-        if key.endswith("_from"): names[key] = sum(rows.get(id, 0) for _, id in PLACE.findall(json.dumps(value)))
+        if isinstance(value, str): names[key] = sum(rows.get(id, 0) for _, id in PLACE.findall(value))
         elif isinstance(value, list): names[key] = len(value)
         elif isinstance(value, (int, float)): names[key] = value
     for key in step.cost:
-        if key not in COSTS: raise InputError(f"unknown cost {key!r}", field=f"{step.id}.cost", remedy=f"use {', '.join(COSTS)}")
+        if key not in COSTS: raise unknown("cost", key, list(COSTS), field=f"{step.id}.cost")
     counts = {}
-    for key in COSTS: counts[key] = max(0, round(count(step.cost.get(key, "0"), names | counts, f"{step.id}.cost.{key}")))
+    for key in COSTS:
+        counts[key] = max(0, round(count(step.cost.get(key, "0"), names | counts, f"{step.id}.cost.{key}")))
     prompt = PROMPT_FRACTION * (params.get("max_length") or params.get("max_prompt_tokens") or 1024)
     response = RESPONSE_FRACTION * (params.get("max_new_tokens") or 64)
     read = counts["generate"] * prompt + counts["score"] * (prompt + response)
@@ -143,7 +146,8 @@ def memory(params: dict, work: Work, size: Size | None) -> float | None:  # GiB;
     "Memory a step needs, on the GPU where there is one."
     if not work.model: return 0.3
     if size is None: return None
-    weights = BYTES.get(params.get("quantization", "nf4"), 2.0) * (size.parameters - size.embeddings) + 2 * size.embeddings
+    width = BYTES.get(params.get("quantization", "nf4"), 2.0)
+    weights = width * (size.parameters - size.embeddings) + 2 * size.embeddings
     adapter = 20 * size.hidden * size.layers * params.get("lora_r", 16) * 16 if work.trained else 0
     batch = params.get("per_device_train_batch_size", 8) if work.trained else params.get("batch_size", 64)
     tokens = batch * (params.get("max_length") or params.get("max_prompt_tokens") or 1024)
@@ -192,12 +196,12 @@ def make_plan(
         work = work_of(step, made, step.values.get("base_url") or name)
         made[step.id] = work.rows
         size = sizes.setdefault(work.model, model_size(work.model) if work.model else None)
-        rows.append({"step": step.id, "state": where[step.id], "needs": list(step.needs), "params": step.values, **asdict(work),
-                     "seconds": {machine: seconds(work, size, machine) for machine in RATES},
-                     "memory_gib": memory(step.values, work, size)})
-    times = {machine: [row["seconds"][machine] for row in rows] for machine in RATES}
+        times = {machine: seconds(work, size, machine) for machine in RATES}
+        rows.append({"step": step.id, "state": where[step.id], "needs": list(step.needs), "params": step.values,
+                     **asdict(work), "seconds": times, "memory_gib": memory(step.values, work, size)})
+    total = lambda times: None if None in times else round(sum(times), 1)
     return {"recipe": run.recipe.name, "description": run.recipe.description, "folder": str(run.folder), "steps": rows,
-            "total_seconds": {machine: None if None in some else round(sum(some), 1) for machine, some in times.items()},
+            "total_seconds": {machine: total([row["seconds"][machine] for row in rows]) for machine in RATES},
             "peak_memory_gib": max((row["memory_gib"] for row in rows if row["memory_gib"]), default=0.0),
             "assumptions": list(ASSUMED)}
 
@@ -212,13 +216,18 @@ def short(number: float | None) -> str:
 
 def plan_text(plan: dict) -> str:  # as made by `make_plan`
     "A plan as a table for people, one line per step, then its parameters and the assumptions."
-    table = [("step", "state", "rows", "read", "written", "trained", *RATES, "GiB")]
-    for row in plan["steps"]:
-        table.append((row["step"], row["state"], *(short(row[key]) for key in ("rows", "read", "written", "trained")),
-                      *map(duration, row["seconds"].values()), "?" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"))
+    counts, steps = ("rows", "read", "written", "trained"), plan["steps"]
+    table = [("step", "state", *counts, *RATES, "GiB")]
+    for row in steps:
+        gib = "?" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
+        numbers = (*(short(row[key]) for key in counts), *map(duration, row["seconds"].values()), gib)
+        table.append((row["step"], row["state"], *numbers))
     table.append(("all", *[""] * 5, *map(duration, plan["total_seconds"].values()), f"{plan['peak_memory_gib']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))).rstrip() for row in table]
-    values = [f"{row['step']}: " + ", ".join(f"{key} = {shorten(value, 60)}" for key, value in row["params"].items()) for row in plan["steps"]]
-    return "\n".join([f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}", "", *lines, "", "Parameters", *values, "",
-                      "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])
+    sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
+    lines = ["  ".join(side(text, w) for side, text, w in zip(sides, row, widths)).rstrip() for row in table]
+    stated = lambda row: ", ".join(f"{key} = {shorten(value, 60)}" for key, value in row["params"].items())
+    return "\n".join([
+        f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}", "", *lines, "",
+        "Parameters", *(f"{row['step']}: {stated(row)}" for row in steps), "",
+        "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])

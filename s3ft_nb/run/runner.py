@@ -46,25 +46,24 @@ def check_secrets(recipe: Recipe) -> None:
     "Raise `InputError` when a parameter holds the value of a secret variable."
     for step in recipe.steps:
         for key, value in step.values.items():
-            text = json.dumps(value, ensure_ascii=False)
+            text, field = json.dumps(value, ensure_ascii=False), f"{step.id}.{key}"
             if redact(text) == text: continue
-            raise InputError("holds the value of a secret variable", field=f"{step.id}.{key}", remedy="leave keys in the environment")
+            raise InputError("holds the value of a secret variable", field=field, remedy="leave it in the environment")
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     "Raise `InputError` when a folder, which may be absent, holds anything but a run of the recipe."
-    if folder.exists() and not folder.is_dir(): raise InputError("is not a folder", folder, remedy="choose another --out")
+    other = {"file": folder, "remedy": "choose another --out"}
+    if folder.exists() and not folder.is_dir(): raise InputError("is not a folder", **other)
     held = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
-    if strange and held.get("made_by") != "s3ft_nb":
-        raise InputError("holds something that is not a run", folder, remedy="choose another --out")
-    if held and held["recipe"] != recipe.name:
-        raise InputError(f"holds a run of {held['recipe']}", folder, remedy="choose another --out")
+    if strange and held.get("made_by") != "s3ft_nb": raise InputError("holds something that is not a run", **other)
+    if held and held["recipe"] != recipe.name: raise InputError(f"holds a run of {held['recipe']}", **other)
     for step in recipe.steps: check_claim(folder / step.id)
 
 
-def prepare(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> Run:  # out: runs/NAME when None
-    "A run that can start; raises `InputError` on whatever is wrong with recipe, settings or folder. Writes nothing."
+def prepare(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> Run:
+    "A run that can start, in runs/NAME without `out`; raises `InputError` on whatever is wrong. Writes nothing."
     loaded = load_recipe(recipe, settings)
     check_secrets(loaded)
     folder = Path(out or Path("runs", loaded.name)).expanduser().resolve()
@@ -82,17 +81,19 @@ def locked(folder: Path) -> Iterator[None]:
     with handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError("is in use by another run", folder, remedy="wait for it, or choose another --out") from None
+            remedy = "wait for it, or choose another --out"
+            raise InputError("is in use by another run", folder, remedy=remedy) from None
         yield
 
 # %% ../../nbs/run/03_runner.ipynb #94770a55
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors",
-             "numpy", "scipy", "pydantic", "papermill", "ipykernel")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
+             "safetensors", "numpy", "scipy", "pydantic", "papermill", "ipykernel")
 
 
 def versions() -> dict[str, str]:  # {name: version}; what is not installed is left out
     "Versions of Python, this package and the libraries that results depend on."
-    installed = {dist.metadata["Name"].lower(): dist.version for name in LIBRARIES for dist in metadata.distributions(name=name)}
+    found = [dist for name in LIBRARIES for dist in metadata.distributions(name=name)]
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in found}
     return {"python": platform.python_version(), "s3ft_nb": s3ft_nb.__version__, **installed}
 
 
@@ -106,8 +107,8 @@ def record(run: Run, over: bool = False) -> None:  # over: whether this is the l
     seconds = {id: done["seconds"] for id, done in dones.items()}
     peaks = {id: done["peak_rss_gib"] for id, done in dones.items()}
     write_json(path, {
-        "made_by": "s3ft_nb", "recipe": run.recipe.name, "description": run.recipe.description, "settings": list(run.settings),
-        "steps": ids, "params": params, "versions": versions(),
+        "made_by": "s3ft_nb", "recipe": run.recipe.name, "description": run.recipe.description,
+        "settings": list(run.settings), "steps": ids, "params": params, "versions": versions(),
         "seed": next((values["seed"] for values in params.values() if "seed" in values), None),
         "started": before.get("started", now), "finished": now if over and len(dones) == len(ids) else None,
         "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
@@ -133,8 +134,8 @@ def work(run: Run, step: Step, title: str) -> dict:  # what done.json holds
     return finish(home, time.monotonic() - began, peak[0] / 2**30)
 
 
-def do_step(run: Run, step: Step, needs: dict[str, str], title: str, anew: bool = False) -> dict:  # what done.json holds
-    "Skip, resume or make one step; `needs` holds the digests of the steps it needs."
+def do_step(run: Run, step: Step, needs: dict[str, str], title: str, anew: bool = False) -> dict:
+    "Skip, resume or make one step, and return what done.json holds; `needs` are the digests of the steps it needs."
     done, key = finished(run.home(step.id)), fingerprint(step, needs)
     if done and done["fingerprint"] == key and not anew:
         tell(f"{title} is done, skipped")
@@ -165,7 +166,8 @@ def resume_command(recipe: str | Path, settings: list[str], out: str | Path | No
     "The command that resumes a run once people have made the file of annotations that `step` waits for."
     own = f"{step}.annotations"
     kept = [word for one in settings if one.partition("=")[0] not in ("annotations", own) for word in ("--set", one)]
-    return shlex.join(["s3ft", "run", str(recipe), *(["--out", str(out)] if out else []), *kept, "--set", f"{own}=FILE"])
+    place = ["--out", str(out)] if out else []
+    return shlex.join(["s3ft", "run", str(recipe), *place, *kept, "--set", f"{own}=FILE"])
 
 
 def remove_run(folder: Path) -> None:
@@ -183,15 +185,16 @@ def run_recipe(
     begin: str | None = None,  # The step to begin with; earlier ones are taken as they are
     fresh: bool = False,  # Remove what earlier runs made in the folder first
 ) -> Path:  # Folder of the run
-    "Run a recipe; raises `InputError` on wrong input, `Waiting` for people, `StepFailed` or `KernelDied` when a step fails."
+    "Run a recipe; raises `InputError` on wrong input, `Waiting` for people, `StepFailed` when a step fails."
     run = prepare(recipe, settings, out)
     before, todo = split_steps(run.recipe, only, begin)
-    if fresh and (only or begin): raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one out")
+    if fresh and (only or begin):
+        raise InputError("--fresh cannot be combined with --only or --from", remedy="leave one out")
     with locked(run.folder):
         if fresh: remove_run(run.folder)
         dones = {step.id: finished(run.home(step.id)) for step in before}
         for id, done in dones.items():
-            if done is None: raise InputError(f"step {id} is not done", remedy=f"run it first, for example with --only {id}")
+            if done is None: raise InputError(f"step {id} is not done", remedy=f"run it first, as with --only {id}")
         record(run)
         for step in todo:
             title = f"[{run.recipe.steps.index(step) + 1}/{len(run.recipe.steps)}] {step.id}"

@@ -45,7 +45,8 @@ def path_hash(path: Path) -> dict[str, str]:  # {path inside it: hash}
         folders[:] = [name for name in folders if name[0] not in "._"]
         found += [Path(place) / name for name in names if name[0] != "."]
         if len(found) > MOST_FILES:
-            raise InputError(f"holds more than {MOST_FILES} files", path, remedy="name the folder of the model or data itself")
+            remedy = "name the folder of the model or data itself"
+            raise InputError(f"holds more than {MOST_FILES} files", path, remedy=remedy)
     return {file.relative_to(path).as_posix(): quick_hash(file) for file in sorted(found)}
 
 
@@ -53,7 +54,8 @@ def inputs(value: Any) -> Any:
     "A parameter's value as a fingerprint sees it: an existing path counts by content, not by place."
     if isinstance(value, list): return [inputs(one) for one in value]
     if isinstance(value, dict): return {key: inputs(one) for key, one in value.items()}
-    return path_hash(Path(value)) if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+    if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value): return value
+    return path_hash(Path(value))
 
 # %% ../../nbs/run/01_steps.ipynb #dd4b5cb4
 STARTED, DONE, EVENTS, NOTEBOOK = OURS = ("step.json", "done.json", "events.jsonl", "notebook.ipynb")
@@ -61,7 +63,8 @@ STARTED, DONE, EVENTS, NOTEBOOK = OURS = ("step.json", "done.json", "events.json
 
 def contents(folder: Path) -> list[str]:  # sorted paths inside it, hidden ones included
     "All files in a step's folder, which may be absent."
-    return sorted(Path(place, name).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for name in names)
+    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def check_claim(folder: Path) -> None:
@@ -150,8 +153,8 @@ def modules(sources: list[str], beside: Path) -> dict[str, str]:  # {dotted name
     while waiting:
         files = {name: module_file(name, beside) for name in waiting}
         found |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file}
-        waiting = {name for one, file in files.items() if file and file.stem != "__init__" for name in imported(found[one], one)}
-        waiting -= found.keys()
+        rooms = [name for name, file in files.items() if file and file.stem != "__init__"]
+        waiting = {name for room in rooms for name in imported(found[room], room)} - found.keys()
     return dict(sorted(found.items()))
 
 
@@ -164,7 +167,8 @@ def data_hash(name: str) -> str:  # SHA-256, hexadecimal
 def data_used(texts: list[str]) -> dict[str, str]:  # {folder of bundled data: hash}
     "The folders of bundled data that code or parameters name."
     marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in resource_names("data")}
-    return {name: data_hash(name) for name, forms in marks.items() if any(form in text for form in forms for text in texts)}
+    used = [name for name, forms in marks.items() if any(form in text for form in forms for text in texts)]
+    return {name: data_hash(name) for name in used}
 
 
 def fingerprint(step: Step, needs: dict[str, str]) -> str:  # needs: {step: its digest}; SHA-256, hexadecimal

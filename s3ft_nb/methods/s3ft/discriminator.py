@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from ...core.files import InputError
 from ...core.records import Sample, Score
 from ...core.stage import Ledger, Stage
-from ...judging.judge import letter_shares
+from ...judging.judge import label_probabilities
 from ...judging.rubric import LABELS, LETTERS, judge_messages
 from ...lm.engine import ask_scores
 from ...lm.train import sft
@@ -82,7 +82,7 @@ def train(
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #10e8280d
 def by_label(logprobs: list, temperature: float = 1.0) -> dict:  # {label: probability}, sum 1
     "Probabilities within the labels from the log-probability of each letter, nats."
-    return dict(zip(LABELS, letter_shares(logprobs, temperature).tolist()))
+    return label_probabilities(logprobs, temperature)
 
 
 def score_samples(

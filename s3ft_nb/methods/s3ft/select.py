@@ -19,7 +19,7 @@ from ...core.stage import Ledger
 from ...core.stats import calibration_error, classification, rate, wilson
 from ...judging.rubric import LABELS
 
-# %% ../../../nbs/methods/s3ft/03_select.ipynb #8af6268e
+# %% ../../../nbs/methods/s3ft/03_select.ipynb #df13f9d3
 def lower_bound(k: int | np.ndarray, n: int | np.ndarray, level: float = 0.95) -> np.ndarray:  # In [0, 1]
     "One-sided lower confidence bound of the rate k / n (Clopper and Pearson 1934, Biometrika 26)."
     k, n = np.asarray(k), np.asarray(n)
@@ -31,7 +31,7 @@ def threshold_curve(
     is_good: list,  # (samples,) whether the annotation says good
     level: float = 0.95,  # Confidence of the lower bound, in (0, 1)
 ) -> list[dict]:  # `{threshold, n_kept, n_good, precision, lower, recall}`, highest threshold first
-    "Precision, its lower bound and recall at every possible threshold; raises `InputError` on input that does not match."
+    "Precision, its lower bound and recall at every possible threshold; raises `InputError` on impossible input."
     p, good = np.asarray(p_good, dtype=float), np.asarray(is_good, dtype=bool)
     if len(p) != len(good): raise InputError(f"{len(p)} probabilities but {len(good)} annotations", field="is_good")
     if len(p) == 0:
@@ -139,7 +139,7 @@ def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:
         elif ledger is not None: ledger.drop(sample.id, "blank_response")
     return out
 
-# %% ../../../nbs/methods/s3ft/03_select.ipynb #36798b69
+# %% ../../../nbs/methods/s3ft/03_select.ipynb #c1cbebf2
 def discriminator_numbers(
     scores: list[Score],  # Calibrated, holding every annotated sample
     labels: dict,  # {sample id: label, or None where annotators were tied}, used for nothing else
@@ -169,6 +169,7 @@ def discriminator_numbers(
     for metric, members, hits in (("precision", kept, good), ("recall", good, kept)):
         inside = [i for i, member in enumerate(members) if member]
         add(f"{metric}_kept", rate([hits[i] for i in inside], [homes[i] for i in inside], level))
+    add("outside", rate([score.outside for score in scores if score.sample_id in known]))
     add("ece", calibration_error([max(one.values()) for one in found], [a == b for a, b in zip(truth, predicted)], 15))
     return rows
 

@@ -40,16 +40,15 @@ def cluster_sums(
 def jackknife(
     of: Callable,  # (..., columns) sums -> (...) value
     table: np.ndarray,  # (..., clusters, columns) sums over each cluster
-) -> tuple:  # (...) value, standard error, skewness between clusters, clusters with rows; nan where undefined
-    "A value with its standard error by leaving out one cluster at a time."
+) -> tuple:  # (...) value, its standard error, clusters with rows; nan where undefined
+    "A value and its standard error by leaving out one cluster at a time."
     used, total = table.any(axis=-1), table.sum(axis=-2)
     c = used.sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         value, left = of(total), of(total[..., None, :] - table)
-        apart = np.where(used, left - (np.where(used, left, 0).sum(-1) / c)[..., None], 0)
-        squares = (apart**2).sum(-1)
-        skewness = np.where(squares > 1e-24, -(apart**3).sum(-1) / c / (squares / c) ** 1.5, 0)
-    return value, np.where(c > 1, np.sqrt((c - 1) / c * squares), np.nan), skewness, c
+        mean = np.where(used, left, 0).sum(-1) / c
+        stderr = np.sqrt((c - 1) / c * (np.where(used, left - mean[..., None], 0) ** 2).sum(-1))
+    return value, np.where(c > 1, stderr, np.nan), c
 
 # %% ../../nbs/core/04_stats.ipynb #5f77560e
 def wilson(k: int, n: float, level: float = 0.95) -> tuple:  # (low, high); None without rows
@@ -66,11 +65,10 @@ def score_ends(rate, n, q):  # (...) arrays: rate in [0, 1], effective rows, qua
 
 
 def ends(
-    kind: str,  # rate: in [0, 1]; real: without bounds
+    kind: str,  # rate: in [0, 1]; real: without bounds; none: no honest interval is known
     value: np.ndarray,  # (...) estimates
     stderr: np.ndarray,  # (...) their standard errors
-    skewness: np.ndarray,  # (...) between clusters
-    c: np.ndarray,  # (...) clusters
+    c: np.ndarray,  # (...) clusters behind them
     level: float = 0.95,  # Of confidence, in (0, 1)
 ) -> tuple:  # (...) low, (...) high; nan where there is none
     "Interval of an estimate by the kind of quantity."
@@ -80,15 +78,13 @@ def ends(
         if kind == "real":
             half = np.where(stderr > 1e-12, q * stderr, np.nan)
             return value - half, value + half
+        if kind == "none": return value * np.nan, value * np.nan
         value = np.clip(value, 0, 1)
-        extreme = np.abs(1 - 2 * value)  # 0 at one half, 1 at 0 and 1
-        far = q + extreme**2 * np.abs(skewness) * (2 * q**2 + 1) / (6 * np.sqrt(c))
-        near = q + extreme * (norm.ppf(1 - 2 / 3 * (1 - level)) - q)
         n = np.where((value < 1e-12) | (value > 1 - 1e-12), c, value * (1 - value) / np.maximum(stderr, 1e-9) ** 2)
-        low, high = (score_ends(value, n, np.where(side, near, far))[i] for i, side in enumerate((value < 0.5, value > 0.5)))
+        low, high = score_ends(value, n, q)
         return np.where(np.isnan(stderr), np.nan, low), np.where(np.isnan(stderr), np.nan, high)
 
-# %% ../../nbs/core/04_stats.ipynb #84f2a7dc
+# %% ../../nbs/core/04_stats.ipynb #a5c663eb
 @dataclass(frozen=True)
 class Metric:
     "A quantity with a name, a direction and a version."
@@ -99,19 +95,14 @@ class Metric:
     table: Callable  # rows -> (clusters, columns) sums
     of: Callable  # (..., columns) sums -> (...) value
     count: Callable  # (columns,) sums -> number of rows that the value rests on
-    kind: str = "rate"  # See `ends`; none: no interval covers as it says, so none is given
+    kind: str = "rate"  # See `ends`
     version: int = 1  # Raised when the definition changes
 
 
 def estimate_sums(of: Callable, table: np.ndarray, n: float, kind: str = "rate", level: float = 0.95) -> dict:
     "Estimate from a table of sums: {mean, low, high, n, n_clusters}, None where undefined."
-    table = np.asarray(table, dtype=float)
-    if kind == "none":
-        with np.errstate(divide="ignore", invalid="ignore"): value, low, high = of(table.sum(axis=0)), np.nan, np.nan
-        c = table.any(axis=1).sum()
-    else:
-        value, stderr, skewness, c = jackknife(of, table)
-        low, high = ends(kind, value, stderr, skewness, c, level)
+    value, stderr, c = jackknife(of, np.asarray(table, dtype=float))
+    low, high = ends(kind, value, stderr, c, level)
     number = lambda x: float(x) if np.isfinite(x) else None
     return {"mean": number(value), "low": number(low), "high": number(high), "n": int(n), "n_clusters": int(c)}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPED', 'REGISTRIES', 'REFUSAL', 'GUARD', 'ASK_HELP', 'HARNESS_TASKS', 'sheet_words', 'sheet_rows', 'read_cell',
-           'named', 'cells_of', 'cells_in', 'read_sheet', 'read_sheets', 'foreign_kinds', 'foreign_kept',
-           'ifeval_check', 'read_tasks', 'pair_responses', 'score_ifeval', 'refuses', 'repeats', 'guard_responses',
-           'guard_numbers', 'harness_command', 'run_harness']
+           'named', 'cells_of', 'cells_in', 'read_sheet', 'read_sheets', 'score_sheets', 'foreign_kinds',
+           'foreign_kept', 'ifeval_check', 'read_tasks', 'pair_responses', 'score_ifeval', 'refuses', 'repeats',
+           'guard_responses', 'guard_numbers', 'harness_command', 'run_harness']
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #1e9b4a47
 import csv
@@ -23,15 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.files import InputError, decode, iter_rows, read_bytes, read_json, resource, shorten, stable_id
+from ..core.files import InputError, decode, iter_rows, read_bytes, read_json, resource, shorten, stable_id, write_json, write_rows
 from ..core.records import Check, Message, Verdict
 from ..core.stage import Stage
-from ..core.stats import paired_difference, rate
+from ..core.stats import number_row, paired_difference, rate
 from ..judging.checks import assert_check, run_check, words
 from ..judging.ifeval import IFEVAL, loose_forms
 from ..judging.pairs import judge_pairs
 from ..lm.engine import ask
-from .metrics import number_row, numbers
+from .compare import differences
+from .metrics import numbers
+from .verdicts import verdict_table
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #c0de0001
 @cache
@@ -139,6 +141,19 @@ def read_sheets(paths: list[str | Path]) -> list[Verdict]:
     if len(sheets) < len(paths): raise InputError("two sheets have the same name", field="sheet", remedy="rename one")
     names = Counter(arm for rows in sheets.values() for arm in {row.arm for row in rows})
     return [row.model_copy(update={"arm": f"{file}: {row.arm}"}) if names[row.arm] > 1 else row for file, rows in sheets.items() for row in rows]
+
+
+def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95, seed: int = 0) -> dict:  # What measure.json holds
+    "Write verdicts.jsonl, numbers.jsonl and measure.json of verdict sheets; arms of the same conversations are compared."
+    found, out = read_sheets(paths), Path(out)
+    tables = verdict_table(found)
+    played = [{row.conversation_id for row in found if row.arm == arm} for arm in dict.fromkeys(row.arm for row in found)]
+    pairs = differences(tables, level=level, seed=seed) if len(played) > 1 and set.intersection(*played) else []
+    write_rows(out / "verdicts.jsonl", found)
+    write_rows(out / "numbers.jsonl", [*numbers(tables, level), *pairs])
+    about = {"version": 1, "complete": True, "judge": "sheet", "sheets": [str(path) for path in paths], "warnings": []}
+    write_json(out / "measure.json", about)
+    return about
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #edfc464a
 REGISTRIES = ("ifbench.instructions_registry", "instructions_registry")  # the package, and a checkout on the path
@@ -280,16 +295,17 @@ def guard_numbers(
     "What changed where there is no system prompt; raises `InputError` when the replies do not match."
     ids = [row["id"] for row in before]
     if ids != [row["id"] for row in after]: raise InputError("the replies are not to the same messages", field="after")
-    out, row = [], lambda name, metric, found, against="": number_row(name, "", "all", "", metric, found) | {"against": against, "p": found.get("p")}
+    out = []
     for metric, see in GUARD.items():
         a, b = [see(reply) for reply in after], [see(reply) for reply in before]
         plain = lambda values: {"mean": sum(values) / len(values), "n": len(values)}
-        out += [row("base", metric, plain(b)), row(arm, metric, plain(a)), row(arm, metric, paired_difference(a, b, ids), "base")]
+        out += [number_row(metric, plain(b), arm="base"), number_row(metric, plain(a), arm=arm),
+                number_row(metric, paired_difference(a, b, ids), arm=arm, against="base")]
     if judge is None: return out
     pairs = [{"id": a["id"], "conversation_id": a["id"], "system_prompt": ASK_HELP[language], "prompt": [{"role": "user", "content": user}],
               "a": a["text"] or "…", "b": b["text"] or "…"} for user, a, b in zip(users, after, before)]
     worth = [({"a": 1.0, "tie": 0.5, "b": 0.0}[one["winner"]], one["id"]) for one in judge_pairs(judge, pairs, language) if one["winner"]]
-    return out + [row(arm, "plain_helpfulness", rate(*map(list, zip(*worth))))] if worth else out
+    return out + [number_row("plain_helpfulness", rate(*map(list, zip(*worth))), arm=arm)] if worth else out
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #9b062dd4
 HARNESS_TASKS = {"transformers": "ifeval,gsm8k,mmlu", "http": "ifeval,gsm8k"}

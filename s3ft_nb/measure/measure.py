@@ -31,9 +31,11 @@ from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import make_arm, make_examples, read_arm, rule_scorer
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
+from .compare import differences
 from .config import MeasureConfig, ModelConfig, model_folder, with_model_defaults
 from .dialogues import change_system, compose, pair_all, pair_balanced, persona_text, read_system_prompts, scripts_of, simulated_user, user_blocks
 from .metrics import numbers
+from .verdicts import verdict_table
 from .rollout import assert_history, make_fit, recorded_responses, rollout, turn_messages, with_originals
 
 # %% ../../nbs/measure/08_measure.ipynb #9a0eab26
@@ -180,7 +182,8 @@ def measure_arms(
         extra += after(name, engine) if after else []
     write_rows(out / "verdicts.jsonl", found)
     if judge and agreement: extra += judge_agreement(judge, said, due, agreement, stage.seed)
-    write_rows(out / "numbers.jsonl", [*numbers(found, level), *extra])
+    tables = verdict_table(found)
+    write_rows(out / "numbers.jsonl", [*numbers(tables, level), *differences(tables, level=level, seed=stage.seed), *extra])
     stage.ledger.expect(len(said) + len(stage.ledger.dropped))
     stage.close(len(dialogues), len(said))
     write_json(out / "measure.json", about := about | {"complete": True})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CSV', 'FORMULA', 'CONTEXT', 'NEIGHBOURS', 'MAX_NOTE', 'csv_cell', 'write_csv', 'csv_lines', 'item_of',
-           'read_annotations', 'simulate', 'LabelItem', 'PairItem', 'Task', 'make_task', 'for_annotator', 'shuffled',
-           'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words', 'task_payload', 'checked_row',
-           'checked_change', 'read_assignments']
+           'read_annotations', 'simulate', 'Item', 'LabelItem', 'PairItem', 'Task', 'make_task', 'for_annotator',
+           'shuffled', 'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words', 'task_payload',
+           'checked_row', 'Change', 'checked_change', 'read_assignments']
 
 # %% ../../nbs/annotation/00_task.ipynb #62c1ece9
 import csv
@@ -20,7 +20,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ..core.files import (InputError, decode, iter_lines, read_bytes, read_json, read_rows, resource, row_of,
                                 stable_id, write_bytes, write_rows)
@@ -59,9 +59,7 @@ def csv_lines(path: str | Path, model: type = Annotation) -> Iterable[tuple[int,
             remedy = f"name {sorted(required)}, and {sorted(fields - required)} if wanted, separated by commas"
             raise InputError(f"columns are {columns}", path, 1, remedy=remedy)
         for row in reader:
-            if None in row:
-                remedy = "quote cells that hold a comma"
-                raise InputError("more cells than columns", path, reader.line_num, remedy=remedy)
+            if None in row: raise InputError("more cells than columns", path, reader.line_num, remedy="quote commas")
             filled = {name: value for name, value in row.items() if value and name in fields}
             yield reader.line_num, {name: value[1:] if value[0] == "'" and FORMULA.match(value) else value
                                     for name, value in filled.items()}
@@ -73,11 +71,9 @@ def item_of(row: Annotation | Preference) -> str:
     return row.pair_id if isinstance(row, Preference) else row.sample_id
 
 
-def read_annotations(
-    path: str | Path,  # JSON Lines, CSV by its name, or a folder of such files
-    model: type = Annotation,  # `Annotation` or `Preference`
-) -> list:  # Rows in file order, files by name
-    "Read annotations; raises `InputError` naming file, line and field, and on two labels by one person for one item."
+def read_annotations(path: str | Path, model: type = Annotation) -> list:  # Rows in file order, files by name
+    """Read annotations or preferences from JSON Lines, CSV, or a folder of such files.
+    Raises `InputError` naming file, line and field, and on two labels by one person for one item."""
     files, first = [Path(path)], {}
     if files[0].is_dir():
         files = [file for file in sorted(files[0].iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz", *CSV))]
@@ -104,13 +100,8 @@ NEIGHBOURS = {
 }
 
 
-def simulate(
-    truth: dict,  # {sample_id: true label}
-    annotator: str,  # Name, part of the random seed
-    error_rate: float,  # Probability of a wrong label, in [0, 1]
-    seed: int,
-) -> list[Annotation]:  # One per sample, in the order of `truth`
-    "Annotate as someone who errs at a known rate, towards `NEIGHBOURS`."
+def simulate(truth: dict, annotator: str, error_rate: float, seed: int) -> list[Annotation]:
+    "Annotate {sample_id: true label} as someone who errs at a known rate, towards `NEIGHBOURS`."
     if not 0 <= error_rate <= 1: raise InputError(f"{error_rate} must be between 0 and 1", field="error_rate")
     unknown = sorted(map(str, set(truth.values()) - set(LABELS)))
     if unknown: raise InputError(f"unknown labels {unknown}", field="truth", remedy=f"use {', '.join(LABELS)}")
@@ -122,22 +113,24 @@ def simulate(
     return out
 
 # %% ../../nbs/annotation/00_task.ipynb #6242431f
-class LabelItem(Row):
-    "One response to be given one of five labels."
+class Item(Row):
+    "What every item shows."
 
-    id: str = Field(min_length=1)  # Of the sample
+    id: str = Field(min_length=1)  # Of the sample or pair
     system_prompt: str
     prompt: list[Message] = Field(min_length=1)  # Earlier messages and the last user message
+
+
+class LabelItem(Item):
+    "One response to be given one of five labels."
+
     response: str  # Response to label
     original: str = ""  # Response before it was rewritten, shown on demand
 
 
-class PairItem(Row):
+class PairItem(Item):
     "Two responses, one of which may be better."
 
-    id: str = Field(min_length=1)  # Of the pair
-    system_prompt: str
-    prompt: list[Message] = Field(min_length=1)  # Earlier messages and the last user message
     first: str  # Shown as A
     second: str  # Shown as B
 
@@ -152,19 +145,14 @@ class Task(Row):
     items: list[LabelItem] | list[PairItem]  # In the order they are shown
 
 # %% ../../nbs/annotation/00_task.ipynb #2fc415ad
-def make_task(
-    rows: list,  # `Sample` rows with a response, or `Pair` rows
-    title: str = "",  # Shown above
-    language: str = "en",  # en or zh
-) -> Task:  # Items in the order of the rows
+def make_task(rows: list, title: str = "", language: str = "en") -> Task:  # rows: samples with a response, or pairs
     "A task; raises `InputError` when there are no rows, two share an id, or a sample has no response."
     twice = [id for id, n in Counter(row.id for row in rows).items() if n > 1]
     if twice: raise InputError(f"{len(twice)} ids occur twice, first {twice[0]}", field="items", remedy="make ids unique")
     if not rows: raise InputError("a task without items", field="items", remedy="pass at least one sample or pair")
     kind, model = ("pair", PairItem) if isinstance(rows[0], Pair) else ("label", LabelItem)
     empty = [row.id for row in rows if kind == "label" and not row.response]
-    remedy = "restyle the samples first, or leave it out"
-    if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy=remedy)
+    if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy="restyle it, or leave it out")
     items = [model(**{name: getattr(row, name) for name in model.model_fields}) for row in rows]
     id = stable_id(kind, sorted(stable_id(item) for item in items))
     return row_of(Task, {"kind": kind, "id": id, "title": title, "language": language, "items": items})
@@ -175,7 +163,8 @@ def for_annotator(task: Task, ids: list[str]) -> Task:  # The items of one perso
     items = {item.id: item for item in task.items}
     unknown = [id for id in ids if id not in items]
     if unknown: raise InputError(f"no item {unknown[0]!r} in the task", field="ids", remedy="name items of this task")
-    if len(set(ids)) < len(ids) or not ids: raise InputError("are repeated or missing", field="ids", remedy="name each item once")
+    if len(set(ids)) < len(ids) or not ids:
+        raise InputError("are repeated or missing", field="ids", remedy="name each item once")
     return task.model_copy(update={"items": [items[id] for id in ids]})
 
 
@@ -184,13 +173,8 @@ def shuffled(task: Task, seed: int) -> Task:
     return task.model_copy(update={"items": sorted(task.items, key=lambda item: stable_id(seed, item.id))})
 
 
-def read_task(
-    path: str | Path,  # JSON Lines of `Sample` or `Pair` rows
-    title: str = "",  # Shown above
-    language: str = "en",  # en or zh
-    mix: int | None = None,  # Seed to shuffle the items with; as in the file when None
-) -> Task:
-    "Make a task from a file; raises `InputError` naming line and field."
+def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
+    "Make a task from a file of samples or pairs, shuffled by the seed `mix`; raises `InputError` naming line and field."
     rows = read_rows(path)
     rows = read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
     try: task = make_task(rows, title, language)
@@ -206,25 +190,18 @@ def make_pair(a: Response, b: Response, seed: int) -> Pair:
                 first=first.response, second=second.response, arms=(first.arm, second.arm))
 
 
-def draw_pairs(
-    responses: list,  # `Response` rows of two or more arms
-    n: int,  # Pairs to draw
-    seed: int,
-    ledger: Ledger | None = None,  # Counts pairs left out, by reason
-) -> list[Pair]:  # Equally many of every two arms, as far as there are; shuffled
-    "Draw blind pairs; raises `InputError` when there are fewer than `n`."
+def draw_pairs(responses: list, n: int, seed: int, ledger: Ledger | None = None) -> list[Pair]:
+    "Draw blind pairs, equally many of every two arms as far as there are; raises `InputError` when there are fewer than `n`."
     places, by_arms, rng = defaultdict(dict), defaultdict(list), random.Random(seed)
     for row in responses: places[row.dialogue_id, row.turn, row.history][row.arm] = row
     for a, b in [pair for rows in places.values() for pair in combinations([rows[arm] for arm in sorted(rows)], 2)]:
-        same_prompt = a.prompt == b.prompt and a.system_prompt == b.system_prompt
-        reason = "" if same_prompt else "other_prompt"
-        if same_prompt and a.response.strip() == b.response.strip(): reason = "same_response"
+        if a.prompt != b.prompt or a.system_prompt != b.system_prompt: reason = "other_prompt"
+        else: reason = "same_response" if a.response.strip() == b.response.strip() else ""
         if not reason: by_arms[a.arm, b.arm].append(make_pair(a, b, seed))
         elif ledger is not None: ledger.drop(f"{a.id}/{b.id}", reason)
     total = sum(map(len, by_arms.values()))
-    if not 0 < n <= total:
-        remedy = "ask for fewer, or bring responses of two arms to the same prompts (original history)"
-        raise InputError(f"cannot draw {n} of {total} pairs", field="n", remedy=remedy)
+    remedy = "ask for fewer, or bring responses of two arms to the same prompts (original history)"
+    if not 0 < n <= total: raise InputError(f"cannot draw {n} of {total} pairs", field="n", remedy=remedy)
     groups = sorted((sorted(rows, key=lambda pair: pair.id) for rows in by_arms.values()), key=lambda rows: rows[0].id)
     for rows in groups: rng.shuffle(rows)
     queue = [rows[i] for i in range(total) for rows in groups if i < len(rows)]
@@ -279,35 +256,29 @@ def checked_row(task: Task, annotator: str, value: Any) -> Annotation | Preferen
     return row
 
 
-def checked_change(
-    task: Task,  # One person's task
-    annotator: str,  # Their name
-    change: Any,  # {submission, item, row, skipped}, from a browser
-) -> tuple[str, Annotation | Preference | None, bool]:  # (item, checked row, skipped)
-    "Check a change; raises `InputError` on anything else."
-    fields = {"submission", "item", "row", "skipped"}
-    good = isinstance(change, dict) and change.keys() <= fields and isinstance(change.get("item"), str)
-    if not good or not isinstance(change.get("skipped", False), bool):
-        raise InputError(f"must be made of {', '.join(sorted(fields))}", field="change")
-    submission, item = change.get("submission"), change["item"]
-    if not isinstance(submission, str) or not 8 <= len(submission) <= 64:
-        raise InputError("must be 8 to 64 characters", field="submission")
-    if item not in {one.id for one in task.items}: raise InputError("is not an item of this task", field="item")
-    if change.get("row") is None: return item, None, change.get("skipped", False)
-    row = checked_row(task, annotator, change["row"])
-    if item_of(row) != item: raise InputError("is about another item", field="row")
-    return item, row, False
+class Change(Row):
+    "What a browser sends about an item: a row, none (the annotation is withdrawn), or that it was skipped."
+
+    submission: str = Field(min_length=8, max_length=64)  # Id of this change
+    item: str
+    row: dict | None = None  # Annotation or preference
+    skipped: bool = Field(default=False, strict=True)
+
+
+def checked_change(task: Task, annotator: str, value: Any) -> tuple[str, Annotation | Preference | None, bool]:
+    "Item, checked row or None, and whether it was skipped, of a `Change`; raises `InputError` on anything else."
+    change = row_of(Change, value)
+    if change.item not in {one.id for one in task.items}: raise InputError("is not an item of this task", field="item")
+    if change.row is None: return change.item, None, change.skipped
+    row = checked_row(task, annotator, change.row)
+    if item_of(row) != change.item: raise InputError("is about another item", field="row")
+    return change.item, row, False
 
 # %% ../../nbs/annotation/00_task.ipynb #377e29e0
-def read_assignments(
-    path: str | Path | None,  # JSON {"name": ["item id", …], …}; None: nobody
-    names: list[str] = (),  # People who annotate all items
-    ids: list[str] = (),  # All items
-) -> dict[str, list[str]]:  # {annotator: item ids in order}
-    "Every person's items; raises `InputError` when the file is something else."
-    assigned = read_json(path) if path else {}
-    good = isinstance(assigned, dict) and all(isinstance(one, list) and all(isinstance(id, str) for id in one)
-                                              for one in assigned.values())
-    remedy = 'write {"name": ["item id", ...], ...}'
-    if not good: raise InputError("does not say who annotates what", path, remedy=remedy)
+def read_assignments(path: str | Path | None, names: list[str] = (), ids: list[str] = ()) -> dict[str, list[str]]:
+    "Item ids of every person, in order; `names` that the file lacks get all `ids`; raises `InputError` on another file."
+    try: assigned = TypeAdapter(dict[str, list[str]]).validate_python(read_json(path) if path else {}, strict=True)
+    except ValidationError:
+        remedy = 'write {"name": ["item id", ...], ...}'
+        raise InputError("does not say who annotates what", path, remedy=remedy) from None
     return assigned | {name: list(ids) for name in names if name not in assigned}

@@ -138,8 +138,8 @@ def read_pairs(row: dict) -> list[list[RawMessage]]:  # One conversation per ins
 # %% ../../nbs/core/03_formats.ipynb #332fedc6
 def rank_of(message: dict) -> float:
     "The rank of a response in a tree, 0 for the best; infinity without one."
-    try: return float(message.get("rank"))
-    except (TypeError, ValueError): return float("inf")
+    try: return float(message["rank"])
+    except (KeyError, TypeError, ValueError): return float("inf")
 
 
 def replies_to(message: dict) -> list[dict]:
@@ -173,7 +173,7 @@ def fields_of(row: Any) -> set:
 def is_tree(row: Any) -> bool:
     "Whether a row is a tree of messages."
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    return isinstance(prompt, dict) and not has_one_of(row, RESPONSE) or has_one_of(row, ("replies",))
+    return has_one_of(prompt, TEXT) and not has_one_of(row, RESPONSE) or has_one_of(row, ("replies",), TEXT)
 
 
 READERS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], list[list[RawMessage]]]]] = {  # format: (test, reader)

@@ -180,7 +180,7 @@ def curves(numbers: list[dict], metric: str = "adherence", part: str = "turn", n
 drift = partial(curves, metric="adherence")  # adherence by turn
 survival = partial(curves, metric="survival", name="survival")  # Kaplan-Meier curves of the first violation
 
-# %% ../../nbs/report/01_figures.ipynb #5652b2cf
+# %% ../../nbs/report/01_figures.ipynb #0b2979ad
 def draw_estimates(axis, rows: list[tuple[float, dict]], look: dict, scale: float = 100) -> None:
     "A dot and its interval in every row, (height, estimate)."
     for height, row in rows:
@@ -215,7 +215,7 @@ def forest(numbers: list[dict], metrics: tuple = ("adherence", "ssr", "survival"
 
 @styled
 def dots(numbers: list[dict], part: str = "type", metric: str = "adherence", history: str | None = None,
-         words: dict | None = None, most: int = 24) -> Picture | None:  # words: key -> what to print
+         words: dict | None = None, title: str = "", most: int = 24) -> Picture | None:  # words: key -> what to print
     "A metric by part (type, prompt, stance, label, annotator …), one dot per arm and key; None with one key."
     rows = [row for row in select(numbers, part=part, metric=metric, history=history) if not is_missing(row)]
     arms = in_order(row["arm"] for row in rows)
@@ -237,7 +237,7 @@ def dots(numbers: list[dict], part: str = "type", metric: str = "adherence", his
     if len(arms) > 1: figure.legend(loc="outside upper left", **legend)
     facts = {"metric": metric_of(metric)["title"], "part": part.replace("_", " "), "n": span(rows)}
     told = f"{history} history; " if history else ""
-    return figure.describe("dots", name=f"{metric}_by_{part}", history=told, **facts)
+    return figure.describe("dots", title, f"{metric}_by_{part}", history=told, **facts)
 
 # %% ../../nbs/report/01_figures.ipynb #f3be20b3
 def shade(axis, rates: np.ndarray, texts: np.ndarray | None) -> None:

@@ -65,7 +65,7 @@ def write_section(
     write_json(folder / "section.json", section)
     return section
 
-# %% ../../nbs/report/02_page.ipynb #55f17cc0
+# %% ../../nbs/report/02_page.ipynb #fc787038
 def with_interval(row: dict | None, signed: bool = False) -> str:  # "81 % [78, 84]"
     "A rate as a sentence has it, in whole per cent; a signed one in points."
     if is_missing(row): return "an unknown rate"
@@ -108,7 +108,7 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
     whole, *_, apart = shown_rows(numbers, main=main)
     if whole is None: return []
     rate = lambda row, signed=False: number_text(row["mean"], "percent", 0, signed)
-    ends = lambda text: f"95\u00a0% interval {text.partition('[')[2].rstrip(']') or 'undefined'}"
+    ends = lambda text: "95\u00a0% interval " + (text[text.index("["):] if "[" in text else "undefined")
     pairs = [shown_rows(numbers, arm)[1:3] for arm in dict.fromkeys([whole["arm"], (apart or whole)["arm"]])]
     tiles = [(f"{last['arm']}: adherence, turn {first['key']} to {last['key']}",
               f"{rate(first)} → {rate(last)}\u00a0%",
@@ -253,7 +253,7 @@ def facts_table(folders: list[Path]) -> Table:
     rows = [[name, value] for name, value in facts.items()]
     return Table("Versions and parameters", ["Fact", "Value"], rows, "What is needed to repeat it.", "facts")
 
-# %% ../../nbs/report/02_page.ipynb #9dd2e4ff
+# %% ../../nbs/report/02_page.ipynb #70c91a14
 def as_json(value) -> str:
     "JSON that stays data inside a script element, whatever its texts hold."
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
@@ -274,9 +274,9 @@ def shown_part(part: dict, out: Path, place: str) -> dict:  # part: as in sectio
         pictures.append(figure | {"image": source, "width": width, "height": height, "files": files})
     for table in (Table(**entry) for entry in part["tables"]):
         shown = lambda cell: (split(cell)[0], split(cell)[1].strip() + split(cell)[2], is_missing(cell))
-        cells, words = [[shown(cell) for cell in row] for row in table.rows], map(table.is_text, range(len(table.columns)))
-        files = links("tables", table.name, "csv", "md", "tex")
-        tables.append(asdict(table) | {"cells": cells, "words": list(words), "files": files})
+        cells = [[shown(cell) for cell in row] for row in table.rows]
+        words, files = [*map(table.is_text, range(len(table.columns)))], links("tables", table.name, "csv", "md", "tex")
+        tables.append(asdict(table) | {"cells": cells, "words": words, "files": files})
     return part | {"figures": pictures, "tables": tables}
 
 
@@ -297,7 +297,7 @@ def write_page(
         if unpublished: measurement_section(folder, main=main)
     published = {folder: found for folder in folders if (found := optional(folder / "section.json"))}
     if not published:
-        raise InputError("nothing to report: no section.json, no numbers.jsonl", *folders[:1], remedy="name finished steps")
+        raise InputError("nothing to report: no section.json or numbers", *folders[:1], remedy="name finished steps")
     for folder, section in published.items():
         place = folder.name if len(published) > 1 else ""
         for kind in ("figures", "tables"):

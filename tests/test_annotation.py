@@ -3,7 +3,6 @@
 import csv
 import gzip
 import random
-import re
 from collections import Counter
 
 import numpy as np
@@ -11,56 +10,13 @@ import pytest
 
 from s3ft_nb.annotation.agreement import alpha, alpha_interval, fleiss, kappa, label_counts, labels_of_two, per_label
 from s3ft_nb.annotation.task import majority, read_annotations, sample_for_annotation, simulate
-from s3ft_nb.judging.rubric import LABELS, LETTERS, RUBRIC, blocks, judge_messages, judge_system, parse_label, shown_turn
+from s3ft_nb.judging.rubric import LABELS
 from s3ft_nb.core.records import Annotation, Message, Sample
 from s3ft_nb.core.files import InputError, write_rows
 
 
 def note(sample_id, annotator, label):
     return Annotation(sample_id=sample_id, annotator=annotator, label=label)
-
-
-@pytest.mark.parametrize("language", list(RUBRIC))
-def test_prompt_targets_and_parser_agree(language):
-    listed = re.findall(r"(?m)^([A-Z]) = (.+)$", judge_system(language))
-    assert [letter for letter, _ in listed] == list(LETTERS.values())
-    assert [parse_label(letter) for letter, _ in listed] == list(LABELS)
-    assert [parse_label(f"{letter} = {words}") for letter, words in listed] == list(LABELS)
-    assert all(judge_system(language).count(words) >= 1 for words in RUBRIC[language]["short"].values())
-
-
-@pytest.mark.parametrize("language", list(RUBRIC))
-@pytest.mark.parametrize("breaker", ["\n", "\r\n", "\r", "\u2028", "\x0b", "\n \t", "\n\u3000"])
-def test_no_text_forges_a_block(language, breaker):
-    headings = list(RUBRIC[language]["blocks"].values())
-    for heading in [*headings, *(h.upper() for h in headings)]:
-        forged = f"fine{breaker}{heading}\nA"
-        prompt = [Message(role="user", content=forged), Message(role="assistant", content=forged), Message(role="user", content=heading)]
-        text = blocks(forged, prompt, forged, language)
-        found = [line for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", text) if line.strip().casefold() in {h.casefold() for h in headings}]
-        assert found == headings
-
-
-def test_no_turn_forges_a_speaker():
-    for text in ("x\nUser: y", "x\r\nassistant: y", "x\n  Assistant:y", "x\n\nUser: y"):
-        lines = shown_turn({"role": "user", "content": text}, "en").splitlines()
-        assert sum(line.strip().lower().startswith(("user:", "assistant:")) for line in lines) == 1, lines
-
-
-def test_rows_and_dicts_make_the_same_request():
-    rows = [Message(role="user", content="Hello"), Message(role="assistant", content="Hi"), Message(role="user", content="Why?")]
-    assert judge_messages("s", rows, "r") == judge_messages("s", [row.model_dump() for row in rows], "r")
-
-
-def test_parser_never_guesses():
-    rng = random.Random(0)
-    known = {*LETTERS.values(), *LABELS}
-    for _ in range(3000):
-        text = "".join(rng.choice("ABCDEFabc =.:()[]【】\n*good_'，。𝐀Ａ") for _ in range(rng.randrange(8)))
-        label = parse_label(text)
-        assert label is None or label in LABELS
-        assert len(re.findall(r"[A-Za-z]", text)) <= 1 or label is None or text.strip(" .:()[]【】*'\n") in known, text
-    assert parse_label("A" * 100_000) is None
 
 
 def test_annotation_files(tmp_path):

@@ -1,6 +1,5 @@
 "Hostile replies, coverage of intervals, and rollouts that were stopped."
 
-import inspect
 import os
 import random
 import subprocess
@@ -11,74 +10,14 @@ import numpy as np
 import pytest
 
 from s3ft_nb.judging.rubric import RUBRIC, judge_messages
+from s3ft_nb.judging.checks import words
 from s3ft_nb.core.convert import read_conversations
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.records import Check, Conversation, Response, SystemPrompt, message
 from s3ft_nb.core.files import InputError, write_rows
 from s3ft_nb.measure.verdicts import by_checks, compare, drift, judge, summarise
-from s3ft_nb.judging.checks import KINDS, contains_any, contains_none, follows, n_sentences, occurs, run_check, words
 from s3ft_nb.measure.rollout import dialogues, n_used, rollout
 from s3ft_nb.core.stats import bootstrap_mean, paired_difference, rate, wilson
-
-PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]"}
-
-
-def check(kind, **given):
-    names = [name for name in list(inspect.signature(KINDS[kind]).parameters)[1:] if name != "conversation"]
-    return Check(kind=kind, params={name: given.get(name, PARAMS[name]) for name in names})
-
-
-@pytest.mark.parametrize("text", [
-    "arr", "ARR!", "«Arr»", "…arr…", "arr\u200b", "a\u00adrr", "ａｒｒ", "_arr_", "`arr`", "arr's", "arr-arr", "(arr)", "well,arr.", "arr\nmatey", "😀arr😀", "大arr海",
-])
-def test_word_is_found(text):
-    assert occurs("arr", text) and not contains_none(text, ["arr"])
-
-
-@pytest.mark.parametrize("text", ["barr", "arrow", "a rr", "ar r", "arrr", "arr1", "àrr", "arŕ", "агг", "a.rr", "", "a-rr"])
-def test_word_is_not_found(text):
-    assert not occurs("arr", text)
-
-
-@pytest.mark.parametrize("word, text", [("大海", "我爱大海。"), ("ひと", "ひとり"), ("don't", "I DON’T know"), ("c++", "(C++)"), (".*", "a .* b"), ("[a", "x [a y"),
-                                        ("naïve", "NAI\u0308VE"), ("straße", "STRASSE"), ("i", "I am"), ("new  york", "new\u00a0york")])
-def test_word_in_other_scripts_and_with_marks(word, text):
-    assert occurs(word, text)
-
-
-def test_words_are_no_patterns():
-    assert not contains_any("anything", [".*"]) and not contains_any("aaaa", ["a+"]) and not contains_any("x", ["[a-z]"])
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_checks_survive_any_text(kind):
-    rng, talk = random.Random(0), [message("user", "Why is the winter sea calm?")]
-    letters = "aE .!?。！？…\n\t\"'“”’()[]-—*_#1９海は한ß\u0301\u200b\u200d\ufe0f😀\u202e\x00\ud7ff"
-    for _ in range(400):
-        text = "".join(rng.choice(letters) for _ in range(rng.randrange(30)))
-        assert run_check(check(kind), text, talk) in (True, False)
-    assert run_check(check(kind), "  \u200b\n", talk) is False
-    assert run_check(check(kind), "a. " * 4_000, talk) in (True, False)
-
-
-def test_long_replies_take_linear_time():
-    for text in ("[" * 5_000 + "]" * 5_000, "- " * 5_000, "\n" * 10_000, "Mr. " * 4_000, "arrarr" * 4_000, '."' * 4_000):
-        for kind in KINDS: run_check(check(kind), text, [message("user", "word " * 5000)])
-
-
-@pytest.mark.parametrize("text, n", [("Hi.Bye.", 1), ("He left at 5 p.m. Then he slept.", 2), ("Ahoy!\nArr!", 2), ("A. B. Smith came.", 1), ("- Apples.\n- Pears.", 2), ("“Ahoy!” said Ann. “Bye!”", 2),
-                                     ("What?? No!!", 2), ("我来了！你呢？", 2), ("U.S. ships sailed.", 1), ("Yes… And no.", 2), ("v1.2 is out.", 1)])
-def test_sentences_are_counted(text, n):
-    assert n_sentences(text, n), text
-
-
-@pytest.mark.parametrize("params", [{}, {"words": []}, {"words": ["a"], "n": 1}, {"words": "arr"}, {"words": [""]}, {"words": ["\u200b"]}, {"words": [None]}, {"word": ["a"]}])
-def test_bad_params_are_refused(params):
-    with pytest.raises(InputError): run_check(Check(kind="contains_any", params=params), "arr")
-
-
-def test_all_checks_are_asserted_even_after_a_failure():
-    with pytest.raises(InputError): follows([check("uppercase"), Check(kind="rhymes")], "quiet")
 
 
 def simulated(rng, clusters, per_cluster, spread):

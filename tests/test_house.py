@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import tomllib
+from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -15,7 +16,17 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 CHAIN = [p for p in NOTEBOOKS if "chain" in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if "chain" not in p.parts]
 MODULES = [p for p in sorted((ROOT / "s3ft_nb").rglob("*.py")) if not p.name.startswith("_")]
-FLOORS = {"core": 0, "lm": 1, "judging": 2, "measure": 2, "annotation": 2, "methods": 3, "report": 4, "micro": 4, "run": 5, "cli": 6}
+# Packages of one floor may not import each other; a method knows core, lm and judging only.
+MAY_IMPORT = {
+    "core": set(), "lm": {"core"}, "judging": {"core", "lm"}, "measure": {"core", "lm", "judging"},
+    "annotation": {"core", "lm", "judging"}, "methods": {"core", "lm", "judging"}, "micro": {"core", "lm", "judging", "measure"},
+    "report": {"core", "judging"}, "run": {"core"}, "cli": {"core", "lm", "judging", "measure", "annotation", "report", "run"},
+}
+DIALECT = re.compile(  # Words that this field does not use, with what it says instead in CONTRIBUTING.md
+    r"\b(Wish|Ruled|Merit|figures? of merit|tally|[Tt]old about|reconcile with the books|[Cc]omes? along|has no say|has a say|go_on|goes on from"
+    r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
+    r"|can put right|whole at the last turn|source of chance)\b")
+LINES, MODULES_MOST, ROOM, WIDTH = 11_000, 55, 400, 120
 
 
 def code(path):
@@ -46,20 +57,72 @@ def test_chain_notebooks_only_run(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_notebooks_are_whole_and_without_results(path):
+def test_notebooks_are_whole(path):
+    "Chapters show small results, chain notebooks none until they are run."
     text = path.read_text()
-    assert "<<<<<<<" not in text
-    assert all(not c.get("outputs") for c in json.loads(text)["cells"])
+    assert "<<<<<<<" not in text and len(text) < 100_000
+    cells = json.loads(text)["cells"]
+    if path in CHAIN: assert all(not cell.get("outputs") for cell in cells)
+    shown = json.dumps([cell.get("outputs") for cell in cells])
+    assert not re.search(r"/tmp/|/home/|/root/|\b20\d\d-\d\d-\d\d|0x[0-9a-f]{6,}", shown), "a path, a date or an address in an output"
+
+
+def test_chapters_mirror_the_package():
+    for path in CHAPTERS:
+        (name,) = exported(path)
+        folder, room = (ROOT / "nbs").joinpath(*name.split(".")[:-1]), name.split(".")[-1]
+        assert path.parent == folder and re.fullmatch(rf"\d\d_{room}", path.stem), path
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: ".".join(p.relative_to(ROOT).with_suffix("").parts))
-def test_imports_run_downwards(path):
-    parts = path.relative_to(ROOT / "s3ft_nb").with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text())):
+def test_a_room_imports_downwards_and_is_small(path):
+    parts, text = path.relative_to(ROOT / "s3ft_nb").with_suffix("").parts, path.read_text()
+    for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom) or not node.level: continue
         base = list(parts[:-1])[: len(parts) - node.level]
         target = (base + (node.module or "").split("."))[0]
-        assert FLOORS.get(target, 0) <= FLOORS[parts[0]], f"{path} imports {target}"
+        assert target in MAY_IMPORT[parts[0]] | {parts[0], ""}, f"{path} imports {target}"
+    lines = text.splitlines()
+    assert len(lines) <= ROOM
+    assert not [line for line in lines if len(line) > WIDTH and "http" not in line and not line.startswith(("__all__", "           '"))]
+
+
+def code_lines(path):
+    return [line for line in path.read_text().splitlines() if not line.startswith(("__all__", "           '"))]
+
+
+def test_the_house_is_small():
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "s3ft_nb").rglob("*.py") if path.name != "_modidx.py")
+    assert lines <= LINES and len(MODULES) <= MODULES_MOST
+
+
+def definitions():
+    "Every function, class and constant at the top of a module."
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield path, node.name
+            if isinstance(node, ast.Assign): yield from ((path, target.id) for target in node.targets if isinstance(target, ast.Name) and target.id != "__all__")
+
+
+def test_every_definition_is_used():
+    words = Counter(word for path in MODULES for line in code_lines(path) for word in re.findall(r"\w+", line))
+    words.update(word for path in CHAIN for source in code(path) for word in re.findall(r"\w+", source))
+    words.update(re.findall(r"\w+", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()))
+    commands = {node.name for node in ast.parse((ROOT / "s3ft_nb/cli.py").read_text()).body if isinstance(node, ast.FunctionDef) and node.decorator_list}
+    assert not sorted(f"{path.stem}.{name}" for path, name in definitions() if words[name] < 2 and name not in commands)
+
+
+def test_a_name_has_one_meaning():
+    homes = {}
+    for path, name in definitions(): homes.setdefault(name, set()).add(path.stem)
+    twice = {name: sorted(rooms) for name, rooms in homes.items() if len(rooms) > 1 and not (rooms & {"cli"} and len(rooms) == 2)}
+    assert not twice  # a verb of the command line may have the name of what it calls
+
+
+def test_words_are_those_of_the_field():
+    prose = [*MODULES, ROOT / "README.md", ROOT / "ARCHITECTURE.md", *NOTEBOOKS, *(ROOT / "recipes").glob("*.toml")]
+    found = {str(path.relative_to(ROOT)): sorted(set(DIALECT.findall(path.read_text()))) for path in prose}
+    assert not {path: words for path, words in found.items() if words}
 
 
 def test_every_module_imports():

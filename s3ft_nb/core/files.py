@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PYDANTIC_ERRORS', 'FULL', 'MAX_BYTES', 'MAX_EXPANSION', 'MAX_DEPTH', 'KINDS', 'SECRET_NAME', 'SECRET_LENGTH',
            'InputError', 'shorten', 'plain', 'stable_id', 'row_of', 'cannot_write', 'replacing', 'write_bytes',
-           'read_bytes', 'decode', 'to_json', 'json_number', 'json_object', 'check_depth', 'parse_json', 'read_json',
-           'write_json', 'iter_lines', 'iter_rows', 'read_rows', 'write_rows', 'resource', 'resource_names', 'redact',
-           'upstream']
+           'read_bytes', 'decode', 'to_json', 'json_number', 'json_object', 'parse_json', 'read_json', 'write_json',
+           'iter_lines', 'iter_rows', 'read_rows', 'write_rows', 'resource', 'resource_names', 'redact', 'upstream']
 
 # %% ../../nbs/core/00_files.ipynb #ddd83f00
 import errno
@@ -22,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,16 +30,10 @@ from pydantic import BaseModel, ValidationError
 
 # %% ../../nbs/core/00_files.ipynb #305cb9bb
 class InputError(ValueError):
-    "Invalid input: what is wrong, where, and how to fix it."
+    "Invalid input: what is wrong (message), where (file, line from 1, dotted field), and how to fix it (remedy)."
 
-    def __init__(
-        self,
-        message: str,  # What is wrong
-        file: str | Path | None = None,
-        line: int | None = None,  # From 1
-        field: str | None = None,  # Dotted name
-        remedy: str | None = None,  # How to fix it
-    ):
+    def __init__(self, message: str, file: str | Path | None = None, line: int | None = None,
+                 field: str | None = None, remedy: str | None = None):
         super().__init__(message, file, line, field, remedy)
         self.message, self.file, self.line, self.field, self.remedy = message, file, line, field, remedy
 
@@ -176,19 +170,12 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict:
     raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
 
 
-def check_depth(text: str) -> None:
-    "Raise `ValueError` when JSON text is nested more than `MAX_DEPTH` levels deep."
-    if text.count("[") + text.count("{") <= MAX_DEPTH: return
-    depth = 0
-    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_DEPTH: raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-
-
 def parse_json(text: str, file: str | Path | None = None, line: int | None = None) -> Any:
     "Parse JSON; raises `InputError` with the line (inside `text` when not given) and column of the first mistake."
     try:
-        check_depth(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            steps = (1 if c in "[{" else -1 for c in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)))
+            if max(accumulate(steps)) > MAX_DEPTH: raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
         value = json.loads(text, parse_constant=json_number, parse_float=json_number, object_pairs_hook=json_object)
         if re.search(r"\\u[dD][89a-fA-F]", text): to_json(value)  # half a character pair cannot be written again
         return value
@@ -268,7 +255,7 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 # %% ../../nbs/core/00_files.ipynb #6ab7dd5a
 def upstream(step: str, folder: str = "") -> Path:
-    "Folder of an earlier step, or its bundled outputs when none is named; raises `InputError` when there is no such folder."
+    "Folder of an earlier step, else its bundled outputs; raises `InputError` when there is no such folder."
     path = Path(folder) if folder else resource("data", "micro-run") / step
     if path.is_dir(): return path
     raise InputError("no such folder", path, field=f"{step}_from", remedy="run that step first, or leave it empty")

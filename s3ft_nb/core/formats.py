@@ -35,7 +35,6 @@ def role_of(speaker: Any) -> str | None:  # None when the name is unknown
 
 class RawMessage(NamedTuple):
     "One message as the file has it."
-
     where: str  # Field of the row, for errors
     speaker: Any  # As the file names it; None when it does not
     text: Any
@@ -138,8 +137,8 @@ def read_pairs(row: dict) -> list[list[RawMessage]]:  # One conversation per ins
 # %% ../../nbs/core/03_formats.ipynb #332fedc6
 def rank_of(message: dict) -> float:
     "The rank of a response in a tree, 0 for the best; infinity without one."
-    try: return float(message.get("rank"))
-    except (TypeError, ValueError): return float("inf")
+    try: return float(message["rank"])
+    except (KeyError, TypeError, ValueError): return float("inf")
 
 
 def replies_to(message: dict) -> list[dict]:
@@ -173,7 +172,7 @@ def fields_of(row: Any) -> set:
 def is_tree(row: Any) -> bool:
     "Whether a row is a tree of messages."
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    return isinstance(prompt, dict) and not has_one_of(row, RESPONSE) or has_one_of(row, ("replies",))
+    return has_one_of(prompt, TEXT) and not has_one_of(row, RESPONSE) or has_one_of(row, ("replies",), TEXT)
 
 
 READERS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], list[list[RawMessage]]]]] = {  # format: (test, reader)
@@ -278,7 +277,7 @@ def unread_fields(row: Any, text: str) -> set[str]:
         elif isinstance(value, str) and value.strip() and value.strip() not in text: names.add(name)
         elif isinstance(value, dict):
             role = next((role_of(value[key]) for key in SPEAKER if key in value), None)
-            known = {*SPEAKER, *IDS, "parent_id", "type"} | ({"source", "split", "meta"} if value is row else set())
+            known = {*SPEAKER, *IDS, "parent_id", "type"} | ({"source", "split", "meta", "model"} if value is row else set())
             fields = {f"{name.rpartition('.')[2]}.{key}".strip("."): key for key in value if key not in known}
             names |= {path for path, key in fields.items()
                       if role and key in MARKS and (value[key] == MARKS[key]) != (role == "assistant")}

@@ -1,0 +1,70 @@
+"Published IFEval files: scored as they are, spoilt ones named."
+
+import sys
+import types
+
+import pytest
+
+from s3ft_nb.core.files import InputError, write_rows
+from s3ft_nb.measure.benchmarks import score_ifeval
+
+
+def task(key, prompt, **kinds):
+    ids = [id.replace("__", ":") for id in kinds]
+    return {"key": key, "prompt": prompt, "instruction_id_list": ids, "kwargs": list(kinds.values())}
+
+
+NULLS = dict.fromkeys(["keyword", "frequency", "relation", "num_words", "num_bullets", "language"])
+TASKS = [task(1000, "Two bullets. ", detectable_format__number_bullet_lists=NULLS | {"num_bullets": 2.0}, punctuation__no_comma=NULLS),
+         task(1001, "Ten words.", length_constraints__number_words={"num_words": 10, "relation": "less than"})]
+ANSWERS = {1000: "Sure, here:\n* a\n* b", 1001: "One two three."}
+
+
+def jsonl(path, rows): return write_rows(path, rows)
+
+
+@pytest.mark.parametrize("form", ["prompt", "key", "log"])
+def test_published_files_are_scored(tmp_path, form):
+    make = {"prompt": lambda t: {"prompt": t["prompt"].strip(), "response": ANSWERS[t["key"]]}, "key": lambda t: {"key": t["key"], "response": ANSWERS[t["key"]], "model": "m"},
+            "log": lambda t: {"doc_id": 0, "doc": t, "resps": [[ANSWERS[t["key"]]]], "filtered_resps": [ANSWERS[t["key"]]]}}[form]
+    found = score_ifeval(jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", [make(t) for t in reversed(TASKS)]))
+    assert [found[name]["mean"] for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")] == [0.5, 1.0, pytest.approx(2 / 3), 1.0]
+    assert found["prompt_strict"]["low"] == pytest.approx(0.0945, abs=1e-3) and found["prompt_strict"]["n"] == 2 and found["unknown"] == {}
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda t: t | {"kwargs": []}, "in.jsonl:2: kwargs: does not go with"),
+    (lambda t: t | {"kwargs": [{"num_words": 3}]}, "in.jsonl:2: kwargs: .*takes"),
+    (lambda t: {k: v for k, v in t.items() if k != "prompt"}, "in.jsonl:2: prompt: is missing"),
+    (lambda t: t | {"instruction_id_list": "x"}, "in.jsonl:2: instruction_id_list: "),
+])
+def test_spoilt_inputs_are_named(tmp_path, spoil, said):
+    with pytest.raises(InputError, match=said):
+        score_ifeval(jsonl(tmp_path / "in.jsonl", [TASKS[0], spoil(TASKS[1])]), jsonl(tmp_path / "out.jsonl", [{"key": key, "response": text} for key, text in ANSWERS.items()]))
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([{"key": 1000, "response": "a"}], "no response to task 1001 .1 of 2 missing"),
+    ([{"key": 1000, "response": "a"}, {"key": 1000, "response": "b"}], "out.jsonl:2: key: answers a task a second time"),
+    ([{"key": 1000}], "out.jsonl:1: holds no prompt or key with a response"),
+    ([{"response": "a"}], "out.jsonl:1: holds no prompt or key"),
+])
+def test_spoilt_responses_are_named(tmp_path, rows, said):
+    with pytest.raises(InputError, match=said): score_ifeval(jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", rows))
+
+
+class Shouts:
+    def __init__(self, id): pass
+    def build_description(self, *, n=None, prompt=None): self.n = n or getattr(self, "n", None)
+    def get_instruction_args(self): return {"n": self.n, "prompt": None}
+    def check_following(self, value): return value.count("!") >= self.n
+
+
+def test_unknown_kinds_are_counted_or_delegated(tmp_path, monkeypatch):
+    rows = [task(1, "Shout.", count__shouts={"n": 2}, punctuation__no_comma={}), task(2, "Whisper.", punctuation__no_comma={})]
+    files = jsonl(tmp_path / "in.jsonl", rows), jsonl(tmp_path / "out.jsonl", [{"key": key, "response": "Hey!\nHo!"} for key in (1, 2)])
+    found = score_ifeval(*files)
+    assert (found["unknown"], found["prompts_left_out"], found["prompt_strict"]["n"]) == ({"count:shouts": 1}, 1, 1)
+    monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:shouts": Shouts}))
+    found = score_ifeval(*files)
+    assert (found["unknown"], found["prompt_strict"]["n"], found["by_kind"]["count:shouts"]["strict"]["mean"]) == ({}, 2, 1.0)

@@ -170,7 +170,7 @@ def shard_path(folder: str | Path, index: int) -> Path:  # shard-00003.jsonl
 
 
 def claim_shards(folder: Path, claim: dict, fresh: bool = False) -> None:
-    "Prepare a folder of shards that depend on `claim`; raises `InputError` when it holds the shards of another run."
+    "Prepare a folder of shards that depend on a claim; raises `InputError` when it holds the shards of another run."
     mark = folder / "shards.json"
     if fresh or not mark.exists():
         mark.unlink(missing_ok=True)  # first, so that a kill in between leaves no shards that seem to belong here
@@ -182,7 +182,7 @@ def claim_shards(folder: Path, claim: dict, fresh: bool = False) -> None:
         raise InputError("holds shards of other rows or parameters", mark, remedy=remedy)
 
 # %% ../../nbs/core/02_stage.ipynb #08f5a6b5
-USAGE = ("requests", "prompt", "cached", "generated", "scored", "trained")  # Requests and tokens; cached: not recomputed
+USAGE = ("requests", "prompt", "cached", "generated", "scored", "trained")  # Tokens; cached: not computed again
 METERS = []  # Token counts of the stages at work, the innermost last
 
 

@@ -227,8 +227,8 @@ def annotation_verbs() -> dict[str, tuple[Callable, tuple]]:  # {verb: (function
 
     return {"sample": (write_sample, ("out",)), "design": (write_design, ("annotators", "out")),
             "page": (write_pages, ()), "serve": (serve_annotation, ("items",)), "export": (export_annotations, ()),
-            "agree": (write_agreement, ("out",)), "pairs": (write_pairs, ("out",)), "prefer": (write_preferences, ("out",)),
-            "to-tool": (to_tool, ("out",)), "from-tool": (from_tool, ("out",))}
+            "agree": (write_agreement, ("out",)), "pairs": (write_pairs, ("out",)),
+            "prefer": (write_preferences, ("out",)), "to-tool": (to_tool, ("out",)), "from-tool": (from_tool, ("out",))}
 
 
 class Lazy(TyperGroup):

@@ -122,8 +122,8 @@ def repeat_in_thread(seconds: float, do: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(title: str, events: Path, stream: TextIO | None = None) -> Iterator[Callable[[], None]]:  # shows the line now
-    "Show where a step is: a line drawn over on a terminal, a new line every ten seconds in a log."
+def show_progress(title: str, events: Path, stream: TextIO | None = None) -> Iterator[Callable[[], None]]:
+    "Show where a step is while the context is open: one line on a terminal, a new line every ten seconds in a log."
     stream, began = stream or sys.stderr, time.monotonic()
     terminal = stream.isatty()
 

@@ -243,10 +243,11 @@ def find_notebook(name: str, beside: Path, **where: Any) -> Path:  # absolute
     bundled = resource("notebooks")
     for place in (beside / name, bundled / name):
         if place.is_file(): return place.resolve()
-    raise unknown("notebook", name, [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")], **where)
+    known = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
+    raise unknown("notebook", name, known, **where)
 
 
-def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> dict[str, dict]:  # {step id: its values}
+def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> dict[str, dict]:  # {step id: values}
     "The steps that one table stands for; raises `InputError` when `each` changes nothing."
     each, own = table.get("each", {}), {key: value for key, value in table.items() if key not in STEP_KEYS}
     for key, values in each.items():

@@ -20,7 +20,7 @@ from .task import read_annotations
 from ..core.files import InputError, read_rows, write_json, write_rows
 from ..core.records import Sample
 from ..core.stage import Ledger
-from ..core.stats import ends, rate
+from ..core.stats import rate, rate_ends
 from ..judging.rubric import LABELS
 
 # %% ../../nbs/annotation/06_consensus.ipynb #141fd981
@@ -155,7 +155,7 @@ def label_noise(annotations: list, labels: tuple = LABELS, groups: int = 40, see
 
     value, group = errors(votes), np.random.default_rng(seed).permutation(n) % c
     left = np.array([errors(votes[group != g]) for g in range(c)]) if c > 1 else np.full((1, len(value)), np.nan)
-    low, high = ends("rate", value, np.sqrt((c - 1) / c * ((left - left.mean(0)) ** 2).sum(0)), np.array(c))
+    low, high = rate_ends(value, (left - left.mean(0)).T, np.array(c), 0.95)
     columns = [("label_error", "annotator", name, m) for name, m in zip(people, given)]
     columns += [("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
     number = lambda x: float(x) if np.isfinite(x) else None

@@ -103,7 +103,6 @@ def check_choice(name: str, value: str, allowed: tuple) -> None:
 
 class Item(NamedTuple):
     "One conversation to be made."
-
     line: int  # Line or row, from 1
     id: str | None  # None when it is to be derived from the messages
     row: Any

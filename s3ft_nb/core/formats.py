@@ -35,7 +35,6 @@ def role_of(speaker: Any) -> str | None:  # None when the name is unknown
 
 class RawMessage(NamedTuple):
     "One message as the file has it."
-
     where: str  # Field of the row, for errors
     speaker: Any  # As the file names it; None when it does not
     text: Any

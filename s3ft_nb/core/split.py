@@ -76,12 +76,9 @@ def check_unique(rows: list) -> None:
 
 # %% ../../nbs/core/05_split.ipynb #93fbbb85
 def draw_families(
-    prompts: list[SystemPrompt],  # All of one type, with families
-    sides: dict[str, str],  # Split of each family that has one
-    eval_fraction: float,  # Part of the prompts for evaluation, in (0, 1)
-    rng: random.Random,
-) -> dict[str, str]:  # Split of each family that had none
-    "Split the undecided families of one type at random; of several families at least one is for evaluation."
+    prompts: list[SystemPrompt], sides: dict[str, str], eval_fraction: float, rng: random.Random,
+) -> dict[str, str]:  # Split of each family that has none in `sides`
+    "Split the families of one type at random; of several families at least one is for evaluation."
     sizes, chosen = Counter(row.family for row in prompts), {}
     undecided = sorted(set(sizes) - set(sides))
     wanted = min(max(1, round(eval_fraction * len(prompts))), len(prompts) - 1)

@@ -62,7 +62,7 @@ def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[
 
     def unwrap(value: Any) -> Any:
         "Leave out None, which a dataset gives rows that lack a field of others, and parse JSON lists in cells."
-        if isinstance(value, dict): return {key: unwrap(one) for key, one in value.drafts() if one is not None}
+        if isinstance(value, dict): return {key: unwrap(one) for key, one in value.items() if one is not None}
         if isinstance(value, str) and value[:2] in ("[{", "[["):
             with suppress(InputError): return parse_json(value)
         return [unwrap(one) for one in value] if isinstance(value, list) else value
@@ -183,7 +183,7 @@ def read_conversations(
     ledger.expect((ledger.expected or 0) + len(drafts))
     ledger.reconcile((ledger.rows_in or 0) + len(values), (ledger.rows_out or 0) + len(taken))
     counts = lambda prefix, notes: ", ".join(  # noqa: E731
-        f"{n} {code.removeprefix(prefix)}" for code, n in sorted(notes.drafts()) if code.startswith(prefix)) or "nothing"
+        f"{n} {code.removeprefix(prefix)}" for code, n in sorted(notes.items()) if code.startswith(prefix)) or "nothing"
     left = f"left out: {counts('', ledger.as_dict()['reasons'])}"
     if not taken: raise InputError("holds no conversation that can be used", path, remedy=left)
     print(f"{source}: {len(taken)} of {len(drafts)} conversations, read as {counts('format_', ledger.notes)}; {left}; "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPEAKER', 'TEXT', 'SPEAKER_ROLES', 'LISTS', 'TRANSCRIPTS', 'ASKED', 'RESPONSE', 'READERS', 'SYSTEM_FIELDS', 'IDS',
-           'TRAINING_MARKS', 'role_of', 'RawMessage', 'refusal', 'text_of', 'has_one_of', 'message_list', 'read_entry',
+           'TRAIN_MARKS', 'role_of', 'RawMessage', 'refusal', 'text_of', 'has_one_of', 'message_list', 'read_entry',
            'read_entries', 'read_pair', 'read_list', 'read_pairs', 'rank_of', 'replies_to', 'read_tree', 'fields_of',
            'is_tree', 'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields']
 
@@ -265,7 +265,7 @@ def check_messages(
 
 # %% ../../nbs/core/03_formats.ipynb #8350e9c4
 IDS = ("id", "conversation_id", "dialogue_id", "message_tree_id", "message_id", "uuid")
-TRAINING_MARKS = {"weight": 1, "loss_weight": 1, "train": 1, "trainable": 1, "mask": 0, "masked": 0}  # Value for training
+TRAIN_MARKS = {"weight": 1, "loss_weight": 1, "train": 1, "trainable": 1, "mask": 0, "masked": 0}  # If trained on
 
 
 def unread_fields(row: Any, text: str) -> set[str]:
@@ -280,6 +280,6 @@ def unread_fields(row: Any, text: str) -> set[str]:
             known = {*SPEAKER, *IDS, "parent_id", "type"} | ({"source", "split", "meta"} if value is row else set())
             fields = {f"{name.rpartition('.')[2]}.{key}".strip("."): key for key in value if key not in known}
             names |= {path for path, key in fields.items()
-                      if role and key in TRAINING_MARKS and (value[key] == TRAINING_MARKS[key]) != (role == "assistant")}
+                      if role and key in TRAIN_MARKS and (value[key] == TRAIN_MARKS[key]) != (role == "assistant")}
             stack += [(path, value[key]) for path, key in fields.items() if path not in names]
     return names

@@ -95,8 +95,8 @@ def verdicts(
     for row in responses:
         apply, stance = applies(row, not_applicable), (stances or {}).get((row.dialogue_id, row.turn), "")
         for rule in by_check(row):
-            kept = run_check(rule.check, row.response, row.prompt, reading)
-            found = Outcome(kept, apply, evidence=None if kept else evidence_of(rule.check, row.response))
+            satisfied = run_check(rule.check, row.response, row.prompt, reading)
+            found = Outcome(satisfied, apply, evidence=None if satisfied else evidence_of(rule.check, row.response))
             out.append(verdict_of(row, rule, found, "checks", stance))
         for one in judged[row.id]:
             more = {"applicable": one.applicable and apply, "stance": stance or one.stance}
@@ -150,10 +150,10 @@ def find_quote(quote: str, response: str) -> tuple[int, int] | None:  # (start, 
     return found.span() if found else None
 
 
-def read_words(reply: dict, response: str) -> Outcome:  # reply: {text} or {error} of the judge
+def read_words(written: dict, response: str) -> Outcome:  # written: {text} or {error} of the judge
     "What a judge's three lines say about a response, read strictly."
-    if "error" in reply: return Outcome(rationale="no response from the judge")
-    found = THREE_LINES.fullmatch((reply.get("text") or "").replace("\r\n", "\n"))
+    if "error" in written: return Outcome(rationale="no response from the judge")
+    found = THREE_LINES.fullmatch((written.get("text") or "").replace("\r\n", "\n"))
     if not found: return Outcome(rationale="unreadable")
     quote, reason = found[2].strip("\"'“”‘’「」"), found[3]
     place = None if quote.lower() == "none" else find_quote(quote, response)
@@ -191,7 +191,7 @@ def make_judge(
     certainty: float = 0.5,  # Letters: least probability of the likeliest, in [0, 1]
     count: Callable | None = None,  # Messages -> tokens; prompts are cut to `room`, see `lm.labels.fit_context`
     room: int | None = None,  # Most tokens of a request
-    stage: Stage | None = None,  # Keeps what the engine said; None inside the work of a stage
+    stage: Stage | None = None,  # Keeps what the engine wrote; None inside the work of a stage
     claim: Any = (),  # What else verdicts depend on, such as a hash of the judge's model
 ) -> Callable:  # (responses, rules) -> verdicts, response by response; has a `name`
     "A judge of rules; raises `InputError` on an unknown way."

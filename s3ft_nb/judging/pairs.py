@@ -42,7 +42,7 @@ def judge_pairs(
     pairs: list[dict],  # {id, conversation_id, system_prompt, prompt, a, b}
     language: str = "en",
     certainty: float = 0.4,  # Least probability of the likeliest letter among the three
-    stage: Stage | None = None,  # Keeps what the engine said; None inside the work of a stage
+    stage: Stage | None = None,  # Keeps what the engine wrote; None inside the work of a stage
 ) -> list[dict]:  # {id, conversation_id, winner: a, b, tie or None, place: first, second or empty}
     "Which response of each pair keeps better to its system prompt."
     asked = [{"id": f"{pair['id']}/{order}", "messages": pair_request(pair, order == "turned", language)}

@@ -135,10 +135,11 @@ def build(draft: Draft, messages: list, source: str, seen: dict, note: Callable[
         note("unanswered_last_message")
         messages = messages[:-1]
     meta = (row["meta"] if isinstance(row.get("meta"), dict) else {}) | ({"row": draft.group} if draft.group else {})
+    if isinstance(row.get("model"), str) and row["model"].strip(): meta |= {"model": row["model"]}
     split = row["split"] if row.get("split") in ("train", "eval") else None
     source = row["source"] if isinstance(row.get("source"), str) else source
     made = conversation(messages, draft.id, source, split, meta)
-    if (content := stable_id(made.messages, n=32)) in seen:
+    if (content := stable_id(made.messages, meta.get("model", ""), n=32)) in seen:
         raise refusal("duplicate", f"has the same messages as {seen[content]}")
     if f"id {made.id}" in seen:
         note("repeated_id")

@@ -277,7 +277,7 @@ def unread_fields(row: Any, text: str) -> set[str]:
         elif isinstance(value, str) and value.strip() and value.strip() not in text: names.add(name)
         elif isinstance(value, dict):
             role = next((role_of(value[key]) for key in SPEAKER if key in value), None)
-            known = {*SPEAKER, *IDS, "parent_id", "type"} | ({"source", "split", "meta"} if value is row else set())
+            known = {*SPEAKER, *IDS, "parent_id", "type"} | ({"source", "split", "meta", "model"} if value is row else set())
             fields = {f"{name.rpartition('.')[2]}.{key}".strip("."): key for key in value if key not in known}
             names |= {path for path, key in fields.items()
                       if role and key in TRAIN_MARKS and (value[key] == TRAIN_MARKS[key]) != (role == "assistant")}

@@ -60,9 +60,9 @@ def numbers_of(verdicts):
     out = [dict(zip(keys, key)) | rate(*zip(*values)) | {"version": 1, "against": "", "p": None} for key, values in rules.items()]
     for arm in list(dict.fromkeys(row["arm"] for row in out))[1:]:
         for metric in ("adherence", "csr"):
-            a, b = (next(row for row in out if (row["arm"], row["history"], row["part"], row["metric"]) == (one, "own", "all", metric)) for one in (arm, "base"))
+            a, b = (next(row for row in out if (row["arm"], row["history"], row["part"], row["metric"]) == (one, "own", "all", metric)) for one in (arm, out[0]["arm"]))
             mean = a["mean"] - b["mean"]
-            out.append(a | {"against": "base", "mean": mean, "low": mean - 0.05, "high": mean + 0.06, "p": 0.004 if mean > 0.1 else 0.4})
+            out.append(a | {"against": out[0]["arm"], "mean": mean, "low": mean - 0.05, "high": mean + 0.06, "p": 0.004 if mean > 0.1 else 0.4})
     return out
 
 
@@ -109,6 +109,163 @@ def build_run(folder, seed=0):
     said = {"recipe": "s3ft-micro", "steps": steps, "seed": seed, "params": {"measure": {"seed": seed}}, "versions": {"torch": "2.13.0"}}
     write_json(folder / "run.json", said)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    home = build_run(tmp_path_factory.mktemp("runs") / "s3ft-micro")
+    write_page(step_folders(home), home / "report", note="Everything here is invented.", main="s3ft")
+    return home
+
+
+class Page(HTMLParser):
+    "Collects tags, ids and text, and checks that every tag is closed in order."
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+        self.text = " ".join(" ".join(self.text).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "input"): self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]): self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def inline(html, tag):
+    return re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.S)
+
+
+def data_of(path):
+    return json.loads(next(one for one in inline(path.read_text(encoding="utf-8"), "script") if one.startswith("{")))
+
+
+def test_the_page_holds_every_step_and_number(run):
+    page = Page(run / "report" / "index.html")
+    sections = [attrs["id"] for attrs in page.all("section")]
+    assert sections == ["section-discriminator", "section-train-s3ft", "section-measure", "run", "dialogues"]  # step order
+    numbers = [json.loads(line) for line in (run / "report" / "numbers.jsonl").read_text().splitlines()]
+    assert numbers == read_numbers([run / "discriminator", run / "measure"]) and {row["step"] for row in numbers} == {"discriminator", "measure"}
+    whole = {row["arm"]: row for row in numbers if (row["history"], row["part"], row["metric"], row["against"]) == ("own", "all", "adherence", "")}
+    table = next(one for one in json.loads((run / "measure" / "section.json").read_text())["tables"] if one["name"] == "metrics_own")
+    shown = dict(zip(table["columns"], next(row for row in table["rows"] if row[0] == "Adherence (ISR), %")))
+    assert {arm: shown[arm]["mean"] for arm in ARMS} == {arm: row["mean"] for arm, row in whole.items()}
+    for row in whole.values(): assert f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" in page.text
+    assert f"base follows its system prompt in {100 * whole['base']['mean']:.0f}" in page.text and "s3ft is better than base" in page.text
+    for said in ("Everything here is invented.", "too_long 2", "51 840", "2.13.0", "Precision at the threshold"): assert said in page.text
+
+
+def test_the_page_stands_alone_and_is_accessible(run):
+    page = Page(run / "report" / "index.html")
+    assert not {"link", "iframe", "object", "embed", "form"} & {tag for tag, _ in page.tags}
+    images = page.all("img")
+    assert len(images) == 13 and all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
+    links = [attrs["href"] for attrs in page.all("a")]
+    assert all(href.startswith("#") or (run / "report" / href).is_file() for href in links)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) and all(href[1:] in ids for href in links if href.startswith("#"))
+    assert all(attrs.get("scope") for attrs in page.all("th")) and len(page.all("h1")) == 1
+    assert page.all("html")[0]["lang"] == "en" and (run / "report" / "index.html").stat().st_size < 3e6
+
+
+def test_only_our_own_script_and_style_may_run(run):
+    html = (run / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(run / "report" / "index.html")
+    policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv") == "Content-Security-Policy")
+    digest = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    (style,), scripts = inline(html, "style"), [one for one in inline(html, "script") if not one.startswith("{")]
+    assert len(scripts) == 1 and policy.startswith("default-src 'none'; img-src data:; ")
+    assert f"style-src {digest(style)};" in policy and f"script-src {digest(scripts[0])};" in policy
+    assert not any(name.startswith("on") or name == "style" for _, attrs in page.tags for name in attrs)
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|fetch\(|https?:", scripts[0])
+
+
+HOSTILE = '</title></style></script><!--<script>alert("x")</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | & % $\\frac$ # _ ~ ^ \\input{/etc/passwd} \u2028 \u202e'
+
+
+def test_hostile_text_stays_text(tmp_path):
+    "Arms, types, rules, prompts and responses come from users and models."
+    folder = build_measurement(tmp_path / "m", {HOSTILE.replace("/", ""): (0.9, 0.9), "b": (0.9, 0.9)}, 2, 2)
+    for path in folder.glob("*.jsonl"):
+        text = path.read_text().replace('"persona"', json.dumps(HOSTILE)).replace("Green tea", json.dumps(HOSTILE)[1:-1]).replace("And in winter?", json.dumps(HOSTILE)[1:-1])
+        path.write_text(text.replace("Answer in one sentence.", json.dumps(HOSTILE)[1:-1]))
+    html = write_page([folder], tmp_path / "report", title=HOSTILE, note=HOSTILE)
+    page = Page(html)
+    assert len(page.all("script")) == 2 and "7 * 7" in page.text and "49" not in inline(html.read_text(), "title")[0]
+    assert not any("onerror" in attrs for _, attrs in page.tags)
+    data = data_of(html)
+    assert HOSTILE in data["rules"].values() and any(HOSTILE in row["text"] for one in data["dialogues"] for row in one["responses"])
+    for latex in (tmp_path / "report" / "tables").glob("*.tex"): assert "\\input" not in latex.read_text()
+
+
+def test_same_run_same_bytes(run, tmp_path):
+    "No clock, no order of sets, no random ids in any file."
+    write_page(step_folders(run), tmp_path / "again", note="Everything here is invented.", main="s3ft")
+    (run / "measure" / "section.json").rename(tmp_path / "section.json")
+    measurement_section(run / "measure", main="s3ft")
+    assert (tmp_path / "section.json").read_bytes() == (run / "measure" / "section.json").read_bytes()
+    files = [path.relative_to(run / "report") for path in (run / "report").rglob("*") if path.is_file()]
+    assert len(files) > 60
+    for name in files: assert (tmp_path / "again" / name).read_bytes() == (run / "report" / name).read_bytes(), name
+
+
+def test_the_browser_draws_dialogues_whatever_their_outcome(run):
+    shown, again = browse([run / "measure"], 6, seed=1), browse([run / "measure"], 6, seed=1)
+    assert shown == again and len(shown["dialogues"]) == 6 and shown["arms"] == list(ARMS)
+    assert {one["prompt"] for one in shown["dialogues"]} == {"p0", "p1", "p2"}  # as many system prompts as possible
+    assert [len(one["responses"]) for one in shown["dialogues"]] == [18] * 6
+    two = browse([run / "measure", run / "measure"], 1)
+    assert two["arms"] == [f"measure: {arm}" for arm in ARMS]
+
+
+def test_few_conversations_one_arm_and_nothing_known(tmp_path):
+    alone = build_measurement(tmp_path / "few", {"base": ARMS["base"]}, 6, 4)
+    page = Page(write_page([alone], alone / "report", title="few"))
+    assert "Only 6 conversations" in page.text and "Paired differences" not in page.text and (alone / "report" / "figures" / "drift.png").is_file()
+    lost = tmp_path / "lost"
+    write_rows(lost / "numbers.jsonl", [row | {"mean": None, "low": None, "high": None} for row in read_numbers(alone)])
+    assert "nothing is known" in Page(write_page([lost], lost / "report")).text
+
+
+def test_every_metric_of_the_house_is_described():
+    "Titles, directions and formats are looked up by name; counts (rows_, n_, tokens_) need none."
+    used, root = set(), Path(__file__).parents[1] / "nbs"
+    for path in root.rglob("*.ipynb"):
+        cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        text = "\n".join(cell for cell in cells if "#| export" in cell or "chain" in path.parts)
+        used |= set(re.findall(r'(?:number_row\(|"metric": |Metric\(\s*)"([a-z_0-9]+)"', text))
+    assert len(used) > 8
+    counts = {name for name in used if name.startswith(("rows_", "n_", "tokens_"))}
+    assert used - counts - {"rate", "mean"} <= metrics().keys()
+    assert all(one.keys() == {"title", "better", "format", "meaning"} for one in metrics().values())
+
+
+@pytest.mark.parametrize("write", [to_csv, to_markdown, to_latex])
+def test_one_line_per_row(write):
+    "A line break or separator inside a cell never makes a new row or column."
+    table, plain = Table("T", ["A", "B"], [['x|y & "z",\nw', 1]]), Table("T", ["A", "B"], [["x", 1]])
+    assert write(table).count("\n") == write(plain).count("\n") + (write is to_csv)  # quoted, as CSV has it
+    cells = lambda table: [line.count(" & ") for line in to_latex(table).splitlines()]
+    assert cells(table) == cells(plain)
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    with pytest.raises(InputError, match="nothing to report"): write_page([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="holds no numbers"): measurement_section(tmp_path)
+    with pytest.raises(InputError, match="no such folder"): step_folders(tmp_path / "absent")
+    (tmp_path / "numbers.jsonl").write_text('{"arm": \n')
+    with pytest.raises(InputError, match=r"numbers\.jsonl:1"): write_page([tmp_path], tmp_path / "out")
 
 
 if __name__ == "__main__":  # pages to look at: python tests/test_report.py FOLDER

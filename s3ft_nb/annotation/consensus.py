@@ -149,7 +149,7 @@ def label_noise(annotations: list, labels: tuple = LABELS, groups: int = 40, see
     given, c = np.asarray(votes.sum(0)).reshape(-1, k).sum(1), min(n, groups)
 
     def errors(votes):  # of each annotator, of a single label, after aggregation
-        posterior, prior, confusion, *_ = fit_votes(votes, k, smoothing=1.0, tol=1e-5)
+        posterior, prior, confusion, *_ = fit_votes(votes, k, smoothing=1.0, tol=1e-4)
         each = 1 - prior @ np.einsum("kjk->kj", confusion)
         return np.array([*each, each @ given / given.sum(), 1 - posterior.max(1).mean()])
 

@@ -104,7 +104,8 @@ def bradley_terry(outcomes: list, reference: str = "", pseudo: float = 0.5) -> l
     arms, groups = sorted({arm for one in outcomes for arm in one.arms}), defaultdict(list)
     if len(arms) < 2 or (reference or arms[0]) not in arms:
         raise InputError(f"no arm {reference!r} among {arms}" if arms else "no judgements", field="reference")
-    arms.sort(key=lambda arm: arm != (reference or arms[0]))
+    reference = reference or arms[0]
+    arms.sort(key=lambda arm: arm != reference)
     for one in outcomes: groups[one.dialogue_id].append(one)
     table = np.array([win_table(rows, arms).ravel() for rows in groups.values()])
     fit = lambda sums: abilities(sums.reshape(*sums.shape[:-1], len(arms), len(arms)), pseudo)

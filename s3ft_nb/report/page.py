@@ -253,7 +253,7 @@ def facts_table(folders: list[Path]) -> Table:
     rows = [[name, value] for name, value in facts.items()]
     return Table("Versions and parameters", ["Fact", "Value"], rows, "What is needed to repeat it.", "facts")
 
-# %% ../../nbs/report/02_page.ipynb #70c91a14
+# %% ../../nbs/report/02_page.ipynb #c0fa3160
 def as_json(value) -> str:
     "JSON that stays data inside a script element, whatever its texts hold."
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
@@ -330,9 +330,10 @@ def write_page(
 
 
 def step_folders(run: str | Path) -> list[Path]:
-    "Folders of a run that hold results, in step order (run.json), else by name; raises `InputError` when it is absent."
+    "Folders of a run that hold results (but no page), in step order or by name; raises `InputError` without the run."
     run = Path(run)
     if not run.is_dir(): raise InputError("no such folder", run, remedy="name the folder of a run")
     names = optional(run / "run.json").get("steps") or sorted(path.name for path in run.iterdir())
     results = "section.json", "numbers.jsonl", "done.json"
-    return [run / name for name in names if any((run / name / result).is_file() for result in results)]
+    steps = [run / name for name in names if not (run / name / "index.html").is_file()]
+    return [step for step in steps if any((step / result).is_file() for result in results)]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..core.files import resource, write_bytes
 
-# %% ../../nbs/report/00_tables.ipynb #09a9fb63
+# %% ../../nbs/report/00_tables.ipynb #a3ecadd8
 @cache
 def metrics() -> dict[str, dict]:  # name -> {title, better, format, meaning}
     "The metrics of the house, from data/report/metrics.toml."
@@ -28,7 +28,7 @@ def metrics() -> dict[str, dict]:  # name -> {title, better, format, meaning}
 
 def metric_of(name: str) -> dict:  # {title, better, format, meaning}
     "A metric by name; an unknown one prints as a count where its name is one, else as a decimal."
-    kind = "count" if name.startswith(("rows_", "n_")) else "decimal"
+    kind = "count" if name.startswith(("rows_", "n_", "tokens_")) else "decimal"
     unknown = {"title": name.replace("_", " ").capitalize(), "better": "", "format": kind, "meaning": ""}
     return metrics().get(name) or unknown
 

@@ -27,7 +27,7 @@ from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
 from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
-from s3ft_nb.lm.labels import check_labels, encode_rows, encode_stream
+from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
 from s3ft_nb.lm.train import pack
 
@@ -287,18 +287,6 @@ def test_forty_turns_are_cut_at_a_turn_and_the_ledger_says_so():
     refused = Ledger("train")
     with pytest.raises(InputError, match="none of 1 rows"): encode_rows(tokenizer, [{"id": "a", "messages": talk, "train_on": "last"}], 512, refused, "refuse")
     assert refused.dropped[0]["reason"] == "too_long"
-
-
-def test_rows_are_encoded_as_they_come():
-    tokenizer, asked = ready("llama3"), []
-
-    def rows():
-        for i in range(3):
-            asked.append(i)
-            yield {"id": str(i), "messages": [{"role": "user", "content": "Hi"}], "response": "Aye."}
-
-    stream = encode_stream(tokenizer, rows(), 512, Ledger("t"))
-    assert next(stream)["id"] == "0" and asked == [0]
 
 
 # ---- templates that cannot be trusted

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEP_KEYS', 'RECIPE_KEYS', 'WORD', 'LETTERS', 'PLACE', 'PATHS', 'DATA_FILE', 'Parameter', 'read_notebook', 'source',
-           'small_notebook', 'is_json', 'parameters_of', 'parameters', 'fitted', 'unknown', 'read_toml', 'check_recipe',
-           'recipe_path', 'read_layers', 'merge', 'mapped', 'fill', 'gather', 'needs_of', 'Step', 'Recipe',
-           'find_notebook', 'expand', 'in_order', 'setting_value', 'takers', 'read_settings', 'absolute', 'check_steps',
-           'load_recipe']
+           'small_notebook', 'is_json', 'parameters_of', 'parameters', 'check_type', 'unknown', 'read_toml',
+           'check_recipe', 'recipe_path', 'read_layers', 'merge', 'map_texts', 'fill', 'expand_stars', 'needs_of',
+           'Step', 'Recipe', 'find_notebook', 'expand_each', 'in_order', 'setting_value', 'steps_taking',
+           'read_settings', 'absolute', 'check_steps', 'load_recipe']
 
 # %% ../../nbs/run/00_recipe.ipynb #f1c5bd87
 import ast
@@ -90,7 +90,7 @@ def parameters(path: Path) -> dict[str, Parameter]:
 STEP_KEYS = {"notebook": str, "each": dict, "skip": bool, "cost": dict}  # of a step's table; the rest are parameters
 
 # %% ../../nbs/run/00_recipe.ipynb #407c761f
-def fitted(
+def check_type(
     value: Any,  # From a recipe or from the command line
     default: Any,  # The notebook's
     **where: Any,  # file and field, for the error
@@ -101,7 +101,7 @@ def fitted(
         kind = "any JSON value" if default is None else type(default).__name__
         raise InputError(f"must be of type {kind}, got {shorten(value)}", remedy=f"like {json.dumps(default)}", **where)
     kinds = {type(one) for one in default} if isinstance(default, list) else set()
-    return [fitted(one, default[0], **where) for one in value] if len(kinds) == 1 else value
+    return [check_type(one, default[0], **where) for one in value] if len(kinds) == 1 else value
 
 
 def unknown(what: str, name: str, known: list[str], **where: Any) -> InputError:  # to raise
@@ -143,13 +143,13 @@ def check_recipe(table: dict, path: Path) -> dict:
 
 def recipe_path(name: str | Path, beside: Path | None = None) -> Path:  # beside: a folder that is looked at first
     "Find a recipe by name or path; raises `InputError` that lists the known ones."
-    name, house = str(name), resource("recipes")
+    name, bundled = str(name), resource("recipes")
     path = (beside or Path()) / Path(name).expanduser()
     if name.endswith(".toml") or "/" in name or "\\" in name: return path.resolve()
     if beside and (beside / f"{name}.toml").is_file(): return (beside / f"{name}.toml").resolve()
-    known = [path.stem for path in house.glob("*.toml")]
+    known = [path.stem for path in bundled.glob("*.toml")]
     if name not in known: raise unknown("recipe", name, known)
-    return house / f"{name}.toml"
+    return bundled / f"{name}.toml"
 
 
 def read_layers(path: Path) -> list[tuple[Path, dict]]:  # (file, its table), the extending one first
@@ -173,27 +173,27 @@ def merge(base: dict, own: dict) -> dict:
 PLACE = re.compile(r"\{(step|data):([^{}]*)\}")
 
 
-def mapped(value: Any, change: Any) -> Any:  # change: str -> value
+def map_texts(value: Any, change: Any) -> Any:  # change: str -> value
     "A JSON value with all its texts changed."
-    if isinstance(value, list): return [mapped(one, change) for one in value]
-    if isinstance(value, dict): return {key: mapped(value[key], change) for key in value}
+    if isinstance(value, list): return [map_texts(one, change) for one in value]
+    if isinstance(value, dict): return {key: map_texts(value[key], change) for key in value}
     return change(value) if isinstance(value, str) else value
 
 
 def fill(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the steps
     "Put absolute folders in the place of `{step:NAME}` and `{data:NAME}`."
     folder = lambda m: str(folders[m[2]] if m[1] == "step" else resource("data", m[2]))
-    return mapped(value, lambda text: PLACE.sub(folder, text))
+    return map_texts(value, lambda text: PLACE.sub(folder, text))
 
 
-def gather(value: Any, ids: list[str]) -> Any:  # ids: of all other steps
+def expand_stars(value: Any, ids: list[str]) -> Any:  # ids: of all other steps
     "One list item per step where an item names several with a star."
-    if isinstance(value, dict): return {key: gather(one, ids) for key, one in value.items()}
+    if isinstance(value, dict): return {key: expand_stars(one, ids) for key, one in value.items()}
     if not isinstance(value, list): return value
     out = []
     for one in value:
         star = next((m for m in PLACE.finditer(one) if "*" in m[2]), None) if isinstance(one, str) else None
-        if star is None: out.append(gather(one, ids))
+        if star is None: out.append(expand_stars(one, ids))
         else:
             pattern = re.compile(re.escape(star[2]).replace(r"\*", "(.*)"))
             found = [(id, pattern.fullmatch(id)) for id in ids]
@@ -240,13 +240,14 @@ class Recipe:
 
 def find_notebook(name: str, beside: Path, **where: Any) -> Path:  # absolute
     "A notebook beside a recipe, else one of the package; raises `InputError` when there is none."
-    house = resource("notebooks")
-    for place in (beside / name, house / name):
+    bundled = resource("notebooks")
+    for place in (beside / name, bundled / name):
         if place.is_file(): return place.resolve()
-    raise unknown("notebook", name, [path.relative_to(house).as_posix() for path in house.glob("*/*.ipynb")], **where)
+    known = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
+    raise unknown("notebook", name, known, **where)
 
 
-def expand(id: str, table: dict, known: dict, file: Path | None = None) -> dict[str, dict]:  # {step id: its values}
+def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> dict[str, dict]:  # {step id: values}
     "The steps that one table stands for; raises `InputError` when `each` changes nothing."
     each, own = table.get("each", {}), {key: value for key, value in table.items() if key not in STEP_KEYS}
     for key, values in each.items():
@@ -259,7 +260,7 @@ def expand(id: str, table: dict, known: dict, file: Path | None = None) -> dict[
         chosen = dict(zip(each, values))
         put = lambda text: re.sub(r"\{each\.(\w+)\}", lambda m: str(chosen.get(m[1], m[0])), text)
         named = {key: chosen[key] for key in chosen if key in known}
-        steps["-".join([id, *map(str, values)])] = mapped(own, put) | named
+        steps["-".join([id, *map(str, values)])] = map_texts(own, put) | named
     return steps
 
 
@@ -283,11 +284,11 @@ def setting_value(text: str, default: Any, field: str) -> Any:
     except tomllib.TOMLDecodeError: table = {}
     value = table["value"] if table.keys() == {"value"} and is_json(table["value"]) else text
     if isinstance(default, str) and not isinstance(value, str): value = text
-    return fitted(value, default, field=f"--set {field}")
+    return check_type(value, default, field=f"--set {field}")
 
 
-def takers(steps: list[Step], name: str, key: str) -> list[Step]:  # name: of a step, or "" for a shared parameter
-    "The steps that a setting is for; raises `InputError` when there is none, or it cannot be told."
+def steps_taking(steps: list[Step], name: str, key: str) -> list[Step]:  # name: of a step, or "" for a shared parameter
+    "The steps that a setting is for; raises `InputError` when there is none, or they state different values."
     field = f"--set {name}.{key}" if name else f"--set {key}"
     named = [step for step in steps if name in ("", step.id, step.group)]
     if not named: raise unknown("step", name, [step.id for step in steps], field=field)
@@ -313,7 +314,7 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
         if not (equals and name): raise InputError(f"--set {shorten(text)} is not key=value", remedy="like seed=1")
         parts.append((step, name, value.strip()))
     for name, key, text in sorted(parts, key=lambda part: part[0] != ""):
-        for step in takers(steps, name, key):
+        for step in steps_taking(steps, name, key):
             given[step.id][key] = setting_value(text, step.parameters[key].default, f"{name}.{key}" if name else key)
     return given
 
@@ -336,7 +337,7 @@ def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
         if certain: raise InputError(f"no such file or folder: {text}", field=field, remedy="check the path")
         return text
 
-    return mapped(value, change)
+    return map_texts(value, change)
 
 # %% ../../nbs/run/00_recipe.ipynb #e0037797
 def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # table: the layers merged
@@ -350,7 +351,7 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         return {"file": file, "field": ".".join(keys)}
 
     def fit(given: dict, known: dict[str, Parameter], *keys: str) -> dict:  # values checked against a notebook
-        return {key: fitted(value, known[key].default, **at(*keys, key)) for key, value in given.items()}
+        return {key: check_type(value, known[key].default, **at(*keys, key)) for key, value in given.items()}
 
     steps, shared, taken = [], table.get("params", {}), set()
     for group, own in table["steps"].items():
@@ -360,7 +361,7 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         notebook = find_notebook(own["notebook"], place["file"].parent, **place)
         known = parameters(notebook)
         free = {key: known[key] for key in known if key != "out"}
-        for id, given in expand(group, own, free, at("steps", group, "each")["file"]).items():
+        for id, given in expand_each(group, own, free, at("steps", group, "each")["file"]).items():
             if not WORD.fullmatch(id):
                 raise InputError(f"a step cannot be called {id!r}", **at("steps", group, "each"), remedy=LETTERS)
             for key in given:
@@ -389,7 +390,7 @@ def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name o
     steps = check_steps(layers, table)
     given, ids = read_settings(steps, settings), [step.id for step in steps]
     for i, step in enumerate(steps):
-        values = gather(step.values | given[step.id], [id for id in ids if id != step.id])
+        values = expand_stars(step.values | given[step.id], [id for id in ids if id != step.id])
         values = {key: absolute(key, value, f"{step.id}.{key}") for key, value in values.items()}
         steps[i] = replace(step, values=values, needs=needs_of(values, ids, step.id))
     for key in table.get("required", []):

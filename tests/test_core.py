@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.stage import EVENTS, Ledger, Progress, Stage, rows_hash, spend
+from s3ft_nb.core.stage import EVENTS, Progress, Stage, rows_hash, spend
 from s3ft_nb.core.records import Conversation, conversation, is_blank
 from s3ft_nb.core.files import InputError, iter_lines, read_json, read_rows, write_json, write_rows
 from s3ft_nb.core.files import redact

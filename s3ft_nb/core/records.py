@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Role', 'Split', 'History', 'Label', 'BLANKS', 'Span', 'STANCES', 'is_blank', 'Row', 'Message', 'message',
            'check_order', 'Conversation', 'turns', 'conversation', 'Check', 'SystemPrompt', 'Rule', 'Sample',
-           'Response', 'not_empty', 'Verdict', 'Annotation', 'Pair', 'Preference', 'Score', 'OldVerdict']
+           'Response', 'not_empty', 'Verdict', 'Annotation', 'Pair', 'Preference', 'Score']
 
 # %% ../../nbs/core/01_records.ipynb #cbf56c64
 import unicodedata
@@ -250,19 +250,3 @@ class Score(Row):
         wrong = abs(sum(probabilities.values()) - 1) > 1e-3 or min(probabilities.values()) < 0
         if wrong: raise InputError("are not probabilities that sum to 1", remedy="normalize them")
         return probabilities
-
-# %% ../../nbs/core/01_records.ipynb #68b4c38a
-class OldVerdict(Row):
-    "Whether one reply follows its system prompt."
-    response_id: str
-    arm: str
-    history: History
-    dialogue_id: str
-    conversation_id: str
-    system_prompt_id: str
-    type: str
-    turn: int = Field(ge=1)
-    adherence: Literal[0, 1] | None
-    judge: str
-    applicable: bool = True
-    detail: dict = {}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'normalize', 'near_duplicate', 'families', 'leaking', 'assert_no_leak', 'check_unique', 'draw_families',
-           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations']
+           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations',
+           'split_by_conversation']
 
 # %% ../../nbs/core/05_split.ipynb #139c5520
 import random
@@ -177,3 +178,12 @@ def split_conversations(
             same = f"evaluation conversation {row.id} is also training conversation {texts[conversation_text(row)]}"
             raise InputError(same, remedy="give both one split, or drop one")
     return halves[0], halves[1]
+
+# %% ../../nbs/core/05_split.ipynb #3b116606
+def split_by_conversation(samples: list, fraction: float, seed: int) -> tuple[list, list]:
+    "Split samples into two parts without a common conversation; raises `InputError` when all come from one."
+    ids = sorted({row.conversation_id for row in samples}, key=lambda id: stable_id(seed, id))
+    remedy = "bring more or shorter conversations; fit.json of the restyle step says which were too long"
+    if len(ids) < 2: raise InputError("all samples come from one conversation", remedy=remedy)
+    first = set(ids[:min(max(1, round(fraction * len(ids))), len(ids) - 1)])
+    return tuple([row for row in samples if (row.conversation_id in first) == side] for side in (True, False))

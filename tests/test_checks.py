@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from s3ft_nb.core.files import InputError
 from s3ft_nb.core.records import Check, message
 from s3ft_nb.judging import checks
-from s3ft_nb.judging.checks import CHECKS, contains_any, contains_none, evidence_of, folded, follows, n_sentences, occurs, run_check, schema, words
+from s3ft_nb.judging.checks import CHECKS, contains_any, contains_none, evidence_of, folded, follows, n_sentences, occurs, run_check, schema, split_words
 from s3ft_nb.judging.ifeval import IFEVAL, LANGUAGE_KINDS, can_detect_language, loose_forms
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text())
@@ -89,7 +89,7 @@ def test_evidence_is_a_place_in_the_response(kind, text):
 
 @given(st.text(alphabet="aB9 .,'-_\n!", max_size=30))
 def test_ascii_words_are_found_as_in_any_script(text):
-    assert words(text) == words(text + " ß")[:-1] and folded(text + " ß") == f"{folded(text)} ss".strip()
+    assert split_words(text) == split_words(text + " ß")[:-1] and folded(text + " ß") == f"{folded(text)} ss".strip()
 
 
 # ---- IFEval

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from s3ft_nb.core.files import InputError, write_json, write_rows
-from s3ft_nb.core.stats import rate
+from s3ft_nb.measure.compare import differences
+from s3ft_nb.measure.metrics import METRICS, numbers
+from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report import figures
 from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_page, write_section
 from s3ft_nb.report.tables import Table, metrics, pivot, to_csv, to_latex, to_markdown
@@ -41,31 +43,6 @@ def rows_of(arms, n_dialogues, n_turns, seed):
                     yield response, verdicts
 
 
-def numbers_of(verdicts):
-    "Numbers in the form of numbers.jsonl, with plain rates."
-    turns, rules = {}, {}
-    for row in (row for row in verdicts if row["applicable"]):
-        turns.setdefault((row["arm"], row["history"], row["dialogue_id"], row["turn"]), []).append(row)
-    for (arm, history, dialogue, turn), rows in turns.items():
-        good, first = all(row["satisfied"] for row in rows), rows[0]
-        for part, key in (("all", ""), ("turn", str(turn)), ("prompt", first["system_prompt_id"]), ("stance", first["stance"])):
-            rules.setdefault((arm, history, part, key, "adherence"), []).append((good, dialogue))
-        whole = all(row["satisfied"] for t in range(1, turn + 1) for row in turns.get((arm, history, dialogue, t), []))
-        rules.setdefault((arm, history, "turn", str(turn), "survival"), []).append((whole, dialogue))
-        for row in rows:
-            for part, key in (("all", ""), ("rule", row["rule_id"]), ("rule_turn", f"{row['rule_id']}@{turn}")):
-                rules.setdefault((arm, history, part, key, "csr"), []).append((row["satisfied"], dialogue))
-            rules.setdefault((arm, history, "type", row["type"], "adherence"), []).append((row["satisfied"], dialogue))
-    keys = "arm", "history", "part", "key", "metric"
-    out = [dict(zip(keys, key)) | rate(*zip(*values)) | {"version": 1, "against": "", "p": None} for key, values in rules.items()]
-    for arm in list(dict.fromkeys(row["arm"] for row in out))[1:]:
-        for metric in ("adherence", "csr"):
-            a, b = (next(row for row in out if (row["arm"], row["history"], row["part"], row["metric"]) == (one, "own", "all", metric)) for one in (arm, out[0]["arm"]))
-            mean = a["mean"] - b["mean"]
-            out.append(a | {"against": out[0]["arm"], "mean": mean, "low": mean - 0.05, "high": mean + 0.06, "p": 0.004 if mean > 0.1 else 0.4})
-    return out
-
-
 def build_measurement(folder, arms=ARMS, n_dialogues=24, n_turns=6, seed=0):
     "A measurement's folder."
     both = list(rows_of(arms, n_dialogues, n_turns, seed))
@@ -75,7 +52,8 @@ def build_measurement(folder, arms=ARMS, n_dialogues=24, n_turns=6, seed=0):
     write_rows(folder / "rules.jsonl", [{"id": id, "type": kind, "text": text, "how": "check"} for id, (kind, text) in RULES.items()])
     played = [{"user": text, "stance": "conflicting" if i == 2 else "neutral"} for i, text in enumerate(ASKED[:n_turns])]
     write_rows(folder / "dialogues.jsonl", [{"id": f"d{d}", "turns": played} for d in range(n_dialogues)])
-    write_rows(folder / "numbers.jsonl", numbers_of(verdicts))
+    tables = verdict_table(verdicts)
+    write_rows(folder / "numbers.jsonl", [*numbers(tables), *differences(tables)])
     write_json(folder / "measure.json", {"version": 1, "package": "0.1.0", "judge": "checks", "settings": {"seed": seed, "temperature": 0.7}})
     write_json(folder / "ledger.json", {"rows_in": n_dialogues, "rows_out": n_dialogues * n_turns, "reasons": {"too_long": 2}, "notes": {}})
     write_json(folder / "usage.json", {"requests": 432, "prompt_tokens": 51840, "generated_tokens": 8610})
@@ -89,8 +67,8 @@ def build_run(folder, seed=0):
     chance = [rng.betavariate(6, 1.5) if label == "good" else rng.betavariate(1.5, 4) for label in truth]
     labels, good = sorted(set(truth), key=truth.index), [label == "good" for label in truth]
     number = dict(arm="", history="", part="all", key="", n=300, n_clusters=300, version=1, against="", p=None)
-    numbers = [number | dict(metric="accuracy", mean=0.86, low=0.81, high=0.9), number | dict(metric="ece", mean=0.03, low=0.02, high=0.06)]
-    write_rows(folder / "discriminator" / "numbers.jsonl", numbers)
+    found = [number | dict(metric="accuracy", mean=0.86, low=0.81, high=0.9), number | dict(metric="ece", mean=0.03, low=0.02, high=0.06)]
+    write_rows(folder / "discriminator" / "numbers.jsonl", found)
     at = lambda t: [hit for p, hit in zip(chance, good) if p >= t]
     points = [{"threshold": t / 25, "precision": sum(at(t / 25)) / len(at(t / 25)), "lower": sum(at(t / 25)) / len(at(t / 25)) - 0.05, "kept": len(at(t / 25)) / 300}
               for t in range(24)]
@@ -99,7 +77,7 @@ def build_run(folder, seed=0):
              figures.reliability({"before": [p**2 for p in chance], "after": chance}, good), figures.confusion(matrix, labels),
              figures.precision_by_threshold(points, 0.62, 0.9, 300)]
     write_section(folder / "discriminator", "The discriminator", "It gives each restyled response a probability per label; the threshold decides what is kept.",
-                  drawn, [pivot(numbers, "metric", "part", title="Discriminator on held-out annotations", name="discriminator")],
+                  drawn, [pivot(found, "metric", "part", title="Discriminator on held-out annotations", name="discriminator")],
                   [{"name": "Precision at the threshold", "value": "92\u00a0%", "detail": "95\u00a0% interval [88, 95]; n = 180"}])
     curves = {arm: [(step, 0.4 + 2 * (0.8 if arm == "s3ft" else 0.84) ** step) for step in range(1, 31)] for arm in ("random", "s3ft")}
     write_section(folder / "train-s3ft", "Training", figures=[figures.losses(curves), figures.bars({"Restyled": 1200, "Not annotated": 900, "Kept": 641}, title="Yield", name="yield")])
@@ -154,9 +132,9 @@ def test_the_page_holds_every_step_and_number(run):
     page = Page(run / "report" / "index.html")
     sections = [attrs["id"] for attrs in page.all("section")]
     assert sections == ["section-discriminator", "section-train-s3ft", "section-measure", "run", "dialogues"]  # step order
-    numbers = [json.loads(line) for line in (run / "report" / "numbers.jsonl").read_text().splitlines()]
-    assert numbers == read_numbers([run / "discriminator", run / "measure"]) and {row["step"] for row in numbers} == {"discriminator", "measure"}
-    whole = {row["arm"]: row for row in numbers if (row["history"], row["part"], row["metric"], row["against"]) == ("own", "all", "adherence", "")}
+    rows = [json.loads(line) for line in (run / "report" / "numbers.jsonl").read_text().splitlines()]
+    assert rows == read_numbers([run / "discriminator", run / "measure"]) and {row["step"] for row in rows} == {"discriminator", "measure"}
+    whole = {row["arm"]: row for row in rows if (row["history"], row["part"], row["metric"], row["against"]) == ("own", "all", "adherence", "")}
     table = next(one for one in json.loads((run / "measure" / "section.json").read_text())["tables"] if one["name"] == "metrics_own")
     shown = dict(zip(table["columns"], next(row for row in table["rows"] if row[0] == "Adherence (ISR), %")))
     assert {arm: shown[arm]["mean"] for arm in ARMS} == {arm: row["mean"] for arm, row in whole.items()}
@@ -228,10 +206,36 @@ def test_the_browser_draws_dialogues_whatever_their_outcome(run):
     assert two["arms"] == [f"measure: {arm}" for arm in ARMS]
 
 
+def test_the_browser_of_dialogues_filters_in_a_real_browser(tmp_path):
+    "Its script runs under the policy, asks for nothing, and shows hostile text as text."
+    from browser import playing, profile, watched
+    folder = build_measurement(tmp_path / "m", n_dialogues=6, n_turns=4)
+    path = folder / "responses-base.jsonl"
+    path.write_text(path.read_text().replace("Green tea", json.dumps(HOSTILE)[1:-1]))
+    html = write_page([folder], folder / "report")
+    with playing() as playwright:
+        context = profile(playwright, tmp_path / "profile")
+        page = watched(context)
+        page.goto(html.as_uri())
+        assert page.locator("#dialogue-list details").count() == 6 and page.locator(".response").count() == 12
+        assert "<img src=x" in page.locator(".response p").first.inner_text() and page.locator("mark").count() > 0
+        page.uncheck("#arm-0")
+        page.uncheck("#arm-1")
+        assert page.locator(".response").count() == 4 and page.locator(".strips tbody tr").count() == 1
+        page.select_option("#filter-rule", "pirate")
+        assert page.locator(".response .rules li").count() == 4
+        page.select_option("#filter-prompt", "p1")
+        assert page.locator("#dialogue-list details").count() == 2 and "2 of 6" in page.locator("#dialogue-count").inner_text()
+        page.check("#only-broken")
+        assert page.locator(".response").count() == page.locator(".response.no").count()
+        assert page.wrong == [] and [url for url in page.asked if not url.startswith("data:")] == [html.as_uri()]
+        context.close()
+
+
 def test_few_conversations_one_arm_and_nothing_known(tmp_path):
     alone = build_measurement(tmp_path / "few", {"base": ARMS["base"]}, 6, 4)
     page = Page(write_page([alone], alone / "report", title="few"))
-    assert "Only 6 conversations" in page.text and "Paired differences" not in page.text and (alone / "report" / "figures" / "drift.png").is_file()
+    assert "only 6 conversations" in page.text and "Paired differences" not in page.text and (alone / "report" / "figures" / "drift.png").is_file()
     lost = tmp_path / "lost"
     write_rows(lost / "numbers.jsonl", [row | {"mean": None, "low": None, "high": None} for row in read_numbers(alone)])
     assert "nothing is known" in Page(write_page([lost], lost / "report")).text
@@ -246,7 +250,8 @@ def test_every_metric_of_the_house_is_described():
         used |= set(re.findall(r'(?:number_row\(|"metric": |Metric\(\s*)"([a-z_0-9]+)"', text))
     assert len(used) > 8
     counts = {name for name in used if name.startswith(("rows_", "n_", "tokens_"))}
-    assert used - counts - {"rate", "mean"} <= metrics().keys()
+    assert (used | METRICS.keys()) - counts - {"rate", "mean"} <= metrics().keys()
+    assert all((metrics()[name]["better"], one.better) in (("higher",) * 2, ("lower",) * 2, ("zero",) * 2) for name, one in METRICS.items())
     assert all(one.keys() == {"title", "better", "format", "meaning"} for one in metrics().values())
 
 

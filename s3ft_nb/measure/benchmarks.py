@@ -26,10 +26,10 @@ from typing import Any
 from ..core.files import InputError, decode, iter_rows, read_bytes, read_json, resource, shorten, stable_id, write_json, write_rows
 from ..core.records import Check, Message, Verdict
 from ..core.stage import Stage
-from ..core.stats import number_row, paired_difference, rate
-from ..judging.checks import assert_check, run_check, words
+from ..core.stats import number_row, paired_difference
+from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL, loose_forms
-from ..judging.pairs import judge_pairs
+from ..judging.pairs import judge_pairs, pair_summary
 from ..lm.engine import ask
 from .compare import differences
 from .metrics import numbers
@@ -263,13 +263,13 @@ def refuses(text: str) -> bool:
 
 def repeats(text: str) -> bool:
     "Whether fewer than half of a response's four-word sequences are different, from 24 words on."
-    said = words(text)
+    said = split_words(text)
     runs = [tuple(said[i:i + 4]) for i in range(len(said) - 3)]
     return len(said) >= 24 and len(set(runs)) < len(runs) / 2
 
 
 GUARD = {  # {metric: what is measured of a reply}
-    "plain_words": lambda reply: float(len(words(reply["text"]))),
+    "plain_words": lambda reply: float(len(split_words(reply["text"]))),
     "plain_refusals": lambda reply: float(refuses(reply["text"])),
     "plain_empty": lambda reply: float(not reply["text"].strip()),
     "plain_cut_off": lambda reply: float(reply.get("finish") == "length"),
@@ -304,8 +304,8 @@ def guard_numbers(
     if judge is None: return out
     pairs = [{"id": a["id"], "conversation_id": a["id"], "system_prompt": ASK_HELP[language], "prompt": [{"role": "user", "content": user}],
               "a": a["text"] or "…", "b": b["text"] or "…"} for user, a, b in zip(users, after, before)]
-    worth = [({"a": 1.0, "tie": 0.5, "b": 0.0}[one["winner"]], one["id"]) for one in judge_pairs(judge, pairs, language) if one["winner"]]
-    return out + [number_row("plain_helpfulness", rate(*map(list, zip(*worth))), arm=arm)] if worth else out
+    preferred = pair_summary(judge_pairs(judge, pairs, language))["win_rate"]  # warns of a judge that follows the order
+    return out + ([number_row("plain_helpfulness", preferred, arm=arm)] if preferred else [])
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #9b062dd4
 HARNESS_TASKS = {"transformers": "ifeval,gsm8k,mmlu", "http": "ifeval,gsm8k"}

@@ -120,7 +120,7 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
                             f"{ends(with_interval(apart, True))}; {outcome(apart)}"))
     return [dict(zip(("name", "value", "detail"), tile)) for tile in tiles]
 
-# %% ../../nbs/report/02_page.ipynb #f90c1c41
+# %% ../../nbs/report/02_page.ipynb #f6293e67
 def stated(folders: list[Path], name: str, key: str, value: str) -> dict[str, str]:
     "One field of a file of rows by another, such as rule id to text; empty without the file."
     paths = [path for folder in folders if (path := Path(folder) / name).is_file()]
@@ -129,10 +129,17 @@ def stated(folders: list[Path], name: str, key: str, value: str) -> dict[str, st
 
 def cautions(numbers: list[dict], folder: Path) -> list[str]:
     "What must be known before a measurement's numbers are believed."
-    about, whole, out = optional(folder / "measure.json"), select(numbers, part="all", metric="adherence"), []
-    few = min((row["n_clusters"] for row in whole if row.get("n_clusters")), default=99)
-    if few < 10: out.append(f"Only {few} conversations: intervals are wide and rest on few independent observations.")
+    about, out = optional(folder / "measure.json"), []
     if not about.get("complete", True): out.append("The measurement was stopped early; it covers what was judged.")
+    found, counts = select(numbers, part="all", history=main_history(numbers)), defaultdict(dict)
+    for row in found: counts[row["arm"]][row["metric"]] = row["mean"]
+    for arm, n in counts.items():
+        few, broken, lost = map(n.get, ("conversations", "conversations_with_violation", "verdicts_undecided"))
+        if few is not None and few < 10: out.append(f"{arm}: only {few} conversations, so intervals are wide.")
+        elif few is not None and broken < 10:
+            out.append(f"{arm}: only {broken} of {few} conversations hold a violation: slopes are uncertain.")
+        if lost and lost > 0.05 * n["verdicts"]:
+            out.append(f"{arm}: {100 * lost / n['verdicts']:.0f} % of the verdicts are undecided and left out.")
     return out + [str(note) for note in about.get("warnings") or []]
 
 
@@ -154,27 +161,37 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
         return pivot(numbers, title=title, heading=name.capitalize(), name="_by_".join((metric, part)) + f"_{history}",
                      words=words | prompts, **where)
 
-    meanings = [[metric_of(name)["title"], metric_of(name)["meaning"], metric_of(name)["better"] or "–"]
-                for name in in_order(row["metric"] for row in select(numbers, part="all"))]
+    whole = [row for row in select(numbers, part="all") if row["history"]]
+    names = [name for name in in_order(row["metric"] for row in whole) if metric_of(name)["format"] != "count"]
+    counted = [row for row in whole if row["metric"] not in names]
+    facts = "title", "meaning", "better"
+    meanings = [[metric_of(name)[fact] or "–" for fact in facts] for name in names]
     cells = [row | dict(zip(("rule", "turn"), row["key"].rsplit("@", 1))) for row in select(numbers, part="rule_turn")]
     heats = [pivot(cells, "rule", "turn", f"Rule by turn, {arm}, %", name=f"rule_by_turn_{i}", words=words, arm=arm,
                    history=history) for i, arm in enumerate(in_order(row["arm"] for row in cells))]
-    whole = [pivot(numbers, "metric", title=f"All metrics, {one} history", name=f"metrics_{one}", part="all",
-                   history=one) for one in histories]
-    about = Table("What the metrics mean", ["Metric", "Meaning", "Better"], meanings,
-                  "CSR, ISR and SSR as in SysBench (arXiv 2408.10943).")
+    overall = [pivot(whole, "metric", title=f"All metrics, {one} history", name=f"metrics_{one}", metric=names,
+                     history=one) for one in histories]
+    counts = [pivot(counted, "metric", title=f"Counts, {one} history", caption="What the numbers rest on.",
+                    name=f"counts_{one}", history=one) for one in histories]
+    gaps = differences(numbers, "Own minus original history", "gaps", part="history")
+    judged = pivot(numbers, "metric", title="The judge against checks", name="judge", part="judge")
+    plain = [row for row in select(numbers, part="all", history="") if row["metric"].startswith("plain_")]
+    guard = pivot(plain, "metric", title="Without a system prompt", name="guard", caption="Of plain requests.")
+    note = "CSR, ISR and SSR as in SysBench (arXiv 2408.10943)."
+    about = Table("What the metrics mean", ["Metric", "Meaning", "Better"], meanings, note)
     return write_section(
         folder, title, "A turn adheres when the response satisfies every rule that applies to it.",
         figures=[draw.drift(numbers), draw.survival(select(numbers, history=history))],
-        tables=[*whole, about, *(by("turn", history=one) for one in histories), by("turn", "survival")],
+        tables=[*overall, about, *(by("turn", history=one) for one in histories), by("turn", "survival")],
         tiles=measurement_tiles(numbers, main), headline=headline(numbers, main), notes=cautions(numbers, folder),
         parts=[
             {"title": "What helps", "lead": "Differences are paired: the same turns of the same conversations.",
-             "figures": [draw.forest(numbers, history=history)], "tables": [differences(numbers, part="all")]},
+             "figures": [draw.forest(numbers, history=history)], "tables": [differences(numbers, part="all"), gaps]},
             {"title": "Rules", "lead": "Which rule is violated, and when.",
-             "figures": [draw.heat(numbers, words, history)], "tables": [by("rule", "csr"), *heats]},
+             "figures": [draw.heat(numbers, words, history)], "tables": [by("rule"), *heats]},
             {"title": "By type, prompt, user and model", "tables": [by(part) for part in shown],
-             "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]}])
+             "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]},
+            {"title": "How far to trust this", "tables": [*counts, judged, guard]}])
 
 # %% ../../nbs/report/02_page.ipynb #40055d2f
 LONGEST = 1200  # Characters of a text on the page

@@ -137,7 +137,8 @@ def measure(
         remedy = "name a text file with one, or with --recorded a file of conversations"
         raise InputError("no system prompt", field="--system-prompt", remedy=remedy)
     out = out or Path("runs") / f"measure-{Path(source).name.split('.')[0]}"
-    chosen = make_config(out, **config)
+    listed = {key: ",".join(value) for key, value in config.items() if isinstance(value, list)}
+    chosen = make_config(out, **config | listed)
     if rules_only:
         rules = [f"  {rule.how:5}  {rule.type}: {' '.join(rule.text.split())}" for rule in prepare(chosen).rules]
         return ["rules:", *rules, f"edit them in {out / 'rules.jsonl'}"]

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.stage import Ledger, in_shards, rows_hash
-from s3ft_nb.core.stage import EVENTS, Progress
+from s3ft_nb.core.stage import EVENTS, Progress, Stage, rows_hash
 from s3ft_nb.core.records import Conversation, conversation, is_blank
 from s3ft_nb.core.files import InputError, iter_lines, read_json, read_rows, write_json, write_rows
 from s3ft_nb.core.files import redact
@@ -87,14 +86,14 @@ def test_no_space_at_any_step_leaves_the_old_file(tmp_path, monkeypatch, step):
 
 WORKER = """
 import sys, time
-from s3ft_nb.core.stage import in_shards
 from s3ft_nb.core.files import write_rows
+from s3ft_nb.core.stage import Stage
 
 def work(rows, seed):
     time.sleep(0.02)
     return [{"id": row["id"], "seed": seed, "text": "x" * 20_000} for row in rows]
 
-write_rows(sys.argv[1] + "/all.jsonl", in_shards([{"id": i} for i in range(60)], work, sys.argv[1] + "/shards", 2, seed=7))
+write_rows(sys.argv[1] + "/all.jsonl", Stage(sys.argv[1], seed=7, shard_size=2).map([{"id": i} for i in range(60)], work))
 """
 
 
@@ -120,8 +119,8 @@ def test_kill_at_random_instants_changes_nothing(tmp_path):
 
 
 def test_shards_without_a_claim_are_not_trusted(tmp_path):
-    write_rows(tmp_path / "shard-00000.jsonl", [{"stale": True}])
-    assert in_shards([{"id": 1}], lambda rows, seed: rows, tmp_path, 1, seed=0) == [{"id": 1}]
+    write_rows(tmp_path / "shards" / "shard-00000.jsonl", [{"stale": True}])
+    assert Stage(tmp_path, shard_size=1).map([{"id": 1}], lambda rows, seed: rows) == [{"id": 1}]
 
 
 def test_a_failing_shard_leaves_the_finished_ones(tmp_path):
@@ -129,9 +128,9 @@ def test_a_failing_shard_leaves_the_finished_ones(tmp_path):
         if rows[0]["id"] == 2: raise InputError("engine down")
         return rows
     rows = [{"id": i} for i in range(4)]
-    with pytest.raises(InputError): in_shards(rows, fails, tmp_path, 1, seed=0)
+    with pytest.raises(InputError): Stage(tmp_path, shard_size=1).map(rows, fails)
     done = []
-    assert in_shards(rows, lambda rows, seed: done.append(rows) or rows, tmp_path, 1, seed=0) == rows
+    assert Stage(tmp_path, shard_size=1).map(rows, lambda rows, seed: done.append(rows) or rows) == rows
     assert done == [[rows[2]], [rows[3]]]
 
 
@@ -140,10 +139,10 @@ def test_a_failing_shard_leaves_the_finished_ones(tmp_path):
 def test_lost_shards_are_made_again(tmp_path_factory, n, size, lost):
     folder, rows = tmp_path_factory.mktemp("s"), [{"id": i} for i in range(n)]
     work = lambda some, seed: [{**row, "seed": seed} for row in some for _ in range(row["id"] % 3)]  # noqa: E731
-    first = in_shards(rows, work, folder, size, seed=1)
+    first = Stage(folder, seed=1, shard_size=size).map(rows, work)
     before = files_of(folder)
-    for index in lost: (folder / f"shard-{index:05d}.jsonl").unlink(missing_ok=True)
-    assert in_shards(rows, work, folder, size, seed=1) == first and files_of(folder) == before
+    for index in lost: (folder / "shards" / f"shard-{index:05d}.jsonl").unlink(missing_ok=True)
+    assert Stage(folder, seed=1, shard_size=size).map(rows, work) == first and files_of(folder) == before
 
 
 @settings(max_examples=50)

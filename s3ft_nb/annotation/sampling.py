@@ -128,7 +128,7 @@ def write_sample(
     annotations, fields = read_annotations(annotated) if annotated else [], [name for name in by.split(",") if name]
     unknown = set(fields) - set(Sample.model_fields)
     if unknown: raise InputError(f"samples have no field {min(unknown)}", field="by", remedy="use type, turn, mode …")
-    if scores and not useful: raise InputError("apply only with useful", field="scores", remedy="add useful, or leave them out")
+    if scores and not useful: raise InputError("apply only with useful", field="scores", remedy="add useful")
     if useful: drawn = most_useful(rows, n, seed, read_rows(scores, Score) if scores else [], annotations)
     else:
         done = {row.sample_id for row in annotations}
@@ -181,7 +181,7 @@ def write_design(
     ids = [row.id for row in read_rows(samples, Sample)]
     known = list(dict.fromkeys(row.sample_id for row in read_annotations(gold))) if gold else []
     unknown = sorted(set(known) - set(ids))
-    if unknown: raise InputError(f"{unknown[0]} is not one of the samples", gold, field="sample_id", remedy="add it there")
+    if unknown: raise InputError(f"{unknown[0]} is not one of the samples", gold, remedy="add it to the samples")
     names = [name.strip() for name in annotators.split(",") if name.strip()]
     dealt = assign_items([id for id in ids if id not in known], names, each, seed, overlap)
     dealt = {name: mix_gold(mine, known, seed, name) for name, mine in dealt.items()}

@@ -58,7 +58,9 @@ def document_values(text: str, path: str | Path) -> list[tuple[int, Any]]:  # (l
 
 def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[tuple[int, Any]]:  # (row from 1, value)
     "The rows of a dataset folder or a name on the hub, or of a file of kind csv or parquet."
-    import datasets, pandas, pyarrow.parquet  # take a second, and JSON files do not need them
+    import datasets  # these take a second, and JSON files do not need them
+    import pandas
+    import pyarrow.parquet
 
     def unwrap(value: Any) -> Any:
         "Leave out None, which a dataset gives rows that lack a field of others, and parse JSON lists in cells."

@@ -195,7 +195,8 @@ def make_judge(
     claim: Any = (),  # What else verdicts depend on, such as a hash of the judge's model
 ) -> Callable:  # (responses, rules) -> verdicts, response by response; has a `name`
     "A judge of rules; raises `InputError` on an unknown way."
-    if way not in JUDGE_WAYS: raise InputError(f"unknown way {way!r}", field="judge_way", remedy=f"use {', '.join(JUDGE_WAYS)}")
+    if way not in JUDGE_WAYS:
+        raise InputError(f"unknown way {way!r}", field="judge_way", remedy=f"use {', '.join(JUDGE_WAYS)}")
     name, temperature = f"{way}:{engine.name}", (calibration or {}).get("temperature", 1.0)
 
     def requests(due: list, way: str) -> list[dict]:

@@ -6,25 +6,26 @@ import sys
 
 from s3ft_nb.annotation.task import simulate
 from s3ft_nb.core.records import Message, Sample
-from s3ft_nb.core.files import read_json, read_rows, write_bytes, write_rows
+from s3ft_nb.core.files import read_rows, write_bytes, write_rows
 
 RECIPE = """
 name = "gate"
-description = "Draw, label, settle."
-[[steps]]
-id = "sample"
+description = "Draw, annotate, settle."
+[steps.sample]
 notebook = "s3ft/04_sample.ipynb"
-params = {{ restyle_from = "{folder}", n_train = 12, n_threshold = 6, n_test = 6, language = "zh" }}
-[[steps]]
-id = "annotators"
+restyle_from = "{folder}"
+n_train = 12
+n_threshold = 6
+n_test = 6
+language = "zh"
+[steps.annotators]
 notebook = "s3ft/05_self_annotation.ipynb"
-needs = ["sample"]
-params = {{ sample_from = "{{step:sample}}", labels_by = "people" }}
-[[steps]]
-id = "annotations"
+sample_from = "{{step:sample}}"
+labels_by = "people"
+[steps.annotations]
 notebook = "s3ft/06_annotations.ipynb"
-needs = ["sample", "annotators"]
-params = {{ sample_from = "{{step:sample}}", annotations_from = "{{step:annotators}}" }}
+sample_from = "{{step:sample}}"
+annotations_from = "{{step:annotators}}"
 """
 
 
@@ -49,6 +50,7 @@ def test_the_run_stops_for_people_and_goes_on(tmp_path):
     for name in ("ann", "bob"): write_rows(tmp_path / "exports" / f"{name}.jsonl", simulate(truth, name, 0.1, 0))
     done = run(*shlex.split(command.replace("FILE", "exports"))[1:])
     assert done.returncode == 0, done.stderr
-    assert read_json(tmp_path / "my run" / "annotations" / "agreement.json")["annotators"] == ["ann", "bob"]
+    numbers = read_rows(tmp_path / "my run" / "annotations" / "numbers.jsonl")
+    assert [row["key"] for row in numbers if row["part"] == "pair"] == ["ann bob"]
     assert re.search(r"sample is done, skipped", done.stderr)
     assert run(*shlex.split(command.replace("annotations=FILE", "labels_by=nobody"))[1:]).returncode == 2

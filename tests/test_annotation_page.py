@@ -8,12 +8,10 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed; it comes with the dev extra")
 from browser import chromium, playing, press, profile, tab_to, watched
 
-from s3ft_nb.annotation.task import read_annotations
 from s3ft_nb.annotation.page import page_html, page_script, write_page
 from s3ft_nb.judging.rubric import LETTERS, RUBRIC, label_of
-from s3ft_nb.annotation.task import label_task, pair_task, task_payload
+from s3ft_nb.annotation.task import make_task, read_annotations, task_payload
 from s3ft_nb.core.records import Message, Pair, Preference, Sample
-from s3ft_nb.core.files import read_rows
 
 chromium()  # skips the file where there is none
 WALK = {"A": "yyy", "B": "yny", "C": "yyn", "D": "ynn", "E": "n"}  # keys of the three decisions
@@ -69,7 +67,7 @@ def download(page, start):
 
 
 def test_thirty_items_by_keyboard_closed_reopened_exported(browser, tmp_path):
-    path = write_page(tmp_path / "annotate.html", label_task([sample(i) for i in range(30)], "Sailors"))
+    path = write_page(tmp_path / "annotate.html", make_task([sample(i) for i in range(30)], "Sailors"))
     page = open_first(browser(), path, "Ann Ä.")
     letters = [("ABCDE" * 6)[i] for i in range(30)]
     for i, letter in enumerate(letters[:14]): press(page, *(WALK[letter] if i % 2 else letter.lower()))
@@ -100,7 +98,7 @@ def open_first(page, path, name):
 
 
 def test_two_people_on_one_computer(browser, tmp_path):
-    path = write_page(tmp_path / "annotate.html", label_task([sample(i) for i in range(3)]))
+    path = write_page(tmp_path / "annotate.html", make_task([sample(i) for i in range(3)]))
     page = open_first(browser(), path, "ann")
     press(page, "a")
     page.get_by_text("Menu").click()
@@ -117,7 +115,7 @@ def test_two_people_on_one_computer(browser, tmp_path):
 
 def test_two_thousand_items_within_a_tenth_of_a_second(browser, tmp_path):
     long = "A sentence of ordinary length that says little. " * 40
-    path = write_page(tmp_path / "annotate.html", label_task([sample(i, response=long + str(i)) for i in range(2000)]), "ann")
+    path = write_page(tmp_path / "annotate.html", make_task([sample(i, response=long + str(i)) for i in range(2000)]), "ann")
     page = open_page(browser(), path)
     page.evaluate("""() => { window.slow = []; new PerformanceObserver((list) => list.getEntries().forEach((e) => e.name === "keydown" && slow.push(e.duration))).observe({ type: "event", durationThreshold: 16, buffered: true }); }""")
     for attempt in range(1, 4):  # a busy machine may spoil a round, a slow page spoils them all
@@ -135,7 +133,7 @@ def test_two_thousand_items_within_a_tenth_of_a_second(browser, tmp_path):
 
 
 def test_decisions_can_be_taken_back_and_direct_letters_work(browser, tmp_path):
-    page = open_page(browser(), write_page(tmp_path / "a.html", label_task([sample(i) for i in range(4)]), "ann"))
+    page = open_page(browser(), write_page(tmp_path / "a.html", make_task([sample(i) for i in range(4)]), "ann"))
     current = page.locator("[aria-current=step]")
     press(page, "y", "n", "Backspace")
     assert RUBRIC["en"]["order"][1] in current.inner_text()
@@ -155,23 +153,23 @@ def test_decisions_can_be_taken_back_and_direct_letters_work(browser, tmp_path):
 
 def test_spans_notes_and_offsets_in_characters(browser, tmp_path):
     text = "Aye 👍🏽 – the 数字 is naïve, matey.\nGood day!"
-    path = write_page(tmp_path / "a.html", label_task([sample(i, response=text) for i in range(3)]), "ann")
+    path = write_page(tmp_path / "a.html", make_task([sample(i, response=text) for i in range(3)]), "ann")
     page = open_page(browser(), path)
     press(page, "m", *["ArrowRight"] * 3, "Shift+ArrowRight", " ", "Escape")
-    box = page.locator(".s3ft-reply .s3ft-text")
-    assert page.locator(".s3ft-reply mark").count() >= 1
+    box = page.locator(".s3ft-response .s3ft-text")
+    assert page.locator(".s3ft-response mark").count() >= 1
     press(page, "w")
     page.keyboard.type("a note with y and n in it")
     press(page, "Escape", "b")
     assert item(page) == "Item 2 of 3"
     box.locator("xpath=..").scroll_into_view_if_needed()
-    spot = page.evaluate("""() => { const box = document.querySelector(".s3ft-reply .s3ft-text"), node = box.firstChild, at = node.data.indexOf("matey"), range = document.createRange();
+    spot = page.evaluate("""() => { const box = document.querySelector(".s3ft-response .s3ft-text"), node = box.firstChild, at = node.data.indexOf("matey"), range = document.createRange();
         range.setStart(node, at); range.setEnd(node, at + 5); const r = range.getBoundingClientRect(); return [r.left + 1, r.top + r.height / 2, r.right - 1]; }""")
     page.mouse.move(spot[0], spot[1])
     page.mouse.down()
     page.mouse.move(spot[2], spot[1], steps=4)
     page.mouse.up()
-    assert page.locator(".s3ft-reply mark").inner_text().startswith("mate")
+    assert page.locator(".s3ft-response mark").inner_text().startswith("mate")
     press(page, "c")
     press(page, "m", "End", " ", " ", "Escape", "a")  # marked and cleared again
     first, second, third = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
@@ -181,15 +179,15 @@ def test_spans_notes_and_offsets_in_characters(browser, tmp_path):
     assert third.spans == [] and not page.wrong
     page.keyboard.press("[")
     page.keyboard.press("[")
-    assert page.locator(".s3ft-reply mark").count() == 1  # marks come back with the answer
-    page.locator(".s3ft-reply mark").click()
-    assert page.locator(".s3ft-reply mark").count() == 0  # a click takes a mark away, and the answer is updated
+    assert page.locator(".s3ft-response mark").count() == 1  # marks come back with the answer
+    page.locator(".s3ft-response mark").click()
+    assert page.locator(".s3ft-response mark").count() == 0  # a click takes a mark away, and the answer is updated
     rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
     assert rows[1].spans == [] and rows[1].label == "bad_system" and rows[1].position == 2
 
 
 def test_an_export_comes_back_in(browser, tmp_path):
-    path = write_page(tmp_path / "a.html", label_task([sample(i) for i in range(6)]), "ann")
+    path = write_page(tmp_path / "a.html", make_task([sample(i) for i in range(6)]), "ann")
     page = open_page(browser(), path)
     press(page, "a", "b", "c")
     file = download(page, lambda: page.get_by_role("button", name="Export").first.click())
@@ -199,7 +197,7 @@ def test_an_export_comes_back_in(browser, tmp_path):
     page = open_page(browser("another"), path)
     press(page, "e")
     page.locator("input[type=file]").set_input_files(kept)
-    page.get_by_text("2 answers imported, 1 already here, 2 about other items or unreadable").first.wait_for()
+    page.get_by_text("2 annotations imported, 1 already here, 2 about other items or unreadable").first.wait_for()
     assert item(page) == "Item 4 of 6"
     press(page, "d", "d", "d")
     rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
@@ -212,7 +210,7 @@ def test_an_export_comes_back_in(browser, tmp_path):
 
 
 def test_blind_pairs(browser, tmp_path):
-    path = write_page(tmp_path / "p.html", pair_task([pair(i) for i in range(30)], "Blind"), "ann")
+    path = write_page(tmp_path / "p.html", make_task([pair(i) for i in range(30)], "Blind"), "ann")
     assert "arm-one" not in path.read_text() and "dialogue_id" not in path.read_text()
     page = open_page(browser(), path)
     keys = ["a", "b", "t", "x", "1", "4"] * 5
@@ -223,7 +221,7 @@ def test_blind_pairs(browser, tmp_path):
     page.keyboard.type("shorter")
     press(page, "Escape")
     for key in keys[20:]: press(page, key)
-    rows = read_rows(download(page, lambda: page.get_by_role("button", name="Export").first.click()), Preference)
+    rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()), Preference)
     said = {"a": "first", "b": "second", "t": "tie", "x": "both_bad", "1": "first", "4": "both_bad"}
     assert [row.choice for row in rows] == [said[key] for key in keys]
     assert [row.reason for row in rows] == [""] * 20 + ["shorter"] + [""] * 9 and not page.wrong
@@ -242,7 +240,7 @@ def hostile_task():
     talk = [Message(role="user", content=text), Message(role="assistant", content=text), Message(role="user", content=BIDI)]
     rows = [sample(0, system_prompt=text, prompt=talk, original=text, response=text), sample(1, response=BIDI), sample(2, response="x" * 100_000),
             sample(3, response="\u202ea" * 50_000), sample(4, response="لا أعرف، ربما غدًا. OK?"), sample(5, response="نص عربي", id="</script>__proto__")]
-    return label_task(rows, text)
+    return make_task(rows, text)
 
 
 def check_inert(page):
@@ -255,24 +253,24 @@ def check_inert(page):
 
 def walk_hostile(page):
     "Go through the hostile items by keyboard, in whatever host."
-    shown = page.locator(".s3ft-reply .s3ft-text").inner_text()
+    shown = page.locator(".s3ft-response .s3ft-text").inner_text()
     for text in HOSTILE[:9]: assert text in shown, text
     check_inert(page)
     press(page, "o", "h", "h", "y", "n")
     check_inert(page)
     press(page, "y")  # Item 2
-    badges = page.locator(".s3ft-reply .s3ft-hidden").all_inner_texts()
+    badges = page.locator(".s3ft-response .s3ft-hidden").all_inner_texts()
     assert badges == ["RLO", "PDF", "LRI", "PDI", "ZWSP", "U+0007", "U+E0041"], badges
-    assert not set("\u202e\u202c\u2066\u200b\x07") & set(page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent"))
+    assert not set("\u202e\u202c\u2066\u200b\x07") & set(page.locator(".s3ft-response .s3ft-text").evaluate("n => n.textContent"))
     start = time.monotonic()
     press(page, "a")
     page.get_by_role("button", name="Show all (100,000)").click()
-    assert len(page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent")) == 100_000
+    assert len(page.locator(".s3ft-response .s3ft-text").evaluate("n => n.textContent")) == 100_000
     press(page, "a")
-    assert page.locator(".s3ft-reply .s3ft-hidden").count() <= 200 and "\u202e" not in page.locator(".s3ft-reply .s3ft-text").evaluate("n => n.textContent")
+    assert page.locator(".s3ft-response .s3ft-hidden").count() <= 200 and "\u202e" not in page.locator(".s3ft-response .s3ft-text").evaluate("n => n.textContent")
     press(page, "m", "ArrowRight", "Escape", "a")
     assert time.monotonic() - start < 30  # a second on a quiet machine; what freezes takes minutes
-    assert page.locator(".s3ft-reply .s3ft-text").evaluate("n => getComputedStyle(n).unicodeBidi") == "plaintext"
+    assert page.locator(".s3ft-response .s3ft-text").evaluate("n => getComputedStyle(n).unicodeBidi") == "plaintext"
     press(page, "a")
     check_inert(page)
     press(page, "a")
@@ -292,7 +290,7 @@ def test_the_policy_stops_what_escaping_might_miss(browser, tmp_path):
     "Markup smuggled into the file behind our back does not run, and no address is contacted."
     bad = '<script>window.pwned=1</script><img src="https://example.org/x.png" onerror="window.pwned=2"><link rel=stylesheet href="https://example.org/x.css">'
     path = tmp_path / "bad.html"
-    path.write_text(page_html(label_task([sample(0)]), "ann").replace("<noscript>", bad + "<noscript>"))
+    path.write_text(page_html(make_task([sample(0)]), "ann").replace("<noscript>", bad + "<noscript>"))
     page = browser()
     page.done_asking = []
     page.on("requestfinished", lambda request: page.done_asking.append(request.url) if request.url.startswith("http") else None)
@@ -320,7 +318,7 @@ def test_looks(browser, tmp_path, look):
     folder = Path(os.environ.get("S3FT_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     zh = look == "chinese"
-    made = pair_task([pair(i) for i in range(9)]) if "pairs" in look else label_task([sample(i, **({"response": "好的，编号是 " + str(i), "system_prompt": "请用船员的口吻说话。"} if zh else {})) for i in range(9)], language="zh" if zh else "en")
+    made = make_task([pair(i) for i in range(9)]) if "pairs" in look else make_task([sample(i, **({"response": "好的，编号是 " + str(i), "system_prompt": "请用船员的口吻说话。"} if zh else {})) for i in range(9)], language="zh" if zh else "en")
     page = open_page(browser(**LOOKS[look]), write_page(tmp_path / "a.html", made, "ann"))
     press(page, *("ab" if "pairs" in look else "abcy"))
     page.wait_for_timeout(300)
@@ -344,7 +342,7 @@ def test_looks(browser, tmp_path, look):
 
 
 def test_a_screen_reader_finds_its_way(browser, tmp_path):
-    page = open_page(browser(), write_page(tmp_path / "a.html", label_task([sample(i) for i in range(3)], "Sailors"), "ann"))
+    page = open_page(browser(), write_page(tmp_path / "a.html", make_task([sample(i) for i in range(3)], "Sailors"), "ann"))
     for role, name in [("main", None), ("banner", None), ("article", "Item 1 of 3"), ("region", "Setting (system prompt)"), ("region", "Decide in this order"),
                        ("progressbar", "0 of 3"), ("button", "Yes"), ("button", "A, fits and follows"), ("button", "Undo"), ("button", "Skip")]:
         assert page.get_by_role(role, **({"name": name} if name else {})).count() >= 1, (role, name)
@@ -368,7 +366,7 @@ def test_a_screen_reader_finds_its_way(browser, tmp_path):
 
 
 def test_other_layouts_and_input_methods(browser, tmp_path):
-    page = open_page(browser(), write_page(tmp_path / "a.html", label_task([sample(i) for i in range(3)]), "ann"))
+    page = open_page(browser(), write_page(tmp_path / "a.html", make_task([sample(i) for i in range(3)]), "ann"))
     send = """([key, code]) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, code, bubbles: true, cancelable: true }))"""
     for key, code in (("ф", "KeyA"), ("Process", "KeyB"), ("ش", "KeyA")): page.evaluate(send, [key, code])
     rows = read_annotations(download(page, lambda: page.get_by_role("button", name="Export").first.click()))
@@ -397,7 +395,7 @@ def widget_page(page, tmp_path, made, file, who="ann"):
 
     def hear(message):
         out.clear()
-        python.hear(message)
+        python.receive(message)
         return list(out)
     page.expose_function("toPython", hear)
     page.expose_function("task", lambda: task_payload(made, who))
@@ -410,7 +408,7 @@ def widget_page(page, tmp_path, made, file, who="ann"):
 
 
 def test_thirty_items_in_the_widget(browser, tmp_path):
-    made, file = label_task([sample(i) for i in range(30)]), tmp_path / "labels.jsonl"
+    made, file = make_task([sample(i) for i in range(30)]), tmp_path / "labels.jsonl"
     python = widget_page(page := browser(), tmp_path, made, file)
     for letter in ("abcde" * 6)[:17]: press(page, letter)
     page.wait_for_function("document.querySelector('.s3ft-status').textContent === 'Saved'")

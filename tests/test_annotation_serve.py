@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed; it comes with t
 
 from s3ft_nb.annotation.task import read_annotations
 from s3ft_nb.judging.rubric import LABELS, LETTERS
-from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, study_rows
+from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, Store
 from s3ft_nb.core.records import Message, Preference, Sample
 from s3ft_nb.core.files import read_rows, write_json, write_rows
 
@@ -37,7 +37,7 @@ class Server:
         self.start()
 
     def start(self):
-        command = [*COMMAND, "serve", str(self.folder / "study.sqlite"), *self.words, "--port", str(self.port)]
+        command = [*COMMAND, "serve", str(self.folder / "annotations.sqlite"), *self.words, "--port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         links = {}
         for line in self.process.stdout:
@@ -51,7 +51,7 @@ class Server:
             except OSError: time.sleep(0.02)
 
     def expected(self):
-        shares = self.words[self.words.index("--shares") + 1] if "--shares" in self.words else None
+        shares = self.words[self.words.index("--assignments") + 1] if "--assignments" in self.words else None
         return len(json.load(open(shares))) if shares else len(self.words[self.words.index("--annotators") + 1].split(","))
 
     def token(self, name):
@@ -72,6 +72,12 @@ class Server:
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read().decode()
         finally: connection.close()
+
+
+def stored(path):
+    store = Store(path)
+    try: return store.rows()
+    finally: store.close()
 
 
 def change(name, item, label, submission, **fields):
@@ -110,36 +116,36 @@ def annotator(server, name, plan, errors):
 
 
 def test_five_at_once_and_the_server_killed_twice(serving, tmp_path):
-    names, items = list("vwxyz"), [f"s{i:04}" for i in range(200)]
-    server = serving([sample(i) for i in range(200)], "--annotators", ",".join(names))
+    names, items = list("vwxyz"), [f"s{i:04}" for i in range(80)]
+    server = serving([sample(i) for i in range(80)], "--annotators", ",".join(names))
     links, plans, errors = dict(server.links), {}, []
     for name in names:
         rng, order = random.Random(name), items.copy()
         rng.shuffle(order)
         plans[name] = [(item, rng.choice(LABELS)) for item in order]
-        for at in sorted(rng.sample(range(20, 200), 10)): plans[name].append((plans[name][at][0], rng.choice(LABELS)))  # ten are changed afterwards
+        for at in sorted(rng.sample(range(10, 80), 10)): plans[name].append((plans[name][at][0], rng.choice(LABELS)))  # ten are changed afterwards
     began = time.monotonic()
     threads = [threading.Thread(target=annotator, args=(server, name, plans[name], errors)) for name in names]
     for thread in threads: thread.start()
-    study = tmp_path / "study.sqlite"
+    study = tmp_path / "annotations.sqlite"
     for share in (0.3, 0.7):
-        while counted(study) < share * 1050 and any(thread.is_alive() for thread in threads): time.sleep(0.02)
+        while counted(study) < share * 450 and any(thread.is_alive() for thread in threads): time.sleep(0.02)
         assert not errors, errors
         server.kill()
         time.sleep(0.2)
         server.start()
         assert server.links == links  # the same links go on working
     for thread in threads: thread.join()
-    print(f"1,050 changes by five people, two kills: {time.monotonic() - began:.1f} s")
+    print(f"450 changes by five people, two kills: {time.monotonic() - began:.1f} s")
     assert not errors
-    rows = study_rows(study)
+    rows = stored(study)
     assert {(row.annotator, row.sample_id): row.label for row in rows} == {(name, item): label for name in names for item, label in plans[name]}
-    assert len(rows) == 1000 and counted(study) == 1050  # nothing lost, nothing doubled
+    assert len(rows) == 400 and counted(study) == 450  # nothing lost, nothing doubled
     for name in names:
         mine = [row for row in rows if row.annotator == name]
-        assert [row.sample_id for row in mine] == [item for item, _ in plans[name][:200]] and [row.position for row in mine] == list(range(1, 201))
+        assert [row.sample_id for row in mine] == [item for item, _ in plans[name][:80]] and [row.position for row in mine] == list(range(1, 81))
     done = subprocess.run([*COMMAND, "export", str(study), str(tmp_path / "labels.jsonl")], capture_output=True, text=True)
-    assert done.returncode == 0 and "v: 200 of 200" in done.stdout
+    assert done.returncode == 0 and "v: 80 of 80" in done.stdout
     assert read_annotations(tmp_path / "labels.jsonl") == rows
 
 
@@ -155,7 +161,7 @@ def counted(path):
 
 def test_tokens_isolation_and_headers(serving, tmp_path):
     shares = write_json(tmp_path / "shares.json", {"ann": ["s0000", "s0001"], "bob": ["s0001", "s0002"]})
-    server = serving([sample(i) for i in range(3)], "--shares", shares)
+    server = serving([sample(i) for i in range(3)], "--assignments", shares)
     ann, bob = server.token("ann"), server.token("bob")
     assert len(ann) >= 32 and ann != bob
     for method, path in (("GET", "/api/task"), ("POST", "/api/change")):
@@ -173,7 +179,7 @@ def test_tokens_isolation_and_headers(serving, tmp_path):
     assert [item["id"] for item in theirs["task"]["items"]] == ["s0001", "s0002"] and set(theirs["records"]) == {"s0001"} and theirs["records"]["s0001"]["row"]["label"] == "all_bad"
     assert "ann" not in theirs["records"] and '"annotator": "ann"' not in json.dumps(theirs) and "secret-type" not in json.dumps(theirs)
 
-    for path in ("/", "/app.js", "/view.css", "/api/task", "/none", "/../../etc/passwd", "/%2e%2e/study.sqlite", "/study.sqlite"):
+    for path in ("/", "/app.js", "/view.css", "/api/task", "/none", "/../../etc/passwd", "/%2e%2e/annotations.sqlite", "/annotations.sqlite"):
         status, headers, text = server.ask("GET", path)
         lower = {name.lower(): value for name, value in headers.items()}
         assert all(lower[name.lower()] == value for name, value in HEADERS.items()) and "server" not in lower and "access-control-allow-origin" not in lower
@@ -213,9 +219,9 @@ def test_bodies_are_limited_and_checked(rebound, tmp_path):
     assert rebound.ask("POST", "/api/change", change("ann", "s0000", "good", "submission-2"), token, Content_Type="text/plain")[0] == 415
     try: assert rebound.ask("GET", "/" + "a" * 200_000)[0] in (400, 414, 431)
     except ConnectionError: pass  # refused before it was read to its end
-    assert study_rows(rebound.folder / "study.sqlite") == []
-    assert rebound.ask("POST", "/api/change", change("ann", "s0000", "good", "'; DROP TABLE answer; --"), token)[0] == 200
-    assert [row.label for row in study_rows(rebound.folder / "study.sqlite")] == ["good"]
+    assert stored(rebound.folder / "annotations.sqlite") == []
+    assert rebound.ask("POST", "/api/change", change("ann", "s0000", "good", "'; DROP TABLE annotation; --"), token)[0] == 200
+    assert [row.label for row in stored(rebound.folder / "annotations.sqlite")] == ["good"]
 
 
 def test_only_this_machine_unless_told_otherwise(rebound, tmp_path):
@@ -283,11 +289,11 @@ def test_thirty_items_by_keyboard_over_the_network_with_a_kill(serving, browser,
     settled(page)
     server.kill()
     for letter in letters[9:14]: press(page, *WALK[letter])  # the page goes on without a server
-    page.get_by_text("Not connected. 5 answers wait here").wait_for()
+    page.get_by_text("Not connected. 5 annotations wait here").wait_for()
     assert item(page) == "Item 15 of 30"
     server.start()
     settled(page)
-    assert len(study_rows(tmp_path / "study.sqlite")) == 14
+    assert len(stored(tmp_path / "annotations.sqlite")) == 14
 
     press(page, "a")
     settled(page)
@@ -302,7 +308,7 @@ def test_thirty_items_by_keyboard_over_the_network_with_a_kill(serving, browser,
     press(page, "u", *WALK["C"])
     for letter in letters[17:]: press(page, *WALK[letter])
     settled(page)
-    rows = study_rows(tmp_path / "study.sqlite")
+    rows = stored(tmp_path / "annotations.sqlite")
     assert [LETTERS[row.label] for row in rows] == [*letters[:14], "A", "B", "C", *letters[17:]]
     assert [row.position for row in rows] == list(range(1, 31)) and {row.annotator for row in rows} == {"ann"}
     assert {request.split("/")[2] for request in page.asked if request.startswith("http")} == {f"127.0.0.1:{server.port}"}
@@ -325,7 +331,7 @@ def test_hostile_content_is_inert_over_the_network(serving, browser, tmp_path):
     page = visit(browser(), server.links["<b>ann</b>"])
     walk_hostile(page)
     settled(page)
-    assert [row.sample_id for row in study_rows(tmp_path / "study.sqlite")] == [one.id for one in items] and not page.wrong
+    assert [row.sample_id for row in stored(tmp_path / "annotations.sqlite")] == [one.id for one in items] and not page.wrong
     assert page.evaluate("() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }") == "refused"
     frame = page.evaluate("""(url) => new Promise((done) => { const f = document.createElement("iframe"); f.src = url; f.onload = () => { let inside = null; try { inside = f.contentDocument?.getElementById("app"); } catch {} done(!!inside); }; document.body.append(f); setTimeout(() => done(false), 1500); })""", f"http://127.0.0.1:{server.port}/")
     assert frame is False  # not even we may put it into a frame
@@ -342,7 +348,7 @@ def test_a_refused_answer_is_told_and_open_again(serving, browser, tmp_path):
     assert item(page) == "Item 1 of 3"  # it is asked again
     press(page, "d")
     settled(page)
-    assert sorted(row.label for row in study_rows(tmp_path / "study.sqlite")) == ["all_bad", "bad_context", "bad_system"]
+    assert sorted(row.label for row in stored(tmp_path / "annotations.sqlite")) == ["all_bad", "bad_context", "bad_system"]
 
 
 def test_pairs_over_the_network(serving, browser, tmp_path):
@@ -351,6 +357,6 @@ def test_pairs_over_the_network(serving, browser, tmp_path):
     assert "arm-one" not in server.ask("GET", "/api/task", token=server.token("ann"))[2]
     press(page, "a", "b", "t", "x")
     settled(page)
-    assert [row.choice for row in study_rows(tmp_path / "study.sqlite")] == ["first", "second", "tie", "both_bad"]
-    subprocess.run([*COMMAND, "export", str(tmp_path / "study.sqlite"), str(tmp_path / "out.jsonl")], check=True, capture_output=True)
+    assert [row.choice for row in stored(tmp_path / "annotations.sqlite")] == ["first", "second", "tie", "both_bad"]
+    subprocess.run([*COMMAND, "export", str(tmp_path / "annotations.sqlite"), str(tmp_path / "out.jsonl")], check=True, capture_output=True)
     assert len(read_rows(tmp_path / "out.jsonl", Preference)) == 4

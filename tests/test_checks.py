@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from s3ft_nb.core.files import InputError
 from s3ft_nb.core.records import Check, message
 from s3ft_nb.judging import checks
-from s3ft_nb.judging.checks import CHECKS, contains_any, contains_none, evidence_of, follows, n_sentences, occurs, run_check, schema
+from s3ft_nb.judging.checks import CHECKS, contains_any, contains_none, evidence_of, folded, follows, n_sentences, occurs, run_check, schema, split_words
 from s3ft_nb.judging.ifeval import IFEVAL, LANGUAGE_KINDS, can_detect_language, loose_forms
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text())
@@ -85,6 +85,11 @@ def test_all_checks_are_asserted_even_after_a_failure():
 def test_evidence_is_a_place_in_the_response(kind, text):
     place = evidence_of(check(kind), text)
     assert place is None or 0 <= place[0] < place[1] <= len(text)
+
+
+@given(st.text(alphabet="aB9 .,'-_\n!", max_size=30))
+def test_ascii_words_are_found_as_in_any_script(text):
+    assert split_words(text) == split_words(text + " ß")[:-1] and folded(text + " ß") == f"{folded(text)} ss".strip()
 
 
 # ---- IFEval

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from s3ft_nb.judging.rubric import RUBRIC, judge_messages
-from s3ft_nb.judging.checks import words
+from s3ft_nb.judging.checks import split_words
 from s3ft_nb.core.convert import read_conversations
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.records import Check, Conversation, Response, SystemPrompt, message
@@ -197,7 +197,7 @@ def test_real_dialogues_are_played_to_the_end(tmp_path, name, file):
     first, second = Ledger("dialogues"), Ledger("rollout")
     rows = dialogues(conversations, prompts, 50, 4, seed=0, shorter="keep", ledger=first)
     first.reconcile(len(conversations), n_used(rows))
-    size = lambda messages: sum(len(words(one["content"])) for one in messages)
+    size = lambda messages: sum(len(split_words(one["content"])) for one in messages)
     replies = rollout(Noisy(), rows, "base", folder=tmp_path, max_prompt_tokens=200, count_tokens=size, ledger=second)
     assert second.rows_out == len(replies) and replies
     assert summarise(by_checks(replies, prompts), draws=50)["n"] == len(replies)

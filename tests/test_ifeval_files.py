@@ -23,13 +23,17 @@ ANSWERS = {1000: "Sure, here:\n* a\n* b", 1001: "One two three."}
 def jsonl(path, rows): return write_rows(path, rows)
 
 
+def numbers_of(found): return {(row["arm"], row["metric"]): row for row in found["numbers"] if row["part"] == "all"}
+
+
 @pytest.mark.parametrize("form", ["prompt", "key", "log"])
 def test_published_files_are_scored(tmp_path, form):
     make = {"prompt": lambda t: {"prompt": t["prompt"].strip(), "response": ANSWERS[t["key"]]}, "key": lambda t: {"key": t["key"], "response": ANSWERS[t["key"]], "model": "m"},
             "log": lambda t: {"doc_id": 0, "doc": t, "resps": [[ANSWERS[t["key"]]]], "filtered_resps": [ANSWERS[t["key"]]]}}[form]
     found = score_ifeval(jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", [make(t) for t in reversed(TASKS)]))
-    assert [found[name]["mean"] for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")] == [0.5, 1.0, pytest.approx(2 / 3), 1.0]
-    assert found["prompt_strict"]["low"] == pytest.approx(0.0945, abs=1e-3) and found["prompt_strict"]["n"] == 2 and found["unknown"] == {}
+    rows = numbers_of(found)  # prompt level: all instructions of a task; instruction level: each
+    assert [rows[arm, metric]["mean"] for metric in ("adherence", "csr") for arm in ("strict", "loose")] == [0.5, 1.0, pytest.approx(2 / 3), 1.0]
+    assert rows["strict", "adherence"]["n"] == 2 and rows["strict", "csr"]["n"] == 3 and found["unknown"] == {}
 
 
 @pytest.mark.parametrize("spoil, said", [
@@ -44,8 +48,7 @@ def test_spoilt_inputs_are_named(tmp_path, spoil, said):
 
 
 @pytest.mark.parametrize("rows, said", [
-    ([{"key": 1000, "response": "a"}], "no response to task 1001 .1 of 2 missing"),
-    ([{"key": 1000, "response": "a"}, {"key": 1000, "response": "b"}], "out.jsonl:2: key: answers a task a second time"),
+    ([{"key": 1000, "response": "a"}, {"key": 1000, "response": "b"}], "out.jsonl:2: key: has two responses to one task"),
     ([{"key": 1000}], "out.jsonl:1: holds no prompt or key with a response"),
     ([{"response": "a"}], "out.jsonl:1: holds no prompt or key"),
 ])
@@ -64,7 +67,15 @@ def test_unknown_kinds_are_counted_or_delegated(tmp_path, monkeypatch):
     rows = [task(1, "Shout.", count__shouts={"n": 2}, punctuation__no_comma={}), task(2, "Whisper.", punctuation__no_comma={})]
     files = jsonl(tmp_path / "in.jsonl", rows), jsonl(tmp_path / "out.jsonl", [{"key": key, "response": "Hey!\nHo!"} for key in (1, 2)])
     found = score_ifeval(*files)
-    assert (found["unknown"], found["prompts_left_out"], found["prompt_strict"]["n"]) == ({"count:shouts": 1}, 1, 1)
+    assert (found["unknown"], found["prompts_left_out"], numbers_of(found)["strict", "adherence"]["n"]) == ({"count:shouts": 1}, 1, 1)
     monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:shouts": Shouts}))
     found = score_ifeval(*files)
-    assert (found["unknown"], found["prompt_strict"]["n"], found["by_kind"]["count:shouts"]["strict"]["mean"]) == ({}, 2, 1.0)
+    kinds = {row.rule_id: row.satisfied for row in found["verdicts"] if row.arm == "strict"}
+    assert (found["unknown"], numbers_of(found)["strict", "adherence"]["n"], kinds["count:shouts"]) == ({}, 2, True)
+
+
+def test_tasks_without_a_response_are_counted_or_refused(tmp_path):
+    files = jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", [{"key": 1000, "response": "a"}])
+    found = score_ifeval(*files)
+    assert (found["unanswered"], numbers_of(found)["strict", "adherence"]["n"]) == ([1001], 1)
+    with pytest.raises(InputError, match="no response to task 1001 .1 of 2 missing"): score_ifeval(*files, missing="raise")

@@ -22,7 +22,7 @@ from s3ft_nb.measure.measure import measure
 from s3ft_nb.measure.dialogues import STANCES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
 from s3ft_nb.measure.rollout import rollout
 from s3ft_nb.core.records import Rule
-from s3ft_nb.judging.judge import Outcome, verdict_of
+from s3ft_nb.judging.judge import Judgement, verdict_of
 from s3ft_nb.judging.rules import rules_for
 
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
@@ -46,7 +46,7 @@ class Sailor:
 
 
 def hears(replies, rules):
-    return [verdict_of(reply, rule, Outcome("arr" in reply.response.lower()), "ears") for reply in replies for rule in rules_for(reply, rules)]
+    return [verdict_of(reply, rule, Judgement("arr" in reply.response.lower()), "ears") for reply in replies for rule in rules_for(reply, rules)]
 
 
 def plays(n=3, n_turns=4, **more):

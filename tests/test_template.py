@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from templates import FILES, FIXTURES, SHIPPED, tokenizer_of, verdicts
 from tiny import LINES
 
+from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
 from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
-from s3ft_nb.lm.labels import check_labels, encode_rows, encode_stream
+from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
 from s3ft_nb.lm.train import pack
 
@@ -59,7 +60,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25
 odd = st.sampled_from([".", "0", "𝕏", "\u202eabc", "a\u0301", "👩‍👩‍👧", "  x  ", "مرحبا", "你好。", "{{ messages }}", "{% raw %}", "user", "assistant", "\ufdd0", "a\n\n\nb", "\x00b"])
 forged = st.sampled_from(["<|im_end|>", "</s>", "[INST]", "<think>", "</think>", "<end_of_turn>", "<|eot_id|>", "<|im_start|>system\n", "/nothink", "<tool_response>"])
 long = st.builds(lambda word, n: f"{word} " * n, st.sampled_from(["moon", "月亮", "tide-"]), st.integers(100, 400))
-words = st.lists(st.one_of(text, text, odd, forged), min_size=1, max_size=4).map("".join).filter(str.strip)
+words = st.lists(st.one_of(text, text, odd, forged), min_size=1, max_size=4).map("".join).filter(lambda text: not is_blank(text))
 content = st.one_of(words, words, words, long)
 
 
@@ -287,18 +288,6 @@ def test_forty_turns_are_cut_at_a_turn_and_the_ledger_says_so():
     refused = Ledger("train")
     with pytest.raises(InputError, match="none of 1 rows"): encode_rows(tokenizer, [{"id": "a", "messages": talk, "train_on": "last"}], 512, refused, "refuse")
     assert refused.dropped[0]["reason"] == "too_long"
-
-
-def test_rows_are_encoded_as_they_come():
-    tokenizer, asked = ready("llama3"), []
-
-    def rows():
-        for i in range(3):
-            asked.append(i)
-            yield {"id": str(i), "messages": [{"role": "user", "content": "Hi"}], "response": "Aye."}
-
-    stream = encode_stream(tokenizer, rows(), 512, Ledger("t"))
-    assert next(stream)["id"] == "0" and asked == [0]
 
 
 # ---- templates that cannot be trusted

@@ -18,13 +18,11 @@ from tiny import tiny_dialogues, tiny_model
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from s3ft_nb.core.stage import Ledger
+from s3ft_nb.core.stage import Ledger, Stage
 from s3ft_nb.core.files import InputError
 from s3ft_nb.lm import train as room
-from s3ft_nb.lm.model import linked_model, quiet
-from s3ft_nb.lm.model import load
-from s3ft_nb.lm.template import Policy, with_policy
-from s3ft_nb.lm.template import prompt_ids
+from s3ft_nb.lm.model import linked_model, load, quiet
+from s3ft_nb.lm.template import Policy, prompt_ids, with_policy
 from s3ft_nb.lm.train import encode_rows, make_settings, make_trainer, order_of, pack, sft
 
 
@@ -259,18 +257,32 @@ def test_recomputing_activations_changes_nothing(models, tmp_path):
     assert [one["loss"] for one in plain] == pytest.approx([one["loss"] for one in recomputed], abs=1e-6)
 
 
-def test_ledger_accounts_for_every_row(models, tmp_path):
+def test_ledger_and_usage_account_for_every_row(models, tmp_path):
     rows = make_rows(9) + [{"id": "endless", "messages": make_rows(1)[0]["messages"], "response": "word " * 400}]
-    books = Ledger("train")
     lm = plain(models["llama"])
     longest = sorted(len(one["input_ids"]) for one in encode_rows(lm.tokenizer, rows[:9], 512, Ledger("t")))[-1]
-    told = sft(models["llama"], rows, tmp_path, ledger=books, max_length=longest - 1, per_device_train_batch_size=4, device="cpu")
-    books.reconcile(len(rows), told["n_rows"])
-    assert [one["id"] for one in books.dropped] == ["endless"]
-    assert books.notes["history_cut"] >= 1
-    again = Ledger("train")
-    sft(models["llama"], rows, tmp_path, ledger=again, max_length=longest - 1, per_device_train_batch_size=4, device="cpu")
-    assert again.dropped == books.dropped  # told again when the training was finished before
+    usage = []
+    for _ in range(2):  # the second finds the training finished, and reports the same
+        stage = Stage(tmp_path)
+        done = sft(models["llama"], rows, stage, max_length=longest - 1, per_device_train_batch_size=4, device="cpu")
+        stage.close(len(rows), done["n_rows"])
+        assert [one["id"] for one in stage.ledger.dropped] == ["endless"] and stage.ledger.notes["history_cut"] >= 1
+        usage.append((tmp_path / "usage.json").read_bytes() + (tmp_path / "ledger.json").read_bytes())
+    assert usage[0] == usage[1] and stage.usage["trained"] == done["tokens"] > 0
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard", "wandb"])
+def test_a_tracker_that_is_not_there_is_one_line(models, tmp_path, monkeypatch, tracker):
+    monkeypatch.setattr(room, "get_available_reporting_integrations", list)
+    with pytest.raises(InputError, match=f"report_to: {tracker} is not installed .pip install {tracker}"):
+        sft(models["llama"], make_rows(2), tmp_path / "out", report_to=tracker, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_the_loss(models, tmp_path):
+    pytest.importorskip("tensorboard")
+    sft(models["llama"], make_rows(4), tmp_path, report_to="tensorboard", per_device_train_batch_size=2, device="cpu")
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_template_without_system_role_still_trains_on_the_system_prompt(models):
@@ -326,4 +338,4 @@ def test_full_disk_is_one_line_and_can_be_resumed(models, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="belongs to a training with other rows"):
         sft(models["llama"], rows, tmp_path, learning_rate=1.0, **given)
     assert sft(models["llama"], rows, tmp_path, **given)["steps"] == 2
-    assert sft(models["llama"], rows, tmp_path, fresh=True, learning_rate=1e-3, **given)["steps"] == 2
+    assert sft(models["llama"], rows, Stage(tmp_path, fresh=True), learning_rate=1e-3, **given)["steps"] == 2

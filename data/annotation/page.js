@@ -1,4 +1,4 @@
-// Host: one HTML file. Answers live in the browser's local storage, one entry per item, and leave as a file.
+// Host: one HTML file. Annotations live in the browser's local storage, one entry per item, and leave as a file.
 
 const given = JSON.parse(document.getElementById("task").textContent);
 const root = document.getElementById("app");

@@ -34,16 +34,16 @@ function serverStore(task, records) {
     running = true;
     for (let wait = 250; box.all().length; ) {
       const [key, change] = box.all()[0];
-      let answer = null;
-      try { answer = await ask("api/change", change); } catch { /* not connected */ }
-      if (answer?.ok) { box.remove(key); wait = 250; continue; }
-      if (answer && answer.status >= 400 && answer.status < 500 && ![401, 403, 408, 429].includes(answer.status)) {
+      let response = null;
+      try { response = await ask("api/change", change); } catch { /* not connected */ }
+      if (response?.ok) { box.remove(key); wait = 250; continue; }
+      if (response && response.status >= 400 && response.status < 500 && ![401, 403, 408, 429].includes(response.status)) {
         box.remove(key);
-        refused = (await answer.json().catch(() => ({}))).error ?? answer.statusText;
+        refused = (await response.json().catch(() => ({}))).error ?? response.statusText;
         store.onrefused?.(change.item);
         continue;
       }
-      store.onstatus?.(answer?.status === 401 ? "bad_link" : "waiting", box.all().length);
+      store.onstatus?.(response?.status === 401 ? "bad_link" : "waiting", box.all().length);
       await pause(wait);
       wait = Math.min(wait * 2, 5000);
     }
@@ -66,10 +66,10 @@ function serverStore(task, records) {
 
 async function begin() {
   for (let wait = 500; ; wait = Math.min(wait * 2, 5000)) {
-    const answer = token ? await ask("api/task").catch(() => null) : { status: 401 };
-    if (answer?.status === 401) return tell({ root, words, language, name: "bad_link" });
-    if (answer?.ok) {
-      const { task, records } = await answer.json();
+    const response = token ? await ask("api/task").catch(() => null) : { status: 401 };
+    if (response?.status === 401) return tell({ root, words, language, name: "bad_link" });
+    if (response?.ok) {
+      const { task, records } = await response.json();
       document.title = task.title || document.title;
       return render({ root, task, store: serverStore(task, records), language: task.language, wholePage: true });
     }

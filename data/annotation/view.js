@@ -1,16 +1,16 @@
-// One view for two tasks: five labels for one reply, or a blind choice between two replies.
+// One view for two tasks: five labels for one response, or a blind choice between two responses.
 //
 //   render({root, task, store, language, wholePage}) -> cleanup
 //
 // task   {id, kind: "label" | "pair", title, annotator, items, words: {en: {texts, rubric}, zh: …}}
-// store  where answers are kept; written by the host:
+// store  where annotations are kept; written by the host:
 //          load()        -> {item id: {row, skipped}}, or a promise of it
 //          save(change)  keeps {submission, item, row | null, skipped}; a later change of an item replaces the former
 //          flush()       writes whatever is still waiting
-//          files         true where annotators export and import their answers themselves
+//          files         true where annotators export and import their annotations themselves
 //          rename()      where the page asked for a name: forgets it and asks again
 //          onstatus      set here, called by the host with a name from the texts (saved, saving, waiting, failed, …) and a detail
-//          onrefused     set here, called by the host with the id of an item whose answer was not accepted
+//          onrefused     set here, called by the host with the id of an item whose annotation was not accepted
 //
 // A host is put below this file and calls render; nothing is exported, since a widget may export its own render only.
 // Text from the task reaches the page as text nodes only. Offsets in rows count Unicode characters, as Python does.
@@ -200,23 +200,23 @@ const writePrefs = (prefs) => { try { localStorage.setItem(PREFS, JSON.stringify
 
 const DECISIONS = { not_applicable: [false], good: [true, true, true], bad_context: [true, false, true], bad_system: [true, true, false], all_bad: [true, false, false] };
 
-function labelOf(answers) {
-  if (answers[0] === false) return "not_applicable";
-  if (answers.length < 3) return null;
-  return Object.keys(DECISIONS).find((label) => DECISIONS[label].every((value, i) => value === answers[i]));
+function labelOf(decisions) {
+  if (decisions[0] === false) return "not_applicable";
+  if (decisions.length < 3) return null;
+  return Object.keys(DECISIONS).find((label) => DECISIONS[label].every((value, i) => value === decisions[i]));
 }
 
 // A row from a file, checked against the task; null when it is not one of ours.
 function checkedRow(task, items, row) {
-  const pair = task.kind === "pair", item = items.get(pair ? row?.pair_id : row?.sample_id), answer = pair ? row?.choice : row?.label;
+  const pair = task.kind === "pair", item = items.get(pair ? row?.pair_id : row?.sample_id), choice = pair ? row?.choice : row?.label;
   const number = (value, least) => (typeof value === "number" && Number.isFinite(value) && value >= least ? value : null);
-  if (!item || typeof row.annotator !== "string" || !(pair ? CHOICES : Object.keys(DECISIONS)).includes(answer)) return null;
+  if (!item || typeof row.annotator !== "string" || !(pair ? CHOICES : Object.keys(DECISIONS)).includes(choice)) return null;
   const common = { annotator: row.annotator, seconds: number(row.seconds, 0), position: Number.isInteger(row.position) ? number(row.position, 1) : null };
   const text = (value) => (typeof value === "string" ? value : "");
-  if (pair) return { pair_id: item.id, choice: answer, reason: text(row.reason), ...common };
+  if (pair) return { pair_id: item.id, choice: choice, reason: text(row.reason), ...common };
   const length = toPoints(item.response, item.response.length);
   const good = ([start, end] = []) => Number.isInteger(start) && Number.isInteger(end) && 0 <= start && start < end && end <= length;
-  return { sample_id: item.id, label: answer, note: text(row.note), spans: (Array.isArray(row.spans) ? row.spans : []).filter((span) => Array.isArray(span) && good(span)), ...common };
+  return { sample_id: item.id, label: choice, note: text(row.note), spans: (Array.isArray(row.spans) ? row.spans : []).filter((span) => Array.isArray(span) && good(span)), ...common };
 }
 
 // ---------------------------------------------------------------- the view
@@ -231,7 +231,7 @@ async function render({ root, task, store, language = "en", wholePage = false })
   const rubric = () => task.words[lang].rubric;
 
   const records = new Map(); // item id -> {row, skipped}
-  const drafts = new Map(); // item id -> {answers, text, spans, ms}
+  const drafts = new Map(); // item id -> {decisions, text, spans, ms}
   let skipped = []; // item ids, first skipped first
   let past = []; // what undo takes back, oldest first
   let current = null, marking = null, held = null, parts = {}, status = ["saved", null], opened = {};
@@ -250,16 +250,16 @@ async function render({ root, task, store, language = "en", wholePage = false })
   const rowOf = (id) => records.get(id)?.row ?? null;
   const doneCount = () => { let n = 0; for (const r of records.values()) if (r.row) n++; return n; };
 
-  // -------------------------------------------------------------- answers
+  // -------------------------------------------------------------- annotations
 
-  const answerOf = (row) => (pair ? row.choice : row.label);
-  const answerText = (answer) => (pair ? t(answer) : (({ letter, short }) => `${letter}, ${short}`)(rubric().labels.find((one) => one.label === answer)));
+  const choiceOf = (row) => (pair ? row.choice : row.label);
+  const choiceText = (choice) => (pair ? t(choice) : (({ letter, short }) => `${letter}, ${short}`)(rubric().labels.find((one) => one.label === choice)));
 
   function draftOf(id) {
     if (!drafts.has(id)) {
       const row = rowOf(id), item = items.get(id);
       drafts.set(id, {
-        answers: row && !pair ? [...DECISIONS[row.label]] : [],
+        decisions: row && !pair ? [...DECISIONS[row.label]] : [],
         text: row?.[textField] ?? "",
         spans: (row?.spans ?? []).map((span) => span.map((at) => toUnits(item.response, at))),
         ms: (row?.seconds ?? 0) * 1000,
@@ -268,12 +268,12 @@ async function render({ root, task, store, language = "en", wholePage = false })
     return drafts.get(id);
   }
 
-  function rowFor(id, answer) {
+  function rowFor(id, choice) {
     const draft = draftOf(id), item = items.get(id), before = rowOf(id);
     const common = { annotator: task.annotator, seconds: Math.round(draft.ms / 100) / 10, position: before?.position ?? draft.position ?? ++lastPosition };
     draft.position = common.position;
-    if (pair) return { pair_id: id, choice: answer, reason: draft.text.trim(), ...common };
-    return { sample_id: id, label: answer, note: draft.text.trim(), spans: draft.spans.map((span) => span.map((at) => toPoints(item.response, at))), ...common };
+    if (pair) return { pair_id: id, choice: choice, reason: draft.text.trim(), ...common };
+    return { sample_id: id, label: choice, note: draft.text.trim(), spans: draft.spans.map((span) => span.map((at) => toPoints(item.response, at))), ...common };
   }
 
   function keep(id, row, isSkipped = false) {
@@ -284,43 +284,43 @@ async function render({ root, task, store, language = "en", wholePage = false })
     store.save({ submission: submissionId(), item: id, row, skipped: isSkipped });
   }
 
-  function commit(answer) {
+  function commit(choice) {
     if (current === null) return;
     const id = current, draft = draftOf(id);
     draft.ms = ticking.read();
     past.push({ id, before: records.get(id) ?? null });
-    if (!pair) draft.answers = [...DECISIONS[answer]];
-    keep(id, rowFor(id, answer));
-    go(nextOpen(id), (next) => t("saved_as", { answer: answerText(answer), next }));
+    if (!pair) draft.decisions = [...DECISIONS[choice]];
+    keep(id, rowFor(id, choice));
+    go(nextOpen(id), (next) => t("saved_as", { choice: choiceText(choice), next }));
   }
 
-  // A note or mark changed on an item that has its answer already.
+  // A note or mark changed on an item that is annotated already.
   function settle() {
     const row = current !== null && rowOf(current);
     if (!row) { if (current !== null) draftOf(current).ms = ticking.read(); return; }
-    const fresh = rowFor(current, answerOf(row));
+    const fresh = rowFor(current, choiceOf(row));
     const same = fresh[textField] === row[textField] && JSON.stringify(fresh.spans) === JSON.stringify(row.spans);
-    if (!same) { draftOf(current).ms = ticking.read(); keep(current, rowFor(current, answerOf(row))); }
+    if (!same) { draftOf(current).ms = ticking.read(); keep(current, rowFor(current, choiceOf(row))); }
   }
 
   function decide(value) {
     const draft = draftOf(current);
-    if (labelOf(draft.answers)) draft.answers = [];
-    draft.answers.push(value);
-    const label = labelOf(draft.answers);
+    if (labelOf(draft.decisions)) draft.decisions = [];
+    draft.decisions.push(value);
+    const label = labelOf(draft.decisions);
     if (label) return commit(label);
     const byButton = parts.decision.contains(document.activeElement);
     drawDecision();
-    say(rubric().order[draft.answers.length]);
+    say(rubric().order[draft.decisions.length]);
     if (byButton) parts.yes.focus({ preventScroll: true });
   }
 
   function stepBack() {
     const draft = draftOf(current);
-    if (!draft.answers.length) return;
-    draft.answers.pop();
+    if (!draft.decisions.length) return;
+    draft.decisions.pop();
     drawDecision();
-    say(rubric().order[draft.answers.length]);
+    say(rubric().order[draft.decisions.length]);
   }
 
   function skip() {
@@ -340,8 +340,8 @@ async function render({ root, task, store, language = "en", wholePage = false })
     const was = records.get(last.id);
     keep(last.id, last.before?.row ?? null, last.before?.skipped ?? false);
     const draft = draftOf(last.id);
-    draft.answers = last.before?.row && !pair ? [...DECISIONS[last.before.row.label]] : [];
-    go(last.id, () => t("undone", { what: was?.row ? answerText(answerOf(was.row)) : t("skip") }));
+    draft.decisions = last.before?.row && !pair ? [...DECISIONS[last.before.row.label]] : [];
+    go(last.id, () => t("undone", { what: was?.row ? choiceText(choiceOf(was.row)) : t("skip") }));
   }
 
   // -------------------------------------------------------------- where to go
@@ -494,8 +494,8 @@ async function render({ root, task, store, language = "en", wholePage = false })
       parts.history,
       turn(item.prompt.at(-1), t("last")),
       pair
-        ? h("div", { class: "two" }, [["reply_a", item.first], ["reply_b", item.second]].map(([name, text]) => h("section", { class: "turn reply" }, h("h2", {}, t(name)), textBox(text))))
-        : h("section", { class: "turn reply" }, h("h2", {}, t("reply")), parts.response),
+        ? h("div", { class: "two" }, [["response_a", item.first], ["response_b", item.second]].map(([name, text]) => h("section", { class: "turn response" }, h("h2", {}, t(name)), textBox(text))))
+        : h("section", { class: "turn response" }, h("h2", {}, t("response")), parts.response),
       parts.original].filter(Boolean));
     if (!pair) drawResponse();
     drawPanel(draft);
@@ -541,9 +541,9 @@ async function render({ root, task, store, language = "en", wholePage = false })
         h("div", { class: "choices" }, CHOICES.map((choice, i) => button(t(choice), keys[i], () => commit(choice), { class: "choice", "aria-pressed": String(row?.choice === choice) }))));
       return;
     }
-    const { answers } = draftOf(current), { order: questions, labels } = rubric();
+    const { decisions } = draftOf(current), { order: questions, labels } = rubric();
     const steps = questions.map((question, i) => {
-      const given = answers[i], now = i === answers.length && labelOf(answers) === null;
+      const given = decisions[i], now = i === decisions.length && labelOf(decisions) === null;
       const line = h("li", { class: now ? "now" : given === undefined ? "later" : "given", "aria-current": now ? "step" : null }, h("span", { class: "question" }, question), given === undefined ? null : h("b", {}, t(given ? "yes" : "no")));
       if (!now) return line;
       parts.yes = button(t("yes"), "y", () => decide(true));
@@ -679,12 +679,12 @@ async function render({ root, task, store, language = "en", wholePage = false })
 
   function helpText() {
     const line = (keys, text) => [h("dt", {}, keys.map((name) => h("kbd", {}, name))), h("dd", {}, text)];
-    const answers = pair ? [[["A", "B", "T", "X"], t("key_pair")]] : [[["Y", "N"], t("key_yes_no")], [["Backspace"], t("key_step_back")], [["A", "B", "C", "D", "E"], t("key_letters")]];
+    const decisions = pair ? [[["A", "B", "T", "X"], t("key_pair")]] : [[["Y", "N"], t("key_yes_no")], [["Backspace"], t("key_step_back")], [["A", "B", "C", "D", "E"], t("key_letters")]];
     const rest = [[["U"], t("undo")], [["S"], t("skip")], [["["], t("back")], [["]"], t("next")], [["H"], t("key_history")], [["R"], t("rubric")], [["W"], t(pair ? "reason" : "note")],
       ...(pair ? [] : [[["M"], t("mark")], [["O"], t("key_original")]]), [["Space"], t("key_scroll")], [["L"], t("theme")], [["?"], t("keys")]];
     const box = h("input", { type: "checkbox", on: { change: (event) => { prefs.shortcuts = event.target.checked; writePrefs(prefs); } } });
     box.checked = prefs.shortcuts;
-    return [h("h2", {}, t("keys")), h("h3", {}, t("answer_keys")), h("dl", { class: "keys" }, answers.map(([keys, text]) => line(keys, text))),
+    return [h("h2", {}, t("keys")), h("h3", {}, t("choice_keys")), h("dl", { class: "keys" }, decisions.map(([keys, text]) => line(keys, text))),
       h("h3", {}, t("other_keys")), h("dl", { class: "keys" }, rest.map(([keys, text]) => line(keys, text))), h("label", {}, box, " ", t("shortcuts"))];
   }
 
@@ -726,7 +726,7 @@ async function render({ root, task, store, language = "en", wholePage = false })
   const RUN = { u: undo, s: skip, r: () => openDialog("rubric"), w: writeNote, l: toggleTheme, "?": () => openDialog("help"), "[": () => move(-1), "]": () => move(1), m: mark, o: toggleOriginal,
     h: () => { if (parts.history) parts.history.open = !parts.history.open; } };
 
-  function answerKey(name) {
+  function choiceKey(name) {
     if (current === null) return false;
     if (pair) {
       const choice = CHOICES[["a", "b", "t", "x"].indexOf(name)] ?? CHOICES[["1", "2", "3", "4"].indexOf(name)];
@@ -763,7 +763,7 @@ async function render({ root, task, store, language = "en", wholePage = false })
     const onButton = event.target.closest?.("button, summary, a") && (name === " " || event.key === "Enter");
     if (onButton) return;
     if (marking && markingKey(event, name)) return event.preventDefault();
-    if (event.repeat || !prefs.shortcuts || !(answerKey(name) || run(name))) return;
+    if (event.repeat || !prefs.shortcuts || !(choiceKey(name) || run(name))) return;
     event.preventDefault();
   }
 

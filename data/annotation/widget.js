@@ -1,4 +1,4 @@
-// Host: a notebook widget (anywidget). Every answer goes to Python at once, which writes it to a file and says so.
+// Host: a notebook widget (anywidget). Every annotation goes to Python at once, which writes it to a file and says so.
 
 const PATIENCE = 10_000; // milliseconds before Python is taken to be gone
 

@@ -15,12 +15,12 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.special import logsumexp
 
-from .agreement import agreement_numbers, label_counts, number_lines, number_row
+from .agreement import agreement_numbers, label_counts, number_lines
 from .task import read_annotations
 from ..core.files import InputError, read_rows, write_json, write_rows
 from ..core.records import Sample
 from ..core.stage import Ledger
-from ..core.stats import rate, rate_ends
+from ..core.stats import finite, number_row, rate, rate_ends
 from ..judging.rubric import LABELS
 
 # %% ../../nbs/annotation/06_consensus.ipynb #141fd981
@@ -91,13 +91,9 @@ class Consensus:
                 for id, p in zip(self.samples, self.posterior)]
 
 
-def dawid_skene(
-    annotations: list,  # `Annotation` rows
-    labels: tuple = LABELS,  # Labels that may occur
-    gold: dict | None = None,  # {sample_id: label} known for certain; other samples in it are ignored
-    smoothing: float = 1.0,  # 0 is the paper's estimate
-) -> Consensus:
-    "Labels and annotators' errors together; raises `InputError` when no sample has two annotations or is gold."
+def dawid_skene(annotations: list, labels: tuple = LABELS, gold: dict | None = None, smoothing: float = 1.0):
+    """`Consensus` of labels and annotators' errors; `gold` is {sample_id: label}, `smoothing` 0 the paper's estimate.
+    Raises `InputError` when no sample has two annotations or is gold."""
     votes, samples, people = vote_matrix(annotations, labels)
     known = {i: labels.index(gold[id]) for i, id in enumerate(samples) if gold and id in gold}
     shared = [i for i, n in enumerate(votes.sum(1)) if n > 1 or i in known]
@@ -149,23 +145,22 @@ def label_noise(annotations: list, labels: tuple = LABELS, groups: int = 40, see
     given, c = np.asarray(votes.sum(0)).reshape(-1, k).sum(1), min(n, groups)
 
     def errors(votes):  # of each annotator, of a single label, after aggregation
-        posterior, prior, confusion, *_ = fit_votes(votes, k, smoothing=1.0, tol=1e-5)
+        posterior, prior, confusion, *_ = fit_votes(votes, k, smoothing=1.0, tol=1e-4)
         each = 1 - prior @ np.einsum("kjk->kj", confusion)
         return np.array([*each, each @ given / given.sum(), 1 - posterior.max(1).mean()])
 
     value, group = errors(votes), np.random.default_rng(seed).permutation(n) % c
-    left = np.array([errors(votes[group != g]) for g in range(c)]) if c > 1 else np.full((1, len(value)), np.nan)
+    left = np.array([errors(votes[group != g]) if c > 1 else value for g in range(c)])
     low, high = rate_ends(value, (left - left.mean(0)).T, np.array(c), 0.95)
     columns = [("label_error", "annotator", name, m) for name, m in zip(people, given)]
     columns += [("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
-    number = lambda x: float(x) if np.isfinite(x) else None
-    return [number_row(metric, {"mean": float(e), "low": number(l), "high": number(h), "n": int(m)}, part, key)
+    return [number_row(metric, {"mean": float(e), "low": finite(l), "high": finite(h), "n": int(m)}, part, key)
             for (metric, part, key, m), e, l, h in zip(columns, value, low, high)]
 
 # %% ../../nbs/annotation/06_consensus.ipynb #0fb44f10
-def adjudication(annotations: list, model: Consensus, max_doubt: float = 0.2, done: set | dict = frozenset()) -> list[dict]:
+def adjudication(annotations: list, model: Consensus, max_doubt: float = 0.2, done: set = frozenset()) -> list[dict]:
     """Queue for a further annotator, most doubtful first: `{sample_id, why, doubt, label, votes, annotators}`.
-    Why is tie, unsure (doubt, 1 - probability of the likeliest label, above `max_doubt`), overruled or lone."""
+    Why is tie, unsure (1 - probability of the likeliest label is above `max_doubt`), overruled or lone."""
     rows, out = defaultdict(list), []
     for row in annotations: rows[row.sample_id].append(row)
     for id, p in zip(model.samples, model.posterior):
@@ -213,7 +208,7 @@ def write_consensus(
     numbers, queue = agreement_numbers(annotations, clusters=clusters) + gold_numbers(annotations, known), []
     if len(annotations) > len(labels):
         model = dawid_skene(annotations, gold=known)
-        queue = adjudication(annotations, model, done=known | decided)
+        queue = adjudication(annotations, model, done={*known, *decided})
         numbers += label_noise(annotations, seed=seed)
         confusion = {name: model.confusion[:, j].tolist() for j, name in enumerate(model.people)}
         write_json(out / "annotators.json", {"labels": model.labels, "prior": model.prior, "confusion": confusion,

@@ -12,10 +12,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from .task import CSV, csv_lines, item_of, read_annotations, write_csv
+from .task import CSV, csv_lines, item_of, read_annotations, read_items, write_csv
 from ..core.files import (InputError, decode, read_bytes, read_json, read_rows, resource, row_of, stable_id,
                                 write_bytes, write_json, write_rows)
-from ..core.records import Annotation, Pair, Preference, Sample
+from ..core.records import Annotation, Pair, Preference
 from ..core.stage import Ledger
 from ..judging.rubric import LABELS, LETTERS, words_of
 
@@ -45,7 +45,7 @@ def keep_last(rows: list, ledger: Ledger) -> list:  # One per person and item
     return [row for i, row in enumerate(rows) if last[row.annotator, item_of(row)] == i]
 
 # %% ../../nbs/annotation/08_exchange.ipynb #54611367
-BLOCKS = {"setting": "system_prompt", "conversation": "prompt", "reply": "response"}
+BLOCKS = {"setting": "system_prompt", "conversation": "prompt", "response": "response"}
 PAIR_CONFIG = resource("data", "annotation", "label_studio_pairs.xml")  # Labelling configuration of blind pairs
 
 
@@ -56,7 +56,8 @@ def label_studio_config(language: str = "en") -> str:  # XML
     add("Style").text = ".htx-text { white-space: pre-wrap; }"  # otherwise offsets count spaces that are not shown
     for block, name in BLOCKS.items():
         add("Header", value=words["blocks"][block])
-        if name == "prompt": add("Paragraphs", name=name, value="$prompt", layout="dialogue", nameKey="role", textKey="content")
+        if name == "prompt":
+            add("Paragraphs", name=name, value="$prompt", layout="dialogue", nameKey="role", textKey="content")
         if name == "response": add("Label", add("Labels", name="span", toName="response"), value="offending")
         if name != "prompt": add("Text", name=name, value=f"${name}", granularity="symbol")
     add("Header", value=" ".join([words["decide"], *words["order"]]))
@@ -85,10 +86,10 @@ def label_studio_annotation(row: Annotation, response: str) -> dict:
         start, end = (utf16_offset(response, at) for at in span)
         value = {"start": start, "end": end, "text": response[slice(*span)], "labels": ["offending"]}
         values.append(("labels", "span", value))
-    result = [{"id": stable_id(name, value, row.sample_id, row.annotator, n=10), "from_name": name, "to_name": "response",
-               "type": kind, "value": value} for kind, name, value in values]
-    return {"completed_by": {"email": row.annotator}, "result": result, "lead_time": row.seconds, "was_cancelled": False,
-            "ground_truth": False}
+    result = [{"id": stable_id(name, value, row.sample_id, row.annotator, n=10), "from_name": name,
+               "to_name": "response", "type": kind, "value": value} for kind, name, value in values]
+    return {"completed_by": {"email": row.annotator}, "result": result, "lead_time": row.seconds,
+            "was_cancelled": False, "ground_truth": False}
 
 
 def to_label_studio(rows: list, annotations: list = (), ledger: Ledger | None = None) -> list[dict]:
@@ -100,8 +101,8 @@ def to_label_studio(rows: list, annotations: list = (), ledger: Ledger | None = 
     for row in rows:
         texts = row.model_dump(include=fields | {"system_prompt", "prompt"}, mode="json")
         task = {"data": {"pair_id" if is_pair else "sample_id": row.id, **texts}}
-        given = {} if is_pair else {"annotations": [label_studio_annotation(one, row.response) for one in annotated[row.id]]}
-        out.append(task | given)
+        if not is_pair: task["annotations"] = [label_studio_annotation(one, row.response) for one in annotated[row.id]]
+        out.append(task)
     return out
 
 # %% ../../nbs/annotation/08_exchange.ipynb #33fb504d
@@ -127,7 +128,7 @@ def label_studio_fields(entry: dict) -> tuple[list, str, list]:  # Labels given,
     "What an annotation of a task, or a row of JSON-MIN, says."
     results = entry.get("result") or []
     if "result" in entry:
-        of = lambda kind, key: [text for one in results if one.get("type") == kind for text in one["value"].get(key, [])]
+        of = lambda kind, key: [x for one in results if one.get("type") == kind for x in one["value"].get(key, [])]
         return of("choices", "choices"), "\n".join(of("textarea", "text")), results
     def flat(value):
         if isinstance(value, dict): value = value.get("choices") or value.get("text") or []
@@ -184,9 +185,8 @@ def to_tool(
     language: str = "en",  # Of the configuration: en or zh
 ) -> list[str]:  # Lines to print
     "Write samples as tasks of an annotation tool, or as a sheet for a spreadsheet."
-    raw, ledger = read_rows(samples), side_ledger("to_tool", out, tool)
-    pairs = bool(raw) and "arms" in raw[0]
-    rows, given = read_rows(samples, Pair if pairs else Sample), read_annotations(annotations) if annotations else []
+    ledger, rows = side_ledger("to_tool", out, tool), read_items(samples)
+    pairs, given = bool(rows) and isinstance(rows[0], Pair), read_annotations(annotations) if annotations else []
     if tool == "label-studio":
         tasks = to_label_studio(rows, given, ledger)
         config = PAIR_CONFIG.read_text() if pairs else label_studio_config(language)
@@ -196,8 +196,8 @@ def to_tool(
         if pairs: raise InputError("holds pairs, which a sheet cannot show", samples, remedy="use label-studio")
         annotated, tasks = by_sample(rows, given), []
         for row in rows:
-            said = "\n".join(f"{message.role}: {message.content}" for message in row.prompt)
-            texts = {"sample_id": row.id, "system_prompt": row.system_prompt, "prompt": said, "response": row.response}
+            prompt = "\n".join(f"{message.role}: {message.content}" for message in row.prompt)
+            texts = {"sample_id": row.id, "system_prompt": row.system_prompt, "prompt": prompt, "response": row.response}
             tasks += [texts | one.model_dump(include=set(SHEET)) for one in annotated[row.id]] or [texts]
         write_csv(out, tasks, SHEET)
     ledger.reconcile(len(rows), len(rows)).save()
@@ -212,7 +212,8 @@ def from_tool(
     names: Path | None = None,  # Foreign labels: a JSON file {"their label": "ours"}
 ) -> list[str]:  # Lines to print
     "Read annotations out of a tool's export, or out of a sheet filled in."
-    ledger, (who, words) = side_ledger("from_tool", out, tool), [read_json(path) if path else {} for path in (people, names)]
+    who, words = [read_json(path) if path else {} for path in (people, names)]
+    ledger = side_ledger("from_tool", out, tool)
     if tool == "label-studio":
         as_list = decode(read_bytes(export), export).lstrip()[:1] == "["
         rows = from_label_studio(read_json(export) if as_list else read_rows(export), who, words, ledger)

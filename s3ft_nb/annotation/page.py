@@ -45,7 +45,7 @@ def embedded(value: dict) -> Markup:  # For a script element of type application
 
 # %% ../../nbs/annotation/02_page.ipynb #54eee714
 def page_html(task: Task, annotator: str = "") -> str:
-    "A page that holds all it needs; its security policy allows its own script and style, and no address, form or frame."
+    "A page that holds all it needs; its security policy allows its own script and style, no address, form or frame."
     code, style, payload = page_script("page"), page_part("view.css"), task_payload(task, annotator)
     allowed = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     policy = (f"default-src 'none'; script-src {allowed(code)}; style-src {allowed(style)}; base-uri 'none'; "
@@ -61,7 +61,7 @@ def write_page(path: str | Path, task: Task, annotator: str = "") -> Path:
 
 
 def write_pages(
-    items: Path,  # Samples (five labels) or pairs (which is better), JSON Lines; such as sample/to_annotate.jsonl of a run
+    items: Path,  # Samples (five labels) or pairs (which is better), JSON Lines; such as to_annotate.jsonl of a run
     out: Path,  # File to make, .html; with assignments a folder, one file per person
     annotator: str = "",  # Name of the person; the page asks when empty
     assignments: Path | None = None,  # Who annotates what: JSON {"name": ["item id", …], …}; the order is kept

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .agreement import alpha, number_lines, number_row
+from .agreement import alpha, number_lines
 from .task import read_annotations
 from ..core.files import InputError, read_rows, write_rows
 from ..core.records import Annotation, Pair, Preference
-from ..core.stats import estimate_sums, holm, paired_difference, rate
+from ..core.stats import estimate_sums, holm, number_row, paired_difference, rate
 
 # %% ../../nbs/annotation/07_preference.ipynb #aafd545e
 CHOICES = ("first", "second", "tie", "both_bad")
@@ -100,11 +100,12 @@ def abilities(wins: np.ndarray, pseudo: float = 0.0, steps: int = 200) -> np.nda
 
 
 def bradley_terry(outcomes: list, reference: str = "", pseudo: float = 0.5) -> list[dict]:  # Best arm first
-    "Ability of every arm against a reference (the first by name), clustered by conversation; no intervals if `pseudo` is 0."
+    "Ability of every arm against a reference (the first by name), by conversation; no intervals if `pseudo` is 0."
     arms, groups = sorted({arm for one in outcomes for arm in one.arms}), defaultdict(list)
     if len(arms) < 2 or (reference or arms[0]) not in arms:
         raise InputError(f"no arm {reference!r} among {arms}" if arms else "no judgements", field="reference")
-    arms.sort(key=lambda arm: arm != (reference or arms[0]))
+    reference = reference or arms[0]
+    arms.sort(key=lambda arm: arm != reference)
     for one in outcomes: groups[one.dialogue_id].append(one)
     table = np.array([win_table(rows, arms).ravel() for rows in groups.values()])
     fit = lambda sums: abilities(sums.reshape(*sums.shape[:-1], len(arms), len(arms)), pseudo)

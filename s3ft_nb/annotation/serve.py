@@ -28,6 +28,7 @@ from ..core.records import Annotation, Preference
 
 # %% ../../nbs/annotation/04_serve.ipynb #aa4775ca
 SCHEMA = """
+PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS person (annotator TEXT PRIMARY KEY, token TEXT NOT NULL UNIQUE, items TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS change (annotator TEXT NOT NULL REFERENCES person, submission TEXT NOT NULL,
@@ -37,9 +38,10 @@ CREATE TABLE IF NOT EXISTS annotation (annotator TEXT NOT NULL REFERENCES person
     skipped INTEGER NOT NULL, position INTEGER, PRIMARY KEY (annotator, item));
 """
 LOG = "INSERT OR IGNORE INTO change (annotator, submission, item, row, skipped) VALUES (?, ?, ?, ?, ?)"
-UPSERT = """INSERT INTO annotation SELECT ?1, ?2, ?3, ?4, CASE WHEN ?3 IS NULL THEN NULL ELSE coalesce(max(position), 0) + 1 END
-    FROM annotation WHERE annotator = ?1 ON CONFLICT DO UPDATE SET row = excluded.row, skipped = excluded.skipped,
-    position = coalesce(position, excluded.position)"""
+UPSERT = """INSERT INTO annotation
+    SELECT ?1, ?2, ?3, ?4, CASE WHEN ?3 NOTNULL THEN coalesce(max(position), 0) + 1 END
+    FROM annotation WHERE annotator = ?1 ON CONFLICT DO UPDATE SET
+    row = excluded.row, skipped = excluded.skipped, position = coalesce(position, excluded.position)"""
 
 
 def connect(path: str | Path) -> sqlite3.Connection:
@@ -49,12 +51,11 @@ def connect(path: str | Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds the tokens
         db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"): db.execute(f"PRAGMA {setting}")
         db.executescript(SCHEMA)
         return db
     except OSError as error: raise cannot_write(path, error) from None
     except sqlite3.DatabaseError as error:
-        raise InputError(f"is not a file of annotations: {error}", path, remedy="make it by s3ft annotate serve") from None
+        raise InputError(f"is not a file of annotations: {error}", path, remedy="choose another") from None
 
 # %% ../../nbs/annotation/04_serve.ipynb #2c4c29cc
 class Store:
@@ -62,7 +63,7 @@ class Store:
 
     def __init__(self, path: str | Path, task: Task | None = None, assignments: dict | None = None):
         if task is None and not Path(path).is_file():
-            raise InputError("no such file of annotations", path, remedy="check the path, or name the items to annotate")
+            raise InputError("no such file of annotations", path, remedy="check the path, or name the items")
         self.path, self.lock, self.db = Path(path), threading.Lock(), connect(path)
         self.task = self.set_up(task, assignments or {})
         people = self.query("SELECT annotator, items, token FROM person ORDER BY rowid")
@@ -78,7 +79,7 @@ class Store:
     def set_up(self, task: Task | None, assignments: dict) -> Task:
         "Write task and people ({annotator: item ids in order}), or check them against those that are there."
         stored = self.query("SELECT value FROM setting WHERE name = 'task'")
-        if not stored and task is None: raise InputError("holds no task", self.path, remedy="name the items to annotate")
+        if not stored and task is None: raise InputError("holds no task", self.path, remedy="name its items")
         kept = row_of(Task, json.loads(stored[0][0]), self.path) if stored else task
         if task and kept.id != task.id:
             raise InputError("holds another task", self.path, remedy="choose another file for these items")
@@ -88,7 +89,7 @@ class Store:
                 raise InputError(f"invalid name {name!r}", field="annotators", remedy="use 1 to 80 characters")
             for_annotator(kept, ids)
             if here.get(name, ids) != ids:
-                raise InputError(f"{name} has other items already", self.path, remedy="leave them, or choose another file")
+                raise InputError(f"{name} has other items already", self.path, remedy="choose another file")
         with self.lock:
             self.db.execute("BEGIN IMMEDIATE")
             self.db.execute("INSERT OR IGNORE INTO setting VALUES ('task', ?)", [kept.model_dump_json()])
@@ -210,7 +211,7 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
         from starlette.responses import Response
         from starlette.routing import Route
     except ImportError:
-        raise InputError("needs starlette and uvicorn", field="serve", remedy="pip install s3ft_nb[annotation]") from None
+        raise InputError("starlette and uvicorn are missing", remedy="pip install s3ft_nb[annotation]") from None
     files = public_files()
     respond = lambda status, value: Response(to_json(value), status, media_type="application/json")
 
@@ -249,7 +250,7 @@ def public_address(host: str, port: int, address: str = "") -> tuple[str, set[st
         remedy = "write it like https://labels.example.org"
         raise InputError(f"{address!r} is not an address", field="--address", remedy=remedy)
     remedy = "name the address that annotators will type, such as http://192.168.1.4:8765"
-    if not is_loopback(host): raise InputError(f"is needed when others can reach {host}", field="--address", remedy=remedy)
+    if not is_loopback(host): raise InputError(f"is needed: others can reach {host}", field="--address", remedy=remedy)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", {"127.0.0.1", "localhost", "::1", host}
 
 

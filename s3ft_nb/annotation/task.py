@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CSV', 'FORMULA', 'CONTEXT', 'NEIGHBOURS', 'MAX_NOTE', 'csv_cell', 'write_csv', 'csv_lines', 'item_of',
            'read_annotations', 'simulate', 'Item', 'LabelItem', 'PairItem', 'Task', 'make_task', 'for_annotator',
-           'shuffled', 'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words', 'task_payload',
-           'checked_row', 'Change', 'checked_change', 'read_assignments']
+           'shuffled', 'read_items', 'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words',
+           'task_payload', 'checked_row', 'Change', 'checked_change', 'read_assignments']
 
 # %% ../../nbs/annotation/00_task.ipynb #62c1ece9
 import csv
@@ -148,11 +148,11 @@ class Task(Row):
 def make_task(rows: list, title: str = "", language: str = "en") -> Task:  # rows: samples with a response, or pairs
     "A task; raises `InputError` when there are no rows, two share an id, or a sample has no response."
     twice = [id for id, n in Counter(row.id for row in rows).items() if n > 1]
-    if twice: raise InputError(f"{len(twice)} ids occur twice, first {twice[0]}", field="items", remedy="make ids unique")
+    if twice: raise InputError(f"{len(twice)} ids occur twice, first {twice[0]}", remedy="make ids unique")
     if not rows: raise InputError("a task without items", field="items", remedy="pass at least one sample or pair")
     kind, model = ("pair", PairItem) if isinstance(rows[0], Pair) else ("label", LabelItem)
     empty = [row.id for row in rows if kind == "label" and not row.response]
-    if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy="restyle it, or leave it out")
+    if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy="restyle it")
     items = [model(**{name: getattr(row, name) for name in model.model_fields}) for row in rows]
     id = stable_id(kind, sorted(stable_id(item) for item in items))
     return row_of(Task, {"kind": kind, "id": id, "title": title, "language": language, "items": items})
@@ -173,11 +173,15 @@ def shuffled(task: Task, seed: int) -> Task:
     return task.model_copy(update={"items": sorted(task.items, key=lambda item: stable_id(seed, item.id))})
 
 
-def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
-    "Make a task from a file of samples or pairs, shuffled by the seed `mix`; raises `InputError` naming line and field."
+def read_items(path: str | Path) -> list[Sample] | list[Pair]:
+    "Rows of a file of samples or of pairs; raises `InputError` naming line and field."
     rows = read_rows(path)
-    rows = read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
-    try: task = make_task(rows, title, language)
+    return read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
+
+
+def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
+    "A task from a file of samples or pairs, shuffled by the seed `mix`; raises `InputError` naming line and field."
+    try: task = make_task(read_items(path), title, language)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return task if mix is None else shuffled(task, mix)
 
@@ -191,7 +195,7 @@ def make_pair(a: Response, b: Response, seed: int) -> Pair:
 
 
 def draw_pairs(responses: list, n: int, seed: int, ledger: Ledger | None = None) -> list[Pair]:
-    "Draw blind pairs, equally many of every two arms as far as there are; raises `InputError` when there are fewer than `n`."
+    "Draw blind pairs, as many of every two arms as there are; raises `InputError` when there are fewer than `n`."
     places, by_arms, rng = defaultdict(dict), defaultdict(list), random.Random(seed)
     for row in responses: places[row.dialogue_id, row.turn, row.history][row.arm] = row
     for a, b in [pair for rows in places.values() for pair in combinations([rows[arm] for arm in sorted(rows)], 2)]:
@@ -231,8 +235,8 @@ def page_words() -> dict:  # {language: {texts, rubric: {role, decide, order, la
     "What the page says, in every language."
     texts, out = read_json(resource("data", "annotation", "texts.json")), {}
     for language, words in RUBRIC.items():
-        labels = [{"label": label, "letter": LETTERS[label], "short": words["short"][label], "long": words["long"][label]}
-                  for label in LABELS]
+        labels = [{"label": label, "letter": letter, "short": words["short"][label], "long": words["long"][label]}
+                  for label, letter in LETTERS.items()]
         rubric = {"role": words["role"], "decide": words["decide"], "order": list(words["order"]), "labels": labels}
         out[language] = {"texts": texts[language], "rubric": rubric}
     return out
@@ -250,7 +254,7 @@ def checked_row(task: Task, annotator: str, value: Any) -> Annotation | Preferen
     if item is None: raise InputError("is not an item of this task", field="item")
     if row.annotator != annotator: raise InputError("is somebody else", field="annotator")
     text = row.note if task.kind == "label" else row.reason
-    if len(text) > MAX_NOTE: raise InputError(f"is longer than {MAX_NOTE} characters", field="note", remedy="shorten it")
+    if len(text) > MAX_NOTE: raise InputError(f"is longer than {MAX_NOTE} characters", field="note", remedy="cut it")
     if task.kind == "label" and any(end > len(item.response) for _, end in row.spans):
         raise InputError("ends after the response", field="spans")
     return row
@@ -276,7 +280,7 @@ def checked_change(task: Task, annotator: str, value: Any) -> tuple[str, Annotat
 
 # %% ../../nbs/annotation/00_task.ipynb #377e29e0
 def read_assignments(path: str | Path | None, names: list[str] = (), ids: list[str] = ()) -> dict[str, list[str]]:
-    "Item ids of every person, in order; `names` that the file lacks get all `ids`; raises `InputError` on another file."
+    "Item ids of every person, in order; `names` that the file lacks get all `ids`. Raises `InputError` on other files."
     try: assigned = TypeAdapter(dict[str, list[str]]).validate_python(read_json(path) if path else {}, strict=True)
     except ValidationError:
         remedy = 'write {"name": ["item id", ...], ...}'

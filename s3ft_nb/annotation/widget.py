@@ -35,7 +35,8 @@ class AnnotationFile:
     def records(self) -> dict:
         "Earlier annotations as the page takes them."
         skipped = {id: {"row": None, "skipped": True} for id in self.skipped}
-        return skipped | {id: {"row": row.model_dump(mode="json"), "skipped": False} for id, row in self.by_item.items()}
+        done = {id: {"row": row.model_dump(mode="json"), "skipped": False} for id, row in self.by_item.items()}
+        return skipped | done
 
     def change(self, change: Any) -> None:
         "Take what the page sent and save it; raises `InputError` when it is invalid or cannot be written."

@@ -30,16 +30,10 @@ from pydantic import BaseModel, ValidationError
 
 # %% ../../nbs/core/00_files.ipynb #305cb9bb
 class InputError(ValueError):
-    "Invalid input: what is wrong, where, and how to fix it."
+    "Invalid input: what is wrong (message), where (file, line from 1, dotted field), and how to fix it (remedy)."
 
-    def __init__(
-        self,
-        message: str,  # What is wrong
-        file: str | Path | None = None,
-        line: int | None = None,  # From 1
-        field: str | None = None,  # Dotted name
-        remedy: str | None = None,  # How to fix it
-    ):
+    def __init__(self, message: str, file: str | Path | None = None, line: int | None = None,
+                 field: str | None = None, remedy: str | None = None):
         super().__init__(message, file, line, field, remedy)
         self.message, self.file, self.line, self.field, self.remedy = message, file, line, field, remedy
 
@@ -261,7 +255,7 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 # %% ../../nbs/core/00_files.ipynb #6ab7dd5a
 def upstream(step: str, folder: str = "") -> Path:
-    "Folder of an earlier step, or its bundled outputs when none is named; raises `InputError` when there is no such folder."
+    "Folder of an earlier step, else its bundled outputs; raises `InputError` when there is no such folder."
     path = Path(folder) if folder else resource("data", "micro-run") / step
     if path.is_dir(): return path
     raise InputError("no such folder", path, field=f"{step}_from", remedy="run that step first, or leave it empty")

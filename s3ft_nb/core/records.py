@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Role', 'Split', 'History', 'Label', 'BLANKS', 'Span', 'STANCES', 'is_blank', 'Row', 'Message', 'message',
            'check_order', 'Conversation', 'turns', 'conversation', 'Check', 'SystemPrompt', 'Rule', 'Sample',
-           'Response', 'not_empty', 'Verdict', 'Annotation', 'Pair', 'Preference', 'Score', 'OldVerdict']
+           'Response', 'not_empty', 'Verdict', 'Annotation', 'Pair', 'Preference', 'Score']
 
 # %% ../../nbs/core/01_records.ipynb #cbf56c64
 import unicodedata
@@ -31,13 +31,11 @@ def is_blank(text: str) -> bool:
 
 class Row(BaseModel):
     "A frozen record of named fields."
-
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Message(Row):
     "One message of a conversation."
-
     role: Role
     content: str  # Never blank
 
@@ -68,7 +66,6 @@ def check_order(messages: list[Message]) -> None:
 
 class Conversation(Row):
     "A conversation, oldest message first."
-
     id: str = Field(min_length=1)  # Unique in its file
     messages: list[Message]  # [system] user assistant user assistant …
     source: str = ""  # File or data set
@@ -105,14 +102,12 @@ def conversation(
 # %% ../../nbs/core/01_records.ipynb #fbb12cf4
 class Check(Row):
     "A condition on a response that a program can decide."
-
     kind: str  # One of `judging.checks`
     params: dict = {}
 
 
 class SystemPrompt(Row):
     "A system prompt of the pool."
-
     id: str = Field(min_length=1)  # Unique in the pool
     type: str  # Kind of prompt, such as symbolism
     text: str = Field(min_length=1)
@@ -125,7 +120,6 @@ class SystemPrompt(Row):
 
 class Rule(Row):
     "One demand of a system prompt."
-
     id: str = Field(min_length=1)  # Unique in its file
     text: str = Field(min_length=1)  # What is asked
     type: str = "other"  # One of `judging.rules.RULE_TYPES`, or a type of your own
@@ -137,7 +131,6 @@ class Rule(Row):
 # %% ../../nbs/core/01_records.ipynb #465b100c
 class Sample(Row):
     "One response under one system prompt, written or still to be written."
-
     id: str = Field(min_length=1)  # Derived from what it was made of
     group: str  # Samples that share conversation and system prompt
     conversation_id: str
@@ -157,7 +150,6 @@ class Sample(Row):
 
 class Response(Row):
     "What an arm wrote in one turn of a dialogue."
-
     id: str = Field(min_length=1)  # Unique over arms, histories, dialogues and turns
     arm: str  # base, unfiltered, random, s3ft …
     history: History
@@ -185,7 +177,6 @@ STANCES = ("neutral", "aligned", "conflicting")  # Of a user message to its prom
 
 class Verdict(Row):
     "Whether one response satisfies one rule."
-
     response_id: str  # This and the next six as in `Response`
     arm: str
     history: History
@@ -206,7 +197,6 @@ class Verdict(Row):
 # %% ../../nbs/core/01_records.ipynb #34ccef6f
 class Annotation(Row):
     "The label that one annotator gave to one sample."
-
     sample_id: str
     annotator: str
     label: Label
@@ -228,7 +218,6 @@ class Annotation(Row):
 
 class Pair(Row):
     "Two responses of different arms to the same prompt."
-
     id: str = Field(min_length=1)  # Tells nothing about the arms
     dialogue_id: str
     turn: int = Field(ge=1)
@@ -241,7 +230,6 @@ class Pair(Row):
 
 class Preference(Row):
     "Which response of one pair one annotator preferred."
-
     pair_id: str
     annotator: str
     choice: Literal["first", "second", "tie", "both_bad"]
@@ -252,7 +240,6 @@ class Preference(Row):
 
 class Score(Row):
     "The discriminator's probabilities of the labels of one sample."
-
     sample_id: str
     probabilities: dict[Label, float]  # Calibrated, sum 1
     outside: float = Field(default=0.0, ge=0, le=1)  # Probability of anything but a label
@@ -263,20 +250,3 @@ class Score(Row):
         wrong = abs(sum(probabilities.values()) - 1) > 1e-3 or min(probabilities.values()) < 0
         if wrong: raise InputError("are not probabilities that sum to 1", remedy="normalize them")
         return probabilities
-
-# %% ../../nbs/core/01_records.ipynb #68b4c38a
-class OldVerdict(Row):
-    "Whether one reply follows its system prompt."
-
-    response_id: str
-    arm: str
-    history: History
-    dialogue_id: str
-    conversation_id: str
-    system_prompt_id: str
-    type: str
-    turn: int = Field(ge=1)
-    adherence: Literal[0, 1] | None
-    judge: str
-    applicable: bool = True
-    detail: dict = {}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'normalize', 'near_duplicate', 'families', 'leaking', 'assert_no_leak', 'check_unique', 'draw_families',
-           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations']
+           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations',
+           'split_by_conversation']
 
 # %% ../../nbs/core/05_split.ipynb #139c5520
 import random
@@ -76,12 +77,9 @@ def check_unique(rows: list) -> None:
 
 # %% ../../nbs/core/05_split.ipynb #93fbbb85
 def draw_families(
-    prompts: list[SystemPrompt],  # All of one type, with families
-    sides: dict[str, str],  # Split of each family that has one
-    eval_fraction: float,  # Part of the prompts for evaluation, in (0, 1)
-    rng: random.Random,
-) -> dict[str, str]:  # Split of each family that had none
-    "Split the undecided families of one type at random; of several families at least one is for evaluation."
+    prompts: list[SystemPrompt], sides: dict[str, str], eval_fraction: float, rng: random.Random,
+) -> dict[str, str]:  # Split of each family that has none in `sides`
+    "Split the families of one type at random; of several families at least one is for evaluation."
     sizes, chosen = Counter(row.family for row in prompts), {}
     undecided = sorted(set(sizes) - set(sides))
     wanted = min(max(1, round(eval_fraction * len(prompts))), len(prompts) - 1)
@@ -180,3 +178,12 @@ def split_conversations(
             same = f"evaluation conversation {row.id} is also training conversation {texts[conversation_text(row)]}"
             raise InputError(same, remedy="give both one split, or drop one")
     return halves[0], halves[1]
+
+# %% ../../nbs/core/05_split.ipynb #3b116606
+def split_by_conversation(samples: list, fraction: float, seed: int) -> tuple[list, list]:
+    "Split samples into two parts without a common conversation; raises `InputError` when all come from one."
+    ids = sorted({row.conversation_id for row in samples}, key=lambda id: stable_id(seed, id))
+    remedy = "bring more or shorter conversations; fit.json of the restyle step says which were too long"
+    if len(ids) < 2: raise InputError("all samples come from one conversation", remedy=remedy)
+    first = set(ids[:min(max(1, round(fraction * len(ids))), len(ids) - 1)])
+    return tuple([row for row in samples if (row.conversation_id in first) == side] for side in (True, False))

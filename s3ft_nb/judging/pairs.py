@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from ..core.files import stable_id
 from ..core.stage import Stage
-from ..core.stats import paired_difference
+from ..core.stats import paired_difference, rate
 from .judge import read_letters
 from .rubric import blocks, quoted, words_of
 from ..lm.engine import Engine, ask_scores
@@ -42,7 +42,7 @@ def judge_pairs(
     pairs: list[dict],  # {id, conversation_id, system_prompt, prompt, a, b}
     language: str = "en",
     certainty: float = 0.4,  # Least probability of the likeliest letter among the three
-    stage: Stage | None = None,  # Keeps what the engine said; None inside the work of a stage
+    stage: Stage | None = None,  # Keeps what the engine wrote; None inside the work of a stage
 ) -> list[dict]:  # {id, conversation_id, winner: a, b, tie or None, place: first, second or empty}
     "Which response of each pair keeps better to its system prompt."
     asked = [{"id": f"{pair['id']}/{order}", "messages": pair_request(pair, order == "turned", language)}
@@ -72,15 +72,14 @@ def position_bias(rows: list[dict]) -> dict:  # {first, second, decided, p, warn
     return {"first": places["first"], "second": places["second"], "decided": decided, "p": p, "warning": warning}
 
 
-def pair_summary(rows: list[dict], seed: int = 0) -> dict:  # {a, b, tie, unknown, difference: a - b, position, winner}
-    "Which side a judge prefers; warns of a judge that follows the order, and then names no winner."
+def pair_summary(rows: list[dict], seed: int = 0) -> dict:  # {a, b, tie, unknown, win_rate of a, p, position, winner}
+    "Which side a judge prefers, ties counted half; warns of a judge that follows the order, and then names no winner."
     counts, known = Counter(row["winner"] for row in rows), [row for row in rows if row["winner"]]
-    clusters = [row["conversation_id"] for row in known]
-    worth = [{"a": 1, "b": -1, "tie": 0}[row["winner"]] for row in known]
-    difference = paired_difference(worth, [0] * len(known), clusters, seed=seed) if known else {"mean": None, "p": None}
-    position = position_bias(rows)
+    clusters, worth = [row["conversation_id"] for row in known], {"a": 1.0, "tie": 0.5, "b": 0.0}
+    values, position = [worth[row["winner"]] for row in known], position_bias(rows)
     if position["warning"]: warnings.warn(position["warning"], stacklevel=2)
-    sure = not position["warning"] and difference["p"] is not None and difference["p"] < 0.05
-    winner = ("a" if difference["mean"] > 0 else "b") if sure else None
-    return {"a": counts["a"], "b": counts["b"], "tie": counts["tie"], "unknown": counts[None],
-            "difference": difference, "position": position, "winner": winner}
+    p = paired_difference(values, [0.5] * len(known), clusters, seed=seed)["p"] if known else None
+    sure = not position["warning"] and p is not None and p < 0.05
+    winner = ("a" if sum(values) > len(values) / 2 else "b") if sure else None
+    return {"a": counts["a"], "b": counts["b"], "tie": counts["tie"], "unknown": counts[None], "p": p, "winner": winner,
+            "win_rate": rate(values, clusters) if known else None, "position": position}

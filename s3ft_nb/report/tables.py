@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..core.files import resource, write_bytes
 
-# %% ../../nbs/report/00_tables.ipynb #09a9fb63
+# %% ../../nbs/report/00_tables.ipynb #a3ecadd8
 @cache
 def metrics() -> dict[str, dict]:  # name -> {title, better, format, meaning}
     "The metrics of the house, from data/report/metrics.toml."
@@ -28,7 +28,7 @@ def metrics() -> dict[str, dict]:  # name -> {title, better, format, meaning}
 
 def metric_of(name: str) -> dict:  # {title, better, format, meaning}
     "A metric by name; an unknown one prints as a count where its name is one, else as a decimal."
-    kind = "count" if name.startswith(("rows_", "n_")) else "decimal"
+    kind = "count" if name.startswith(("rows_", "n_", "tokens_")) else "decimal"
     unknown = {"title": name.replace("_", " ").capitalize(), "better": "", "format": kind, "meaning": ""}
     return metrics().get(name) or unknown
 
@@ -178,7 +178,7 @@ def pivot(
     heads = [heading or index.capitalize(), *(word(columns, across) for across in acrosses), "n"]
     return Table(title or f"{heads[0]} by {columns}", heads, body, caption, name)
 
-# %% ../../nbs/report/00_tables.ipynb #c0ce1769
+# %% ../../nbs/report/00_tables.ipynb #f06c6617
 ALPHA, MARGIN = 0.05, 0.05  # called different below this p; called equivalent within these points
 
 
@@ -197,7 +197,8 @@ def differences(numbers: list[dict], title: str = "Paired differences", name: st
     "Comparisons of arms (`against`) as a table: difference, p, n and outcome."
     rows = [row for row in select(numbers, against=None, **where) if row.get("against") and not is_missing(row)]
     text = lambda p: MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-    names = lambda row: [metric_of(row["metric"])["title"], f"{row['arm']} minus {row['against']}"]
+    pair = lambda row: f"{row['arm']} minus {row['against']}" if row["arm"] != row["against"] else row["arm"]
+    names = lambda row: [metric_of(row["metric"])["title"], pair(row)]
     body = [[*names(row), row, text(row.get("p")), row["n"], outcome(row)] for row in rows]
     caption = ("Rates in percentage points; mean [95 % interval over conversations] on the same turns of the same "
                "conversations; p: exchange of whole conversations, adjusted for all comparisons (Holm).")

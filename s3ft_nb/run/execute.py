@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEATH_SIGNAL', 'SERVE', 'TAIL', 'FULL_DISK', 'LESS', 'TRACEBACK_LINES', 'LONGEST_SOCKET', 'PATIENCE', 'StepFailed',
-           'KernelDied', 'Waiting', 'die_with', 'serve', 'kernel_environment', 'last_event', 'clock', 'status', 'every',
-           'live', 'peak_memory', 'heirs', 'meaning', 'died', 'kernel_manager', 'killed_by_ctrl_c', 'execute']
+           'KernelDied', 'Waiting', 'die_with', 'serve', 'kernel_environment', 'last_event', 'clock', 'status',
+           'repeat_in_thread', 'show_progress', 'peak_memory', 'subclasses', 'run_error', 'kernel_died',
+           'kernel_manager', 'killed_by_ctrl_c', 'execute']
 
 # %% ../../nbs/run/02_execute.ipynb #c57487e7
 import ctypes
@@ -106,7 +107,7 @@ def status(title: str, event: dict | None, seconds: float, width: int = 20) -> s
 
 
 @contextmanager
-def every(seconds: float, do: Callable[[], Any]) -> Iterator[None]:
+def repeat_in_thread(seconds: float, do: Callable[[], Any]) -> Iterator[None]:
     "Call a function again and again in a thread while the context is open."
     def run() -> None:
         while not over.wait(seconds): do()
@@ -121,8 +122,8 @@ def every(seconds: float, do: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def live(title: str, events: Path, stream: TextIO | None = None) -> Iterator[Callable[[], None]]:  # shows the line now
-    "Show where a step is: a line drawn over on a terminal, a new line every ten seconds in a log."
+def show_progress(title: str, events: Path, stream: TextIO | None = None) -> Iterator[Callable[[], None]]:
+    "Show where a step is while the context is open: one line on a terminal, a new line every ten seconds in a log."
     stream, began = stream or sys.stderr, time.monotonic()
     terminal = stream.isatty()
 
@@ -131,7 +132,7 @@ def live(title: str, events: Path, stream: TextIO | None = None) -> Iterator[Cal
         stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
         stream.flush()
 
-    with every(0.5 if terminal else 10.0, show): yield show
+    with repeat_in_thread(0.5 if terminal else 10.0, show): yield show
     if terminal: stream.write("\r\x1b[K")
 
 
@@ -148,7 +149,7 @@ def peak_memory() -> Iterator[list[int]]:  # [bytes], filled in while the contex
 
     peak = [0]
     look()
-    with every(0.25, look): yield peak
+    with repeat_in_thread(0.25, look): yield peak
 
 # %% ../../nbs/run/02_execute.ipynb #7ac14821
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
@@ -156,7 +157,7 @@ LESS = "try less at a time: smaller per_device_train_batch_size, batch_size or m
 TRACEBACK_LINES = 15
 
 
-def heirs(name: str, sources: list[str]) -> set[str]:
+def subclasses(name: str, sources: list[str]) -> set[str]:
     "The names of a class and of its subclasses in some sources."
     pairs = [pair for text in sources for pair in re.findall(r"^class (\w+)\((\w+)[,)]", text, re.M)]
     found = {name}
@@ -164,12 +165,12 @@ def heirs(name: str, sources: list[str]) -> set[str]:
     return found
 
 
-def meaning(name: str, text: str, traceback: list[str], copy: Path) -> Exception:  # copy: the executed notebook
+def run_error(name: str, text: str, traceback: list[str], copy: Path) -> Exception:  # copy: the executed notebook
     "An error of a notebook as the run raises it."
     trace, last = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback)), redact(f"{name}: {text}")
     sources = [file.read_text(encoding="utf-8") for file in Path(s3ft_nb.__file__).parent.rglob("*.py")]
     if name == "NeedsPeople": return Waiting(redact(text))
-    if name in heirs("InputError", sources): return InputError(redact(text))
+    if name in subclasses("InputError", sources): return InputError(redact(text))
     if any(sign in trace or sign in text for sign in FULL_DISK):
         return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")
     if name in ("MemoryError", "OutOfMemoryError"): return StepFailed(f"not enough memory: {last}\n{LESS}")
@@ -177,7 +178,7 @@ def meaning(name: str, text: str, traceback: list[str], copy: Path) -> Exception
     return StepFailed("\n".join([*lines, f"executed notebook: {copy}"]))
 
 
-def died(log: Path) -> KernelDied:
+def kernel_died(log: Path) -> KernelDied:
     "What can be said about a kernel that ended without a message, from its log."
     last = redact(log.read_text(errors="replace")).strip().splitlines()[-5:] if log.is_file() else []
     return KernelDied("\n".join(["the kernel died; most often the machine ran out of memory", *last, LESS]))
@@ -251,7 +252,7 @@ def execute(
                 progress_bar=False, log_output=False, cwd=str(copy.parent), start_timeout=PATIENCE,
                 kernel_manager_class=kernel_manager(Path(room), environment, pids), iopub_timeout=PATIENCE)
         except PapermillExecutionError as error:
-            raise meaning(error.ename, str(error.evalue), error.traceback, copy) from None
+            raise run_error(error.ename, str(error.evalue), error.traceback, copy) from None
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "died" not in str(error): raise
-            raise died(Path(room, "log")) from None
+            raise kernel_died(Path(room, "log")) from None

@@ -19,7 +19,7 @@ from typing import Any
 import s3ft_nb
 from ..core.files import InputError, read_json, resource, resource_names, stable_id, write_json
 from ..core.stage import file_hash
-from .recipe import Step, read_notebook, source
+from .recipe import Step, read_notebook
 
 # %% ../../nbs/run/01_steps.ipynb #5c45c87e
 WHOLE = 64 << 20  # Files up to this size are hashed whole, bytes
@@ -174,7 +174,7 @@ def data_used(texts: list[str]) -> dict[str, str]:  # {folder of bundled data: h
 def fingerprint(step: Step, needs: dict[str, str]) -> str:  # needs: {step: its digest}; SHA-256, hexadecimal
     "A hash of everything that the result of a step depends on."
     cells = read_notebook(step.notebook)["cells"]
-    code = [source(cell) for cell in cells if cell.get("cell_type") == "code"]
+    code = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
     own = modules(code, step.notebook.parent)
     data = data_used([json.dumps(step.values), *code, *own.values()])
     return stable_id(s3ft_nb.__version__, code, own, data, inputs(step.values), needs, n=64)

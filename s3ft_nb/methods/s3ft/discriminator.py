@@ -70,9 +70,10 @@ def train(
     "Teach the base model to answer the rubric; raises `InputError` where `sft` does."
     rows = training_rows(samples, labels, language, ledger)
     if not rows: raise InputError("no labelled samples to train on", field="labels", remedy="annotate some samples")
-    shown, repeats = oversample(rows, max_repeats), Ledger("discriminator")
-    done = sft(model, shown, out, repeats, **settings)
-    lost = {one["id"].split("#")[0]: one for one in repeats.dropped}
+    shown, fresh = oversample(rows, max_repeats), settings.pop("fresh", False)
+    repeats = Stage(out, "discriminator", fresh=fresh)
+    done = sft(model, shown, repeats, **settings)
+    lost = {one["id"].split("#")[0]: one for one in repeats.ledger.dropped}
     for id, one in lost.items():
         if ledger is not None: ledger.drop(id, one["reason"], one["detail"])
     counts = Counter(label for label in labels.values() if label is not None)

@@ -91,13 +91,9 @@ class Consensus:
                 for id, p in zip(self.samples, self.posterior)]
 
 
-def dawid_skene(
-    annotations: list,  # `Annotation` rows
-    labels: tuple = LABELS,  # Labels that may occur
-    gold: dict | None = None,  # {sample_id: label} known for certain; other samples in it are ignored
-    smoothing: float = 1.0,  # 0 is the paper's estimate
-) -> Consensus:
-    "Labels and annotators' errors together; raises `InputError` when no sample has two annotations or is gold."
+def dawid_skene(annotations: list, labels: tuple = LABELS, gold: dict | None = None, smoothing: float = 1.0):
+    """`Consensus` of labels and annotators' errors; `gold` is {sample_id: label}, `smoothing` 0 the paper's estimate.
+    Raises `InputError` when no sample has two annotations or is gold."""
     votes, samples, people = vote_matrix(annotations, labels)
     known = {i: labels.index(gold[id]) for i, id in enumerate(samples) if gold and id in gold}
     shared = [i for i, n in enumerate(votes.sum(1)) if n > 1 or i in known]

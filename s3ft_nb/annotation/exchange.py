@@ -12,10 +12,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from .task import CSV, csv_lines, item_of, read_annotations, write_csv
+from .task import CSV, csv_lines, item_of, read_annotations, read_items, write_csv
 from ..core.files import (InputError, decode, read_bytes, read_json, read_rows, resource, row_of, stable_id,
                                 write_bytes, write_json, write_rows)
-from ..core.records import Annotation, Pair, Preference, Sample
+from ..core.records import Annotation, Pair, Preference
 from ..core.stage import Ledger
 from ..judging.rubric import LABELS, LETTERS, words_of
 
@@ -185,9 +185,8 @@ def to_tool(
     language: str = "en",  # Of the configuration: en or zh
 ) -> list[str]:  # Lines to print
     "Write samples as tasks of an annotation tool, or as a sheet for a spreadsheet."
-    raw, ledger = read_rows(samples), side_ledger("to_tool", out, tool)
-    pairs = bool(raw) and "arms" in raw[0]
-    rows, given = read_rows(samples, Pair if pairs else Sample), read_annotations(annotations) if annotations else []
+    ledger, rows = side_ledger("to_tool", out, tool), read_items(samples)
+    pairs, given = bool(rows) and isinstance(rows[0], Pair), read_annotations(annotations) if annotations else []
     if tool == "label-studio":
         tasks = to_label_studio(rows, given, ledger)
         config = PAIR_CONFIG.read_text() if pairs else label_studio_config(language)
@@ -197,8 +196,8 @@ def to_tool(
         if pairs: raise InputError("holds pairs, which a sheet cannot show", samples, remedy="use label-studio")
         annotated, tasks = by_sample(rows, given), []
         for row in rows:
-            said = "\n".join(f"{message.role}: {message.content}" for message in row.prompt)
-            texts = {"sample_id": row.id, "system_prompt": row.system_prompt, "prompt": said, "response": row.response}
+            prompt = "\n".join(f"{message.role}: {message.content}" for message in row.prompt)
+            texts = {"sample_id": row.id, "system_prompt": row.system_prompt, "prompt": prompt, "response": row.response}
             tasks += [texts | one.model_dump(include=set(SHEET)) for one in annotated[row.id]] or [texts]
         write_csv(out, tasks, SHEET)
     ledger.reconcile(len(rows), len(rows)).save()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CSV', 'FORMULA', 'CONTEXT', 'NEIGHBOURS', 'MAX_NOTE', 'csv_cell', 'write_csv', 'csv_lines', 'item_of',
            'read_annotations', 'simulate', 'Item', 'LabelItem', 'PairItem', 'Task', 'make_task', 'for_annotator',
-           'shuffled', 'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words', 'task_payload',
-           'checked_row', 'Change', 'checked_change', 'read_assignments']
+           'shuffled', 'read_items', 'read_task', 'make_pair', 'draw_pairs', 'write_pairs', 'page_words',
+           'task_payload', 'checked_row', 'Change', 'checked_change', 'read_assignments']
 
 # %% ../../nbs/annotation/00_task.ipynb #62c1ece9
 import csv
@@ -173,11 +173,15 @@ def shuffled(task: Task, seed: int) -> Task:
     return task.model_copy(update={"items": sorted(task.items, key=lambda item: stable_id(seed, item.id))})
 
 
+def read_items(path: str | Path) -> list[Sample] | list[Pair]:
+    "Rows of a file of samples or of pairs; raises `InputError` naming line and field."
+    rows = read_rows(path)
+    return read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
+
+
 def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
     "A task from a file of samples or pairs, shuffled by the seed `mix`; raises `InputError` naming line and field."
-    rows = read_rows(path)
-    rows = read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
-    try: task = make_task(rows, title, language)
+    try: task = make_task(read_items(path), title, language)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return task if mix is None else shuffled(task, mix)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from s3ft_nb.core.files import InputError, write_json, write_rows
-from s3ft_nb.measure.compare import differences
+from s3ft_nb.measure.compare import compare_folders, differences
 from s3ft_nb.measure.metrics import METRICS, numbers
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report import figures
@@ -202,8 +202,17 @@ def test_the_browser_draws_dialogues_whatever_their_outcome(run):
     assert shown == again and len(shown["dialogues"]) == 6 and shown["arms"] == list(ARMS)
     assert {one["prompt"] for one in shown["dialogues"]} == {"p0", "p1", "p2"}  # as many system prompts as possible
     assert [len(one["responses"]) for one in shown["dialogues"]] == [18] * 6
-    two = browse([run / "measure", run / "measure"], 1)
-    assert two["arms"] == [f"measure: {arm}" for arm in ARMS]
+
+
+def test_a_comparison_shows_both_measurements_side_by_side(tmp_path):
+    "Response ids may be the same in two measurements; arms are called as in the numbers."
+    a, b = (build_measurement(tmp_path / day / "m", {"base": ARMS["base"]}, 6, 3, seed) for seed, day in enumerate(("monday", "friday")))
+    write_rows(tmp_path / "both" / "numbers.jsonl", [*numbers(tables := compare_folders([a, b])), *differences(tables)])
+    shown = browse([a, b], 2)
+    assert shown["arms"] == ["monday/m", "friday/m"] == list(dict.fromkeys(row["arm"] for row in read_numbers(tmp_path / "both")))
+    assert all(len(row["verdicts"]) == 3 for one in shown["dialogues"] for row in one["responses"])
+    page = Page(write_page([tmp_path / "both"], tmp_path / "report", dialogues=[a, b]))
+    assert "friday/m minus monday/m" in page.text and page.all("section")[-1]["id"] == "dialogues"
 
 
 def test_the_browser_of_dialogues_filters_in_a_real_browser(tmp_path):

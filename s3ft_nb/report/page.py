@@ -65,7 +65,7 @@ def write_section(
     write_json(folder / "section.json", section)
     return section
 
-# %% ../../nbs/report/02_page.ipynb #fc787038
+# %% ../../nbs/report/02_page.ipynb #ed159402
 def with_interval(row: dict | None, signed: bool = False) -> str:  # "81 % [78, 84]"
     "A rate as a sentence has it, in whole per cent; a signed one in points."
     if is_missing(row): return "an unknown rate"
@@ -114,7 +114,7 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
               f"{rate(first)} → {rate(last)}\u00a0%",
               f"{ends(with_interval(last))} at the last turn; n = {last['n']}") for first, last in pairs if last]
     for row in select(numbers, part="all", metric="median_survival", history=whole["history"], arm=whole["arm"]):
-        detail = f"{ends(cell_text(row))}; half of {row['n']} conversations have a violation by then"
+        detail = f"half of {row['n']} conversations have a violation by then"
         tiles.append((f"{row['arm']}: median survival, turns", cell_text(row).partition(" ")[0], detail))
     if apart: tiles.append((f"{apart['arm']} minus {apart['against']}", f"{rate(apart, True)} points",
                             f"{ends(with_interval(apart, True))}; {outcome(apart)}"))
@@ -193,7 +193,7 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
              "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]},
             {"title": "How far to trust this", "tables": [*counts, judged, guard]}])
 
-# %% ../../nbs/report/02_page.ipynb #40055d2f
+# %% ../../nbs/report/02_page.ipynb #81524eed
 LONGEST = 1200  # Characters of a text on the page
 
 
@@ -208,28 +208,37 @@ def draw_dialogues(prompts: dict[str, str], n: int, seed: int = 0) -> list[str]:
 
 def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None:  # {lead, arms, rules, dialogues}
     "A few dialogues with the responses of all arms, their verdicts and evidence; None where folders hold no responses."
-    folders = [Path(folder) for folder in folders]
-    prefix = lambda folder: "" if len(folders) == 1 else f"{folder.name}: "
-    files = {path: prefix(folder) for folder in folders for path in sorted(folder.glob("responses-*.jsonl"))}
-    rows = lambda: (row | {"arm": start + row["arm"]} for path, start in files.items() for _, row in iter_lines(path))
-    read = lambda name: (row for folder in folders if (folder / name).is_file() for _, row in iter_lines(folder / name))
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    if not folders: return None
+    depth = next(n for n in range(1, 99) if len({folder.parts[-n:] for folder in folders}) == len(folders))
+    files = {folder: sorted(folder.glob("responses-*.jsonl")) for folder in folders}
+
+    def arm_in(folder: Path, arm: str) -> str:  # as in a comparison: after its folder
+        name = "/".join(folder.parts[-depth:])
+        return arm if len(folders) == 1 else name if len(files[folder]) == 1 else f"{name}: {arm}"
+
+    rows = lambda: ((folder, row) for folder, paths in files.items() for path in paths for _, row in iter_lines(path))
+    there = lambda name: (folder for folder in folders if (folder / name).is_file())
+    read = lambda name: ((folder, row) for folder in there(name) for _, row in iter_lines(folder / name))
     prompts, responses = defaultdict(dict), {}
-    for row in rows(): prompts[row["history"]].setdefault(row["dialogue_id"], row["system_prompt_id"])
+    for _, row in rows(): prompts[row["history"]].setdefault(row["dialogue_id"], row["system_prompt_id"])
     history = next((one for one in ("own", "recorded", "original") if one in prompts), None)
     if history is None: return None
     picked, total = draw_dialogues(prompts[history], n, seed), len(prompts[history])
     dialogues = {id: {"prompt": prompts[history][id], "plan": {}, "responses": []} for id in picked}
-    for row in (row for row in rows() if row["history"] == history and row["dialogue_id"] in dialogues):
-        shown = {"arm": row["arm"], "turn": row["turn"], "user": row["prompt"][-1]["content"][:LONGEST],
+    for folder, row in rows():
+        if row["history"] != history or row["dialogue_id"] not in dialogues: continue
+        shown = {"arm": arm_in(folder, row["arm"]), "turn": row["turn"], "user": row["prompt"][-1]["content"][:LONGEST],
                  "text": row["response"][:LONGEST], "more": max(0, len(row["response"]) - LONGEST), "verdicts": []}
         dialogues[row["dialogue_id"]].setdefault("system_prompt", row["system_prompt"][:LONGEST])
         dialogues[row["dialogue_id"]]["responses"].append(shown)
-        responses[row["id"]] = shown["verdicts"]
-    for row in (row for row in read("verdicts.jsonl") if row["response_id"] in responses):
+        responses[folder, row["id"]] = shown["verdicts"]
+    for folder, row in read("verdicts.jsonl"):
+        if (folder, row["response_id"]) not in responses: continue
         verdict = {key: row.get(key) for key in ("rule_id", "satisfied", "applicable", "judge", "evidence")}
-        responses[row["response_id"]].append(verdict | {"why": str(row.get("rationale") or "")[:300]})
-    for row in (row for row in read("dialogues.jsonl") if row.get("id") in dialogues):
-        for turn, one in enumerate(row.get("turns") or [], start=1):
+        responses[folder, row["response_id"]].append(verdict | {"why": str(row.get("rationale") or "")[:300]})
+    for _, row in read("dialogues.jsonl"):
+        for turn, one in enumerate(row.get("turns") or [] if row.get("id") in dialogues else [], start=1):
             system = (one.get("system") or {}).get("system_prompt") or ""
             dialogues[row["id"]]["plan"][turn] = {"stance": one.get("stance") or "", "system": system[:LONGEST]}
     used = {verdict["rule_id"] for verdicts in responses.values() for verdict in verdicts}
@@ -270,7 +279,7 @@ def facts_table(folders: list[Path]) -> Table:
     rows = [[name, value] for name, value in facts.items()]
     return Table("Versions and parameters", ["Fact", "Value"], rows, "What is needed to repeat it.", "facts")
 
-# %% ../../nbs/report/02_page.ipynb #c0fa3160
+# %% ../../nbs/report/02_page.ipynb #61459ed5
 def as_json(value) -> str:
     "JSON that stays data inside a script element, whatever its texts hold."
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
@@ -321,7 +330,7 @@ def write_page(
             if (folder / kind).is_dir(): shutil.copytree(folder / kind, out / kind / place, dirs_exist_ok=True)
         parts = [shown_part(part, out, place) for part in section["parts"]]
         sections.append(shown_part(section, out, place) | {"name": f"section-{folder.name}", "parts": parts})
-    tables = [table for table in (steps_table(folders), facts_table(folders)) if table.rows]
+    tables = [one for one in (steps_table(folders), facts_table(folders)) if one.rows and len(one.columns) > 1]
     for table in tables: save_table(table, out / "tables")
     last = {"name": "run", "title": "Steps and versions", "lead": "What it took and what is needed to repeat it."}
     last |= {"parts": [], "figures": [], "tables": [asdict(table) for table in tables]}

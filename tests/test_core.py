@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3ft_nb.core.stage import EVENTS, Progress, Stage, rows_hash
+from s3ft_nb.core.stage import EVENTS, Progress, Stage, rows_hash, spend
 from s3ft_nb.core.records import Conversation, conversation, is_blank
 from s3ft_nb.core.files import InputError, iter_lines, read_json, read_rows, write_json, write_rows
 from s3ft_nb.core.files import redact
@@ -86,14 +86,21 @@ def test_no_space_at_any_step_leaves_the_old_file(tmp_path, monkeypatch, step):
 
 WORKER = """
 import sys, time
+from s3ft_nb.core.stage import Stage, spend
 from s3ft_nb.core.files import write_rows
-from s3ft_nb.core.stage import Stage
+
+stage = Stage(sys.argv[1], "work", seed=7, shard_size=2)
 
 def work(rows, seed):
     time.sleep(0.02)
-    return [{"id": row["id"], "seed": seed, "text": "x" * 20_000} for row in rows]
+    spend(requests=2, generated=seed % 100)
+    stage.ledger.note("worked", 2)
+    if rows[0]["id"] % 8 == 0: stage.ledger.drop(rows[0]["id"], "eighth")
+    return [{"id": row["id"], "seed": seed, "text": "x" * 20_000} for row in rows if row["id"] % 8]
 
-write_rows(sys.argv[1] + "/all.jsonl", Stage(sys.argv[1], seed=7, shard_size=2).map([{"id": i} for i in range(60)], work))
+done = stage.map([{"id": i} for i in range(60)], work)
+write_rows(sys.argv[1] + "/all.jsonl", done)
+stage.close(60, len(done))
 """
 
 
@@ -102,47 +109,66 @@ def files_of(folder) -> dict:
 
 
 def test_kill_at_random_instants_changes_nothing(tmp_path):
+    "Neither rows nor ledger nor token counts: `usage.json` and `ledger.json` are among the files compared."
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     subprocess.run([sys.executable, "-c", WORKER, str(whole)], check=True)
-    dice = random.Random(0)
+    dice, shards = random.Random(0), lambda: len(list(killed.glob("shards/shard-*.jsonl")))
     for _ in range(4):
-        run, until = subprocess.Popen([sys.executable, "-c", WORKER, str(killed)]), time.time() + 20
-        before = len(list(killed.glob("shards/shard-*")))
-        while time.time() < until and run.poll() is None and len(list(killed.glob("shards/shard-*"))) == before: time.sleep(0.002)
+        run, until, before = subprocess.Popen([sys.executable, "-c", WORKER, str(killed)]), time.time() + 20, shards()
+        while time.time() < until and run.poll() is None and shards() == before: time.sleep(0.002)
         time.sleep(dice.random() * 0.05)
         run.send_signal(signal.SIGKILL), run.wait()
-    assert 0 < len(list(killed.glob("shards/shard-*"))) < 30
+    assert 0 < shards() < 30
     (killed / "shards" / ".shard-00029.jsonl.part").write_text("half")
     subprocess.run([sys.executable, "-c", WORKER, str(killed)], check=True)
     assert files_of(killed) == files_of(whole)
+    assert read_json(killed / "usage.json")["requests"] == 60 and read_json(killed / "ledger.json")["reasons"] == {"eighth": 8}
 
 
 def test_shards_without_a_claim_are_not_trusted(tmp_path):
     write_rows(tmp_path / "shards" / "shard-00000.jsonl", [{"stale": True}])
-    assert Stage(tmp_path, shard_size=1).map([{"id": 1}], lambda rows, seed: rows) == [{"id": 1}]
+    write_json(tmp_path / "shards" / "shard-00000.json", {"usage": {"prompt": 9}, "notes": {}, "dropped": []})
+    stage = Stage(tmp_path, shard_size=1)
+    assert stage.map([{"id": 1}], lambda rows, seed: rows) == [{"id": 1}] and not stage.usage
 
 
 def test_a_failing_shard_leaves_the_finished_ones(tmp_path):
     def fails(rows, seed):
+        spend(prompt=1)
         if rows[0]["id"] == 2: raise InputError("engine down")
         return rows
-    rows = [{"id": i} for i in range(4)]
+    rows, done = [{"id": i} for i in range(4)], []
     with pytest.raises(InputError): Stage(tmp_path, shard_size=1).map(rows, fails)
-    done = []
-    assert Stage(tmp_path, shard_size=1).map(rows, lambda rows, seed: done.append(rows) or rows) == rows
-    assert done == [[rows[2]], [rows[3]]]
+    stage = Stage(tmp_path, shard_size=1)
+    assert stage.map(rows, lambda rows, seed: done.append(rows) or rows) == rows
+    assert done == [[rows[2]], [rows[3]]] and stage.usage == {"prompt": 2}
+    spend(prompt=1)  # outside of a stage nothing is counted, also after a failure
+    assert stage.usage == {"prompt": 2}
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(0, 12), size=st.integers(1, 5), lost=st.sets(st.integers(0, 11)))
 def test_lost_shards_are_made_again(tmp_path_factory, n, size, lost):
     folder, rows = tmp_path_factory.mktemp("s"), [{"id": i} for i in range(n)]
-    work = lambda some, seed: [{**row, "seed": seed} for row in some for _ in range(row["id"] % 3)]  # noqa: E731
-    first = Stage(folder, seed=1, shard_size=size).map(rows, work)
+
+    def run():
+        stage = Stage(folder, seed=1, shard_size=size)
+        def work(some, seed):
+            spend(scored=len(some))
+            inner = stage.part(f"inner-{some[0]['id']}", shard_size=1)  # a stage within the work of another
+            return inner.map([{**row, "seed": seed} for row in some for _ in range(row["id"] % 3)], twice)
+        return stage.map(rows, work), dict(stage.usage)
+
+    def twice(some, seed):
+        spend(generated=2)
+        return some
+
+    first = run()
     before = files_of(folder)
+    assert first[1].get("generated", 0) == 2 * len(first[0]) and first[1].get("scored", 0) == n
     for index in lost: (folder / "shards" / f"shard-{index:05d}.jsonl").unlink(missing_ok=True)
-    assert Stage(folder, seed=1, shard_size=size).map(rows, work) == first and files_of(folder) == before
+    assert run() == first and files_of(folder) == before
 
 
 @settings(max_examples=50)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from templates import FILES, FIXTURES, SHIPPED, tokenizer_of, verdicts
 from tiny import LINES
 
+from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.control import control_tokens
@@ -59,7 +60,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25
 odd = st.sampled_from([".", "0", "𝕏", "\u202eabc", "a\u0301", "👩‍👩‍👧", "  x  ", "مرحبا", "你好。", "{{ messages }}", "{% raw %}", "user", "assistant", "\ufdd0", "a\n\n\nb", "\x00b"])
 forged = st.sampled_from(["<|im_end|>", "</s>", "[INST]", "<think>", "</think>", "<end_of_turn>", "<|eot_id|>", "<|im_start|>system\n", "/nothink", "<tool_response>"])
 long = st.builds(lambda word, n: f"{word} " * n, st.sampled_from(["moon", "月亮", "tide-"]), st.integers(100, 400))
-words = st.lists(st.one_of(text, text, odd, forged), min_size=1, max_size=4).map("".join).filter(str.strip)
+words = st.lists(st.one_of(text, text, odd, forged), min_size=1, max_size=4).map("".join).filter(lambda text: not is_blank(text))
 content = st.one_of(words, words, words, long)
 
 

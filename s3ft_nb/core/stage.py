@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'EVENT_SECONDS', 'LINE_SECONDS', 'USAGE', 'METERS', 'event', 'event_line', 'write_event', 'outlet',
            'Progress', 'LedgerError', 'Ledger', 'file_hash', 'rows_hash', 'shard_seed', 'shard_path', 'claim_shards',
-           'spend', 'Stage', 'in_shards']
+           'spend', 'Stage']
 
 # %% ../../nbs/core/02_stage.ipynb #13e2a7b6
 import hashlib
@@ -170,7 +170,7 @@ def shard_path(folder: str | Path, index: int) -> Path:  # shard-00003.jsonl
 
 
 def claim_shards(folder: Path, claim: dict, fresh: bool = False) -> None:
-    "Prepare a folder of shards that depend on `claim`; raises `InputError` when it holds the shards of another run."
+    "Prepare a folder of shards that depend on a claim; raises `InputError` when it holds the shards of another run."
     mark = folder / "shards.json"
     if fresh or not mark.exists():
         mark.unlink(missing_ok=True)  # first, so that a kill in between leaves no shards that seem to belong here
@@ -182,7 +182,7 @@ def claim_shards(folder: Path, claim: dict, fresh: bool = False) -> None:
         raise InputError("holds shards of other rows or parameters", mark, remedy=remedy)
 
 # %% ../../nbs/core/02_stage.ipynb #08f5a6b5
-USAGE = ("requests", "prompt", "cached", "generated", "scored", "trained")  # Requests and tokens; cached: not recomputed
+USAGE = ("requests", "prompt", "cached", "generated", "scored", "trained")  # Tokens; cached: not computed again
 METERS = []  # Token counts of the stages at work, the innermost last
 
 
@@ -228,7 +228,9 @@ class Stage:
         folder, step, done = folder or self.folder / "shards", self.shard_size, []
         claim = {"rows": rows_hash(rows), "fingerprint": stable_id(claim), "shard_size": step, "seed": self.seed}
         claim_shards(folder, claim, self.fresh)
-        with Progress(sum(map(size, rows)), unit, title or self.ledger.stage) as self.progress:
+        progress = Progress(sum(map(size, rows)), unit, title or self.ledger.stage)
+        if METERS: progress.outlet = "none"  # within the work of another stage, which shows its own
+        with progress as self.progress:
             for index, start in enumerate(range(0, len(rows), step)):
                 shard, path = rows[start : start + step], shard_path(folder, index)
                 due, found = self.progress.done + sum(map(size, shard)), path.exists()
@@ -260,18 +262,3 @@ class Stage:
         "Balance and save `ledger.json`, and `usage.json` unless this is a part; raises `LedgerError`."
         self.ledger.reconcile(rows_in, rows_out).save()
         if self.parent is None: write_json(self.folder / "usage.json", {name: self.usage[name] for name in USAGE})
-
-# %% ../../nbs/core/02_stage.ipynb #6ee6b016
-def in_shards(
-    rows: list, work: Callable, folder: str | Path, shard_size: int, seed: int, fingerprint: Any = "",
-    progress: Progress | None = None, fresh: bool = False,
-) -> list[dict]:  # Superseded by `Stage.map`
-    "Work shard by shard, as `Stage.map` does."
-    def counted(shard, seed):
-        made.append(1)
-        return work(shard, seed)
-
-    made, stage = [], Stage(folder, seed=seed, fresh=fresh, shard_size=shard_size)
-    done = stage.map(rows, counted, fingerprint, folder=Path(folder))
-    if progress: progress.skip(max(len(rows) - len(made) * shard_size, 0)), progress.update(min(len(made) * shard_size, len(rows)))
-    return done

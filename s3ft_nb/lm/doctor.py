@@ -198,7 +198,8 @@ def injection_risk(tokenizer, policy: Policy) -> str:  # "" when typed control t
     except InputError as error: return error.message
 
 # %% ../../nbs/lm/03_doctor.ipynb #65d82758
-FINDERS = (hidden_text, silenceable, date_dependent, prefix_stable, alternation_required, injected_reasoning, injection_risk)
+FINDERS = (hidden_text, silenceable, date_dependent, prefix_stable, alternation_required, injected_reasoning,
+           injection_risk)
 
 
 def verdict(tokenizer, **chosen: str) -> dict:  # Facts, recommended `policy`, open `decisions`, `notes`
@@ -245,13 +246,8 @@ COLOURS = {"system": ("35", "#7b3294"), "user": ("36", "#0571b0"), "assistant": 
            "template": ("2", "#6b6b6b"), "trained": ("1;30;42", "#00663a")}  # (ANSI code, CSS colour)
 
 
-def coloured(
-    tokenizer,  # A transformers tokenizer
-    messages: list,  # As for `encode`
-    train_on: str | list[float] = "last",  # As for `encode`
-    policy: Policy | None = None,  # See `in_use`
-) -> list:  # (text, kind): one of `COLOURS`
-    "A conversation in pieces, as it is encoded; raises `InputError` when it cannot be."
+def coloured(tokenizer, messages: list, train_on: str | list[float] = "last", policy: Policy | None = None) -> list:
+    "A conversation in pieces (text, kind in `COLOURS`), as `encode` takes it; raises `InputError` when it cannot."
     policy, template = in_use(tokenizer, policy)
     encode(tokenizer, messages, train_on, policy)
     ready, pieces = prepare(messages, policy), []
@@ -303,7 +299,8 @@ def in_words(facts: dict) -> str:  # Some lines
         "system prompt": facts["system_role"], "text without one": quote(hidden["without_system_prompt"]),
         "text beside one": quote(hidden["beside_system_prompt"]),
         "text at every turn": quote(hidden["around_messages"]), "prints the date": yes(facts["date_dependent"]),
-        "turns must alternate": yes(facts["alternation_required"]), "reasoning marks": quote(facts["injected_reasoning"]),
+        "turns must alternate": yes(facts["alternation_required"]),
+        "reasoning marks": quote(facts["injected_reasoning"]),
         "ends a turn with": f"{end['text']!r}, from the {end['from']}" if end["text"] else "nothing",
         "can be trained": yes(facts["trainable"], facts["why_not"]),
         "all turns in one row": yes(facts["prefix_stable"]),

@@ -40,7 +40,8 @@ def public_url(base_url: str) -> str:  # Without user, password and query
     "The part of an address that may be shown; raises `InputError` when it is not an address."
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{base_url!r} is not an address", field="base_url", remedy="write it like http://localhost:8000/v1")
+        remedy = "write it like http://localhost:8000/v1"
+        raise InputError(f"{base_url!r} is not an address", field="base_url", remedy=remedy)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 # %% ../../nbs/lm/05_http.ipynb #4f399a24
@@ -49,7 +50,8 @@ def check_requests(requests: list[dict]) -> None:  # `{"id", "messages"}`
     seen = set()
     for i, request in enumerate(requests):
         for field in ("id", "messages"):
-            if not request.get(field): raise InputError("missing", field=f"requests.{i}.{field}", remedy="add this field")
+            if request.get(field): continue
+            raise InputError("missing", field=f"requests.{i}.{field}", remedy="add this field")
         if request["id"] in seen:
             raise InputError(f"id {request['id']!r} appears twice", field=f"requests.{i}", remedy="make ids unique")
         seen.add(request["id"])
@@ -68,8 +70,8 @@ UNLISTED = -20.0  # Log-probability of a label that the server does not list, na
 TOP = 20  # Most alternatives that servers list
 
 
-def read_tokens(completion: Any) -> dict:  # `tokens`, `prompt_tokens` and `cached_tokens`; None where the server does not say
-    "Token counts of a chat completion; raises `Unreadable` when it is none."
+def read_tokens(completion: Any) -> dict:  # None where the server does not say
+    "`tokens`, `prompt_tokens` and `cached_tokens` of a chat completion; raises `Unreadable` when it is none."
     if not isinstance(completion, ChatCompletion): raise Unreadable("response is no chat completion")
     if not completion.choices: raise Unreadable("response holds no choices")
     usage = completion.usage
@@ -86,20 +88,18 @@ def read_response(completion: Any) -> dict:  # `text`, `finish` and what `read_t
     return {"text": text.strip(), "finish": finish} | tokens
 
 
-def read_scores(
-    completion: Any,  # What the client returned
-    labels: list[str],  # As the model would write them
-) -> dict:  # `logprobs` in the order of `labels`, nats; `outside`, the probability of anything else; `prompt_tokens`
-    "The labels' log-probabilities; raises `EngineError` when the server lists none."
-    tokens = read_tokens(completion)
+def read_scores(completion: Any, labels: list[str]) -> dict:  # `logprobs`, `outside` and `prompt_tokens`
+    "The labels' log-probabilities, nats, from a chat completion; raises `EngineError` when the server lists none."
+    n = read_tokens(completion)["prompt_tokens"]
     content = getattr(getattr(completion.choices[0], "logprobs", None), "content", None)
     listed = getattr(content[0], "top_logprobs", None) if content else None
     if not listed:
-        raise EngineError("the server returns no log-probabilities", remedy="score with a server that lists top_logprobs")
+        remedy = "score with a server that lists top_logprobs"
+        raise EngineError("the server returns no log-probabilities", remedy=remedy)
     mass = [sum(math.exp(one.logprob) for one in listed if one.token.strip() == label) for label in labels]
     if not 0 <= sum(mass) <= 1.01: raise Unreadable("log-probabilities do not add up")
     logprobs = [max(math.log(p), UNLISTED) if p else UNLISTED for p in mass]
-    return {"logprobs": logprobs, "outside": min(max(1.0 - sum(mass), 0.0), 1.0), "prompt_tokens": tokens["prompt_tokens"]}
+    return {"logprobs": logprobs, "outside": min(max(1.0 - sum(mass), 0.0), 1.0), "prompt_tokens": n}
 
 # %% ../../nbs/lm/05_http.ipynb #207f7d1e
 REMEDIES = {
@@ -116,13 +116,13 @@ FAILURES = (openai.OpenAIError, Unreadable, ValueError, EngineError)
 def describe(error: Exception) -> tuple:  # (what happened, how to fix it, whether it was tried again)
     "What a request failed with."
     if isinstance(error, EngineError): return error.message, error.remedy, False
-    if isinstance(error, openai.APITimeoutError): return "no reply in time", "raise timeout, or see the server's load", True
-    if isinstance(error, openai.APIConnectionError): return "cannot be reached", "start the server, or see the base_url", True
+    if isinstance(error, openai.APITimeoutError): return "no response in time", "raise timeout, or see its load", True
+    if isinstance(error, openai.APIConnectionError): return "cannot be reached", "start it, or see the base_url", True
     if isinstance(error, openai.APIStatusError):
         again, remedy = error.status_code in (408, 409, 429) or error.status_code >= 500, "see the server's log"
         return f"status {error.status_code}: {error.message[:200]}", REMEDIES.get(error.status_code, remedy), again
     if isinstance(error, Unreadable): return str(error), "see the server's log", True
-    return f"response is not valid JSON: {str(error)[:100]}", "see that base_url names an OpenAI-compatible server", True
+    return f"response is not JSON: {str(error)[:100]}", "see that base_url names an OpenAI-compatible server", True
 
 # %% ../../nbs/lm/05_http.ipynb #3bb7a9f3
 class HttpEngine:
@@ -139,11 +139,12 @@ class HttpEngine:
         max_new_tokens: int = 64,  # Longest response, tokens
         temperature: float = 1.0,  # 0 takes the likeliest token
         top_p: float = 1.0,  # Nucleus, probability in (0, 1]
-        policy: str = "native",  # Where the system text goes, see `lm.template`; first_user for a model without system role
-        extra_body: dict | None = None,  # More options, such as {"chat_template_kwargs": {"enable_thinking": False}}
+        policy: str = "native",  # Where the system text goes: first_user for a model without system role
+        extra_body: dict | None = None,  # Such as {"chat_template_kwargs": {"enable_thinking": False}}
         on_error: str = "raise",  # raise, or keep: `{"id", "error"}` in place of a response
     ):
-        if on_error not in ("raise", "keep"): raise InputError(f"unknown on_error {on_error!r}", remedy="use raise or keep")
+        if on_error not in ("raise", "keep"):
+            raise InputError(f"unknown on_error {on_error!r}", remedy="use raise or keep")
         if concurrency < 1: raise InputError("must be at least 1", field="concurrency", remedy="use 8 or so")
         self.name, self.base_url, self.model = f"{model}@{urlsplit(public_url(base_url)).netloc}", base_url, model
         self.api_key_env, self.concurrency, self.on_error = api_key_env, concurrency, on_error
@@ -167,18 +168,19 @@ class HttpEngine:
         raise EngineError("a server does not tell the likelihood of a given response",
                           remedy="use engine = transformers, which loads the model in this process")
 
-    def _run(self, requests: list[dict], bodies: list[dict], read: Callable, progress: Progress | None, kind: str) -> list[dict]:
+    def _run(self, requests: list[dict], bodies: list[dict], read: Callable, progress: Any, kind: str) -> list[dict]:
         check_requests(requests)
-        messages = [fold(one["messages"], self.policy) for one in requests]
-        jobs = [(one["id"], {"messages": said, "extra_body": self.extra_body} | body)
-                for one, said, body in zip(requests, messages, bodies)]
+        messages = [{"messages": fold(one["messages"], self.policy)} for one in requests]
+        jobs = [(one["id"], prompt | {"extra_body": self.extra_body} | body)
+                for one, prompt, body in zip(requests, messages, bodies)]
         call = lambda: asyncio.run(self._all(jobs, read, progress))
         try: asyncio.get_running_loop()
         except RuntimeError: rows = call()
         else:
             with ThreadPoolExecutor(1) as pool: rows = pool.submit(call).result()
         total = lambda name: sum(row.get(name) or 0 for row in rows)
-        spend(requests=len(rows), cached=total("cached_tokens"), generated=total("tokens"), **{kind: total("prompt_tokens")})
+        spend(requests=len(rows), cached=total("cached_tokens"), generated=total("tokens"))
+        spend(**{kind: total("prompt_tokens")})
         return rows
 
     async def _all(self, jobs: list[tuple], read: Callable, progress: Progress | None) -> list[dict]:

@@ -138,11 +138,7 @@ def check_template(folder: Path) -> None:
                      remedy="put the original back, or train again")
 
 
-def linked_model(
-    model: str | Path,  # Folder or hub name
-    template: str,  # Jinja source that carries a policy
-    out: str | Path,  # Folder to make, new or empty
-) -> Path:  # The folder
+def linked_model(model: str | Path, template: str, out: str | Path) -> Path:  # out: folder to make, new or empty
     "Make a folder that is the model with another chat template, by links; raises `InputError` when it is not empty."
     source, out = located(model, check_folder), Path(out)
     if not isinstance(source, Path):

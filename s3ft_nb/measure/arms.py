@@ -16,8 +16,7 @@ import numpy as np
 from ..core.files import InputError
 from ..core.records import Message, Response, Rule
 from ..core.stage import shard_seed
-from ..judging.checks import run_check
-from ..judging.rules import rules_for
+from ..judging.judge import verdicts
 
 # %% ../../nbs/measure/05_arms.ipynb #3529e117
 REMINDERS = {"en": "(Keep to your instructions: {system_prompt})", "zh": "（请继续遵守设定：{system_prompt}）"}
@@ -84,18 +83,17 @@ def rule_scorer(
     name: str = "checks",  # What chooses, for the arm's name
 ) -> Callable:  # [{messages, response}] -> [score in [0, 1], or None when unknown]
     "Score responses by the fraction of rules they satisfy."
-    checked, left = [rule for rule in rules if rule.how == "check"], [rule for rule in rules if rule.how != "check"]
+    due = rules if judge else [rule for rule in rules if rule.how == "check"]
 
     def score(rows: list) -> list:
-        responses, kept = [], defaultdict(list)
+        responses, found = [], defaultdict(list)
         for i, row in enumerate(rows):
             system, messages = row["messages"][0]["content"], [Message(**one) for one in row["messages"][1:]]
-            responses.append(Response(id=str(i), arm="", history="own", dialogue_id=str(i), conversation_id=str(i), type="", turn=len(messages) // 2 + 1,
+            responses.append(Response(id=str(i), arm="", history="recorded", dialogue_id=str(i), conversation_id=str(i), type="", turn=len(messages) // 2 + 1,
                                       system_prompt_id=prompts.get(system, "?"), system_prompt=system, prompt=messages, response=row["response"]))
-            for rule in rules_for(responses[-1], checked): kept[str(i)].append(run_check(rule.check, row["response"], messages))
-        for verdict in judge(responses, left) if judge and left else ():
-            if verdict.applicable and verdict.satisfied is not None: kept[verdict.response_id].append(verdict.satisfied)
-        return [float(np.mean(kept[one.id])) if kept[one.id] else None for one in responses]
+        for one in verdicts(responses, due, judge):
+            if one.applicable and one.satisfied is not None: found[one.response_id].append(one.satisfied)
+        return [float(np.mean(found[one.id])) if found[one.id] else None for one in responses]
 
     score.name = name
     return score

@@ -19,7 +19,7 @@ from ..core.stats import difference, holm, number_row
 from .metrics import METRICS, adherence_at
 from .verdicts import paired, stream_rows, verdict_table
 
-# %% ../../nbs/measure/02_compare.ipynb #34edaae6
+# %% ../../nbs/measure/02_compare.ipynb #c55410ed
 COMPARED = ("adherence", "csr", "ssr", "survival", "slope", "area", "recovery")
 
 
@@ -34,7 +34,8 @@ def differences(
     Raises `InputError` when there is no arm of that name."""
     arms = list(dict.fromkeys(arm for arm, _ in tables))
     against = arms[0] if against is None and arms else against
-    if against not in arms: raise InputError(f"no arm {against!r}", field="arm", remedy=f"one of {', '.join(arms) or 'none'}")
+    if against not in arms:
+        raise InputError(f"no arm {against!r}", field="arm", remedy=f"one of {', '.join(arms) or 'none'}")
     pairs = [(arm, history, against, tables[arm, history], tables[against, history])
              for arm, history in tables if arm != against and (against, history) in tables]
     pairs += [(arm, history, arm, tables[arm, history], tables[arm, "original"])
@@ -47,7 +48,8 @@ def differences(
         for part, key, metric in rows:
             found = difference(metric, a, b, level, seed)
             if metric.name == "recovery": found |= {"low": None, "high": None}
-            if found["mean"] is not None: out.append(number_row(metric.name, found, part, key, arm, other, history, metric.version))
+            if found["mean"] is None: continue
+            out.append(number_row(metric.name, found, part, key, arm, other, history, metric.version))
     for part in ("all", "turn", "history"):
         rows = [row for row in out if row["part"] == part]
         for row, p in zip(rows, holm([row["p"] for row in rows])): row["p"] = p
@@ -81,7 +83,7 @@ def conversations_to_show(row: dict, effect: float = MARGIN, power: float = 0.8,
     z = norm.ppf((1 + level) / 2) + norm.ppf(power)
     return max(2, ceil(round(row["n_clusters"] * (z * stderr / effect) ** 2, 6)))
 
-# %% ../../nbs/measure/02_compare.ipynb #05b0c17b
+# %% ../../nbs/measure/02_compare.ipynb #9c48be74
 def points(value: float | None, digits: int = 0) -> str:  # "+12", "−3"
     "A difference in percentage points."
     if value is None: return "?"
@@ -93,16 +95,19 @@ def sentence(row: dict) -> str:
     metric, word, digits = METRICS[row["metric"]], outcome(row), 0 if METRICS[row["metric"]].kind == "rate" else 1
     p = row["p"]
     p_text = "no p value" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-    between = "no interval" if row["low"] is None else f"95 % interval {points(row['low'], digits)} to {points(row['high'], digits)}"
+    ends = [points(row[end], digits) for end in ("low", "high")]
+    between = "no interval" if row["low"] is None else f"95 % interval {' to '.join(ends)}"
     n = f"{row['n_clusters']} conversation{'s' * (row['n_clusters'] != 1)}"
     sure = f"{points(row['mean'], digits)} points, {between}, {p_text}, {n}"
     arm, other = row["arm"], row["against"]
     if arm == other: arm, other = f"{arm} after its own responses", "after those of the record"
     if word in ("better", "worse"): return f"{metric.title}: {arm} is {word} than {other} ({sure})."
     if word == "different": return f"{metric.title}: {arm} differs from {other} ({sure})."
-    if word == "equivalent": return f"{metric.title}: {arm} and {other} are equivalent within {100 * MARGIN:.0f} points ({sure})."
+    margin = f"{100 * MARGIN:.0f} points"
+    if word == "equivalent": return f"{metric.title}: {arm} and {other} are equivalent within {margin} ({sure})."
     needed = conversations_to_show(row) if metric.kind == "rate" else None
-    advice = f" About {needed} conversations would show a difference of {100 * MARGIN:.0f} points." if needed and needed > row["n_clusters"] else ""
+    more = needed and needed > row["n_clusters"]
+    advice = f" About {needed} conversations would show a difference of {margin}." if more else ""
     return f"{metric.title}: inconclusive between {arm} and {other} ({sure}).{advice}"
 
 
@@ -114,17 +119,21 @@ def headline(numbers: list[dict], arm: str | None = None) -> str:
     arm, history = mine[0]["arm"], mine[0]["history"]
     mine = [row for row in mine if (row["arm"], row["history"]) == (arm, history)]
     whole, turns = next(row for row in mine if row["part"] == "all"), [row for row in mine if row["part"] == "turn"]
-    percent = lambda row: f"{100 * row['mean']:.0f} %" + ("" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
-    over = f" ({percent(turns[0])} at turn {turns[0]['key']}, {percent(turns[-1])} at turn {turns[-1]['key']})" if len(turns) > 1 else ""
-    median = [row["mean"] for row in numbers if (row["arm"], row["history"], row["metric"], row["part"]) == (arm, history, "median_survival", "all")]
-    half = f"half of the conversations have broken a rule by turn {median[0]:.0f}" if median else "more than half of the conversations keep every rule to their end"
+    bounds = lambda row: "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    percent = lambda row: f"{100 * row['mean']:.0f} %{bounds(row)}"
+    ends = [f"{percent(row)} at turn {row['key']}" for row in (turns[0], turns[-1])] if len(turns) > 1 else []
+    over = f" ({', '.join(ends)})" if ends else ""
+    median = [row["mean"] for row in numbers if row["metric"] == "median_survival" and row["part"] == "all"
+              and (row["arm"], row["history"]) == (arm, history)]
+    half = (f"half of the conversations have broken a rule by turn {median[0]:.0f}" if median
+            else "more than half of the conversations keep every rule to their end")
     better = [row for row in numbers if row["metric"] == "adherence" and row["part"] == "all" and row["against"] == arm
               and row["arm"] != arm and row["history"] == history and outcome(row) == "better"]
     best = max(better, key=lambda row: row["mean"], default=None)
     end = f"; {best['arm']} does best, by {points(best['mean'])} points" if best else ""
     return f"{arm or 'The file'} adheres to its system prompt in {percent(whole)} of its turns{over}, and {half}{end}."
 
-# %% ../../nbs/measure/02_compare.ipynb #644ccb26
+# %% ../../nbs/measure/02_compare.ipynb #f4f05e4b
 def folder_names(folders: list) -> list[str]:  # a short name of each, all different
     "What to call each folder: the last part of its path, or as many as it takes."
     paths = [Path(folder).resolve().parts for folder in folders]
@@ -145,12 +154,14 @@ def folder_rows(folders: list, history: str = "own") -> Iterator[dict]:
         path = Path(folder) / "verdicts.jsonl"
         arms = {row.get("arm", "") for row in stream_rows(path)}
         for row in stream_rows(path):
-            if (row.get("history") or "own") == history: yield row | {"arm": name if len(arms) == 1 else f"{name}: {row.get('arm')}"}
+            arm = name if len(arms) == 1 else f"{name}: {row.get('arm')}"
+            if (row.get("history") or "own") == history: yield row | {"arm": arm}
 
 
 def compare_folders(folders: list, history: str = "own") -> dict:  # as `verdict_table` returns
     "Tables of several measurements for `numbers` and `differences`; raises `InputError` when they cannot be compared."
     if len(folders) < 2: raise InputError("nothing to compare with", remedy="name two or more measurements")
     tables = verdict_table(folder_rows(folders, history))
-    if not tables: raise InputError(f"no verdicts with {history} history", Path(folders[0]) / "verdicts.jsonl", field="history")
+    path = Path(folders[0]) / "verdicts.jsonl"
+    if not tables: raise InputError(f"no verdicts with {history} history", path, field="history")
     return tables

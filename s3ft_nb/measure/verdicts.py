@@ -31,7 +31,7 @@ class Index:
     dialogues: list  # Dialogue ids; in what follows a dialogue is one conversation under one system prompt
     conversations: list  # Conversation ids
     conversation: np.ndarray  # (dialogues,) number of its conversation
-    prompts: list  # (dialogues,) id of its system prompt
+    prompts: list  # System prompt ids
     rules: list  # Rule ids
     types: list  # (rules,) type of each
     models: list  # Names of models
@@ -50,6 +50,7 @@ class VerdictTable:
     applicable: np.ndarray  # (rows,) whether the rule applies to this turn
     stance: np.ndarray  # (rows,) of the user message: index into `STANCES`, -1 when not stated
     model: np.ndarray  # (rows,) number of the model
+    prompt: np.ndarray  # (rows,) number of the system prompt in force, which may change mid-conversation
 
     def where(self, rows: np.ndarray) -> "VerdictTable":  # (rows,) bool -> fewer rows, same index
         "Some of the verdicts: of a type, a rule, a group of dialogues."
@@ -75,7 +76,7 @@ class VerdictTable:
         np.add.at(out, self.index.conversation, columns)
         return out
 
-# %% ../../nbs/measure/00_verdicts.ipynb #d73414f2
+# %% ../../nbs/measure/00_verdicts.ipynb #2a98a0e4
 def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fields in the order of `verdict_table`
     "Fields of a verdict row, checked; raises `InputError` naming the field that is wrong."
     get = (row if isinstance(row, dict) else vars(row)).get
@@ -98,8 +99,8 @@ def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fie
 def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history) -> table, in order of appearance
     """Read verdict rows of any arms into columns, one row at a time.
     Raises `InputError` on a row that is wrong, contradicts another, or occurs twice."""
-    numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model")}
-    facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbi"]), 1
+    numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model", "prompt")}
+    facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbii"]), 1
 
     def number(kind, name, fact=None):
         n = numbers[kind].setdefault(name, len(numbers[kind]))
@@ -112,13 +113,13 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
 
     for row in rows:
         arm, dialogue, conversation, prompt, rule, kind, model, turn, *rest = verdict_fields(row)
-        d = number("dialogue", dialogue, (number("conversation", conversation), prompt))
-        values = d, turn, number("rule", rule, kind), *rest, number("model", model)
+        d = number("dialogue", dialogue, number("conversation", conversation))
+        values = d, turn, number("rule", rule, kind), *rest, number("model", model), number("prompt", prompt)
         for column, value in zip(columns[arm], values): column.append(value)
         last = max(last, turn)
-    index = Index(list(numbers["dialogue"]), list(numbers["conversation"]), np.array([c for c, _ in facts["dialogue"]], int),
-                  [prompt for _, prompt in facts["dialogue"]], list(numbers["rule"]), facts["rule"],
-                  list(numbers["model"]), last)
+    names = {kind: list(known) for kind, known in numbers.items()}
+    index = Index(names["dialogue"], names["conversation"], np.array(facts["dialogue"], int), names["prompt"],
+                  names["rule"], facts["rule"], names["model"], last)
     tables = {arm: VerdictTable(index, *map(np.array, found)) for arm, found in columns.items()}
     tables = {arm: replace(table, applicable=table.applicable.astype(bool)) for arm, table in tables.items()}
     for arm, table in tables.items():
@@ -126,8 +127,9 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
         first = np.unique(key, return_index=True)[1]
         if len(first) == len(key): continue
         i = np.setdiff1d(np.arange(len(key)), first)[0]
-        where = f"dialogue {index.dialogues[table.dialogue[i]]}, turn {table.turn[i]}, rule {index.rules[table.rule[i]]}"
-        raise InputError(f"{where}: two verdicts of {' '.join(arm).strip()}", field="rule_id", remedy="keep one of them")
+        dialogue, rule = index.dialogues[table.dialogue[i]], index.rules[table.rule[i]]
+        twice = f"dialogue {dialogue}, turn {table.turn[i]}, rule {rule}: two verdicts of {' '.join(arm).strip()}"
+        raise InputError(twice, field="rule_id", remedy="keep one of them")
     return tables
 
 # %% ../../nbs/measure/00_verdicts.ipynb #24158142
@@ -140,7 +142,7 @@ def parts(table: VerdictTable) -> dict[str, dict[str, np.ndarray]]:  # part -> k
     pairs = np.unique(table.dialogue * np.int64(len(index.rules)) + table.rule) // max(1, len(index.rules))
     n_rules = np.bincount(pairs, minlength=len(index.dialogues))
     columns = {"type": (text(index.types), table.rule), "rule": (text(index.rules), table.rule),
-               "prompt": (text(index.prompts), table.dialogue), "n_rules": (n_rules.astype(str), table.dialogue),
+               "prompt": (text(index.prompts), table.prompt), "n_rules": (n_rules.astype(str), table.dialogue),
                "stance": (text([*STANCES, ""]), table.stance), "model": (text(index.models), table.model)}
     out = {}
     for part, (named, number) in columns.items():
@@ -151,14 +153,14 @@ def parts(table: VerdictTable) -> dict[str, dict[str, np.ndarray]]:  # part -> k
         if len(kept) > 1 or part in ("type", "rule"): out[part] = {str(names[i]): group == i for i in kept}
     return out
 
-# %% ../../nbs/measure/00_verdicts.ipynb #f84cc8fb
+# %% ../../nbs/measure/00_verdicts.ipynb #8d481a7b
 def paired(a: VerdictTable, b: VerdictTable) -> tuple[VerdictTable, VerdictTable]:
     "Verdicts of the turns that both arms decided; raises `InputError` when there are none, or no common reading."
     if a.index is not b.index:
         raise InputError("arms of two readings cannot be paired", remedy="read both with one call of verdict_table")
     known = (a.states > UNKNOWN) & (b.states > UNKNOWN) | (a.states == NOT_APPLICABLE) & (b.states == NOT_APPLICABLE)
     if not known.any():
-        raise InputError("the arms share no decided turn", field="dialogue_id", remedy="play the same dialogues with both")
+        raise InputError("the arms share no decided turn", field="dialogue_id", remedy="play the same dialogues")
     return tuple(side.where(known[side.dialogue, side.turn - 1]) for side in (a, b))
 
 # %% ../../nbs/measure/00_verdicts.ipynb #9169c97f

@@ -1,30 +1,35 @@
-"Measuring: long dialogues that are stopped, arms, edited rules, and the verbs from end to end."
+"Measuring: arms, edited rules, records, sheets, and the command from end to end."
 import importlib.util
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
+import papermill
 import pytest
+from fastcore.docments import docments
 from typer.testing import CliRunner
 
-from s3ft_nb.run.setup import Study, Wish, guard_adapters, prepare_measure, run_measure
 from s3ft_nb.cli import app
-from s3ft_nb.core.stage import Ledger
-from s3ft_nb.core.records import Check, SystemPrompt
 from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
-from s3ft_nb.measure.arms import make_arm, read_arm, remind
-from s3ft_nb.measure.measure import measure
-from s3ft_nb.measure.dialogues import STANCES, change_system, compose, empty_scripts, simulated_user, under, user_blocks
-from s3ft_nb.measure.rollout import rollout
-from s3ft_nb.core.records import Rule
+from s3ft_nb.core.records import Check, Rule, SystemPrompt
+from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, verdict_of
 from s3ft_nb.judging.rules import rules_for
+from s3ft_nb.measure.arms import make_arm, read_arm
+from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses, score_sheets
+from s3ft_nb.measure.config import make_config, model_folder, options
+from s3ft_nb.measure.dialogues import change_system, compose, pair_all, user_blocks
+from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
+from s3ft_nb.measure.rollout import make_fit
 
+ROOT = Path(__file__).parents[1]
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
 RULES = [Rule(id="p1", type="persona", how="judge", text="Talk like a pirate.", system_prompt_id="pirate"),
          Rule(id="p2", type="length", how="check", check=Check(kind="max_words", params={"n": 3}), text="At most 3 words.", system_prompt_id="pirate")]
@@ -32,96 +37,38 @@ SIZE = lambda messages: sum(len(one["content"].split()) for one in messages)
 
 
 class Sailor:
-    "Obeys for `good` turns or when told again; stops the process it runs in after `stop` calls."
+    "Follows its system prompt for `good` turns, or when it is reminded."
     name = "sailor"
 
-    def __init__(self, good=2, stop=10**9): self.good, self.stop, self.calls, self.seen = good, stop, 0, []
+    def __init__(self, good=2): self.good, self.calls, self.seen = good, 0, []
 
     def generate(self, requests, seed=0, progress=None):
-        if self.calls == self.stop: raise KeyboardInterrupt
         self.calls += 1
         self.seen += requests
         aye = lambda one: one.get("turn", 1) <= self.good or "Keep to your instructions" in one["messages"][-1]["content"]
         return [{"id": one["id"], "text": "Arr, aye." if aye(one) else "It is what it is indeed.", "tokens": 3, "finish": "stop"} for one in requests]
 
 
-def hears(replies, rules):
-    return [verdict_of(reply, rule, Judgement("arr" in reply.response.lower()), "ears") for reply in replies for rule in rules_for(reply, rules)]
+def hears(responses, rules):
+    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_for(one, rules)]
 
 
-def plays(n=3, n_turns=4, **more):
-    return under(compose(user_blocks(), n, n_turns, 0, **more), [PIRATE], n, n_turns)
+hears.name = "ears"
 
 
-def test_sixty_turns_survive_being_stopped_and_no_turn_is_played_twice(tmp_path):
-    rows, whole, calls = plays(3, 60), Sailor(), 0
-    expected = rollout(whole, rows, "base", folder=tmp_path / "whole")
-    for stop in (7, 7, 20, 10**9):
-        engine = Sailor(stop=stop)
-        try: found = rollout(engine, rows, "base", folder=tmp_path / "stopped")
-        except KeyboardInterrupt: assert list((tmp_path / "stopped").glob("turn-*"))
-        calls += engine.calls
-    assert found == expected and calls == whole.calls == 60
-    assert not list((tmp_path / "stopped").glob("turn-*"))
-    assert len(found[59].prompt) == 2 * 60 - 1
+def plays(n=3, n_turns=4):
+    return pair_all(compose(user_blocks(), n, n_turns, 0), [PIRATE], n, n_turns)
 
 
-def test_turns_of_another_rollout_are_not_taken_for_its_own(tmp_path):
-    rows = plays(2, 5)
-    with pytest.raises(KeyboardInterrupt): rollout(Sailor(stop=3), rows, "base", folder=tmp_path)
-    for path in tmp_path.glob("shards.json"): path.unlink()
-    engine = Sailor()
-    assert rollout(engine, rows, "base", seed=1, folder=tmp_path)[0].seed != rollout(Sailor(), rows, "base", folder=tmp_path / "other")[0].seed
-    assert engine.calls == 5
-
-
-@pytest.mark.parametrize("history", ["own", "original"])
-def test_overflow_is_cut_or_stops_and_is_in_the_books(tmp_path, history):
-    rows = [row | {"turns": [{"user": f"word {i}", "stance": "neutral", "original": "so it is"} for i in range(8)]} for row in plays(2, 8)]
-    cut, stop = Ledger("cut"), Ledger("stop")
-    limits = {"history": history, "max_prompt_tokens": 30, "count_tokens": SIZE}
-    whole = rollout(Sailor(0), rows, "base", folder=tmp_path / "cut", ledger=cut, **limits)
-    short = rollout(Sailor(0), rows, "base", folder=tmp_path / "stop", ledger=stop, overflow="stop", **limits)
-    assert len(whole) == 16 and cut.as_dict()["notes"]["prompts_shortened"] > 0 and not cut.dropped
-    assert 0 < len(short) < 16 and stop.as_dict()["reasons"] == {"context_full": 16 - len(short)}
-    assert {reply.id: reply.turn for reply in short}.items() <= {reply.id: reply.turn for reply in whole}.items()
-    assert all(SIZE([{"content": reply.system_prompt}, *(one.model_dump() for one in reply.prompt)]) <= 30 for reply in whole + short)
-    with pytest.raises(InputError, match="no such choice 'wrap'"): rollout(Sailor(), rows, "base", folder=tmp_path / "x", overflow="wrap")
-
-
-def test_a_simulated_user_is_told_what_kind_of_turn_is_due_and_is_resumed(tmp_path):
-    class Guest:
-        name = "guest"
-        def __init__(self): self.asked = []
-        def generate(self, requests, seed=0):
-            self.asked += [one["messages"][0]["content"] for one in requests]
-            return [{"id": one["id"], "text": f"Guest says {len(one['messages'])}."} for one in requests]
-
-    rows, guest = under(empty_scripts(2, 6, 0, conflicting=0.5), [PIRATE], 2, 6), Guest()
-    with pytest.raises(KeyboardInterrupt): rollout(Sailor(stop=4), rows, "base", folder=tmp_path, write_user=simulated_user(guest))
-    found = rollout(Sailor(), rows, "base", folder=tmp_path, write_user=simulated_user(guest))
-    assert [reply.prompt[-1].content for reply in found[:6]] == [f"Guest says {2 * turn}." for turn in range(1, 7)]
-    pushed = sum("stop that" in text for text in guest.asked)
-    assert sum(turn["stance"] == "conflicting" for row in rows for turn in row["turns"]) <= pushed < len(guest.asked)
-    assert "{and}" in "".join(guest.asked)  # braces in a system prompt are text
-    assert not any("stop that" in one.content for reply in found for one in reply.prompt)
-
-
-def test_reminders_stay_where_they_were_given_when_a_history_is_cut():
-    turns = [{"role": role, "content": f"{role} {i}"} for i in range(1, 13) for role in ("user", "assistant")][:-1]
-    whole = remind([{"role": "system", "content": PIRATE.text}, *turns], 12, every=4)
-    for gone in range(1, 12):
-        cut = remind([{"role": "system", "content": PIRATE.text}, *turns[2 * gone:]], 12, every=4)
-        assert cut[1:] == whole[1 + 2 * gone:]
-    assert [one["content"].split("\n")[0] for one in whole if "Keep to" in one["content"]] == ["user 4", "user 8", "user 12"]
+def play(folder, arms, rows=None, rules=RULES, **more):
+    arms = {name: Arm(lambda engine=engine: engine) for name, engine in arms.items()}
+    return measure_arms(arms, rows or plays(), rules, Stage(folder), hears, ("own",), **more)
 
 
 def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
-    rows = plays(1, 6)
     arm = make_arm(read_arm("few_shot:1"), Sailor(), examples={PIRATE.text: [{"user": "a " * 20, "assistant": "b " * 20}]})
-    limits = {"max_prompt_tokens": 120, "count_tokens": SIZE}
-    about = measure({"base": Sailor(), "few_shot-1": arm}, rows, RULES, tmp_path, hears, ("own",), **limits)
-    assert about["complete"]
+    fit = lambda engine: make_fit(SIZE, 120, render=getattr(engine, "wrapped", lambda messages: messages))
+    assert play(tmp_path, {"base": Sailor(), "few_shot-1": arm}, plays(1, 6), fit=fit)["complete"]
     base, shots = (read_rows(tmp_path / f"responses-{name}.jsonl") for name in ("base", "few_shot-1"))
     assert len(shots[-1]["prompt"]) < len(base[-1]["prompt"])
     assert max(SIZE(one["messages"]) for one in arm.engine.seen) <= 120
@@ -129,96 +76,168 @@ def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
 
 def test_edited_rules_are_judged_anew_and_a_new_arm_is_played_alone(tmp_path):
     rows, base = plays(), Sailor()
-    first = measure({"base": base}, rows, RULES, tmp_path, hears, ("own",))
+    first = play(tmp_path, {"base": base}, rows)
     assert base.calls == 4
     edited = [RULES[0], RULES[1].model_copy(update={"check": Check(kind="max_words", params={"n": 9})})]
     base, again = Sailor(), Sailor()
-    measure({"base": base, "repeat": make_arm(read_arm("repeat"), again)}, rows, edited, tmp_path, hears, ("own",))
+    play(tmp_path, {"base": base, "repeat": make_arm(read_arm("repeat"), again)}, rows, edited)
     assert (base.calls, again.calls) == (0, 4)
     kept = Counter((row["arm"], row["rule_id"], row["satisfied"]) for row in read_rows(tmp_path / "verdicts.jsonl"))
     assert kept["base", "p2", True] == 12 and kept["base", "p1", True] == 6 and kept["repeat", "p1", True] == 12
-    with pytest.raises(InputError, match="with other temperature"): measure({"base": Sailor()}, rows, RULES, tmp_path, hears, ("own",), settings={"temperature": 1})
-    with pytest.raises(InputError, match="with other dialogues"): measure({"base": Sailor()}, rows[1:], RULES, tmp_path, hears, ("own",))
+    with pytest.raises(InputError, match="with other temperature"): play(tmp_path, {"base": Sailor()}, rows, settings={"temperature": 1})
+    with pytest.raises(InputError, match="with other dialogues"): play(tmp_path, {"base": Sailor()}, rows[1:])
     assert first["settings"] == read_json(tmp_path / "measure.json")["settings"]
+    found = {(row["arm"], row["against"]): row for row in read_rows(tmp_path / "numbers.jsonl") if (row["metric"], row["part"]) == ("adherence", "all")}
+    assert found["base", ""]["mean"] == 0.5 and found["repeat", "base"]["mean"] == 0.5 and found["repeat", "base"]["p"] is not None
 
 
-def test_a_system_prompt_replaced_under_way_brings_its_own_rules(tmp_path):
-    shout = SystemPrompt(id="shout", type="case", text="Shout.")
-    rows = [change_system(row, 3, shout) for row in plays(2, 4)]
+def test_a_system_prompt_replaced_mid_conversation_brings_its_own_rules(tmp_path):
+    rows = [change_system(row, 3, SystemPrompt(id="shout", type="case", text="Shout.")) for row in plays(2, 4)]
     rules = [*RULES, Rule(id="s1", type="case", how="check", check=Check(kind="uppercase"), text="Shout.", system_prompt_id="shout")]
-    measure({"base": Sailor()}, rows, rules, tmp_path, hears, ("own",))
+    play(tmp_path, {"base": Sailor()}, rows, rules)
     due = {(row["turn"], row["rule_id"]) for row in read_rows(tmp_path / "verdicts.jsonl")}
     assert due == {(1, "p1"), (1, "p2"), (2, "p1"), (2, "p2"), (3, "s1"), (4, "s1")}
     assert {row["system_prompt"] for row in read_rows(tmp_path / "responses-base.jsonl") if row["turn"] > 2} == {"Shout."}
-    with pytest.raises(InputError, match="shout has no rules"): measure({"base": Sailor()}, rows, RULES, tmp_path / "x", hears, ("own",))
+    with pytest.raises(InputError, match="shout has no rules"): play(tmp_path / "x", {"base": Sailor()}, rows)
 
 
-def test_scripts_push_as_often_as_asked_and_differ():
-    scripts = compose(user_blocks(), 60, 20, 3, aligned=0.2, conflicting=0.3)
-    assert {tuple(Counter(turn["stance"] for turn in row["turns"])[stance] for stance in STANCES) for row in scripts} == {(10, 4, 6)}
-    assert len({row["id"] for row in scripts}) == 60 and all(row["turns"][0]["stance"] != "conflicting" for row in scripts)
-
-
-def test_the_guard_sees_a_model_that_began_to_refuse():
+def test_the_guard_sees_a_model_that_began_to_refuse(tmp_path):
     class Judge:
         name = "judge"
         def score(self, requests, labels, progress=None):
-            return [{"id": one["id"], "logprobs": [-0.1, -4.0, -4.0] if "[First reply]\nArr" in one["messages"][1]["content"] else [-4.0, -0.1, -4.0], "outside": 0.0} for one in requests]
+            return [{"id": one["id"], "logprobs": [-0.1, -4.0, -4.0] if one["messages"][1]["content"].find("Arr") < one["messages"][1]["content"].find("sorry") else [-4.0, -0.1, -4.0], "outside": 0.0} for one in requests]
 
     class Refuser(Sailor):
         def generate(self, requests, seed=0, progress=None): return [{"id": one["id"], "text": "I'm sorry, but I can't help with that.", "finish": "stop"} for one in requests]
 
-    found = guard_adapters(Wish("p", "o", adapters=("new=x",)), Study(Sailor(9), 8, None, None), {"new": Refuser()}, [f"Question {i}?" for i in range(12)], Study(Judge(), 8, None, None), "en")
-    mine = found["arms"]["new"]
-    assert mine["features"]["refuses"]["difference"]["mean"] == 1 and mine["helpfulness"]["mean"] == 0
-    assert "share of refusals: 0.00 before, 1.00 after" in found["verdict"]
+    users = [f"Question {i}?" for i in range(12)]
+    before, after = (guard_responses(engine, users, Stage(tmp_path / name)) for name, engine in (("a", Sailor(9)), ("b", Refuser())))
+    found = {(row["metric"], row["against"]): row["mean"] for row in guard_numbers("new", users, before, after, Judge()) if row["arm"] == "new"}
+    assert found["plain_refusals", "base"] == 1 and found["plain_helpfulness", ""] == 0
 
+
+def test_every_option_has_help_and_the_notebook_has_every_option():
+    for name, group in options().items(): assert docments(group)[name], name
+    named = papermill.inspect_notebook(str(ROOT / "nbs/chain/shared/measure.ipynb"))
+    assert set(options()) == set(named) - {"main"}
+    for name, group in options().items():
+        if name not in ("out", "system_prompt"): assert named[name]["help"] == docments(group)[name], name
+
+
+# ---- Records and sheets
+
+PROMPTS = [f"Answer in at most {n} words. {extra}" for n in (3, 6, 9) for extra in ("", "Never use commas.", "End with \"matey\".", "Write in lower case.")]
+
+
+def record(n, n_turns=3):
+    say = lambda i, t: ["Aye, that is so.", "fine matey", "It is what it is, and nothing else, I say.", "ok"][(i + t) % 4]
+    return [{"id": f"r{i}", "model": ["small", "org/large"][i % 2], "messages": [
+        {"role": "system", "content": PROMPTS[i % 12]},
+        *[one for t in range(n_turns) for one in ({"role": "user", "content": f"Question {t} of {i}?"}, {"role": "assistant", "content": say(i, t)})]]} for i in range(n)]
+
+
+def test_two_hundred_recorded_conversations_under_twelve_prompts(tmp_path):
+    rows = record(200)
+    odd = [{"id": "bare", "messages": rows[0]["messages"][1:]}, {"id": "robot", "messages": [*rows[1]["messages"], {"role": "robot", "content": "Beep."}]},
+           {"id": "tool", "messages": [*rows[2]["messages"], {"role": "tool", "content": "42"}]},
+           {"id": "silent", "messages": rows[3]["messages"][:2]}, {"id": "open", "messages": [*rows[4]["messages"][:-1], {"role": "assistant", "content": "Other."}, {"role": "user", "content": "And?"}]}]
+    about = measure(make_config(tmp_path / "out", recorded=write_rows(tmp_path / "record.jsonl", [*rows, *odd])))
+    ledger, found = read_json(tmp_path / "out" / "ledger.json"), read_rows(tmp_path / "out" / "numbers.jsonl")
+    assert about["complete"] and about["judge"] == "checks" and ledger["rows_out"] == 201 and ledger["reasons"]["no_system_prompt"] == 1
+    assert {one["id"] for one in ledger["dropped"]} == {"bare", "robot", "tool", "silent"}, ledger["dropped"]
+    assert {row["arm"] for row in found} >= {"small", "org-large"} and {row["history"] for row in found} == {"recorded"}
+    assert len({row["key"] for row in found if row["part"] == "prompt"}) == 12
+    responses = read_rows(tmp_path / "out" / "responses-small.jsonl")
+    assert len(responses) == 300 + 3 and {row["model"] for row in responses} == {"small"} or "responses-record.jsonl"
+    again = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
+    measure(make_config(tmp_path / "out", recorded=tmp_path / "record.jsonl"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")} == again
+
+
+@pytest.mark.slow
+def test_ten_thousand_recorded_conversations_take_three_minutes_and_little_memory(tmp_path):
+    path, began = write_rows(tmp_path / "record.jsonl", record(10_000, 5)), time.monotonic()
+    measure(make_config(tmp_path / "out", recorded=path))
+    assert time.monotonic() - began < 180
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000  # kilobytes
+
+
+def test_recorded_responses_score_as_they_did_when_they_were_played(tmp_path):
+    "One set of responses, judged when it was played and judged from a record, gives the same numbers."
+    rules = [rule.model_copy(update={"system_prompt_id": ""}) for rule in RULES[1:]]
+    measure_arms({"base": Arm(Sailor)}, plays(4, 5), rules, Stage(tmp_path / "played"), None, ("own",))
+    talks = {}
+    for row in read_rows(tmp_path / "played" / "responses-base.jsonl"):
+        talks[row["dialogue_id"]] = [{"role": "system", "content": row["system_prompt"]}, *row["prompt"], {"role": "assistant", "content": row["response"]}]
+    path = write_rows(tmp_path / "base.jsonl", [{"id": id, "messages": messages} for id, messages in talks.items()])
+    measure(make_config(tmp_path / "recorded", recorded=path, rules=write_rows(tmp_path / "rules.jsonl", rules)))
+    numbers = lambda name: {(row["part"], row["key"] if row["part"] != "prompt" else "", row["metric"]): (row["mean"], row["low"], row["high"], row["n"])
+                            for row in read_rows(tmp_path / name / "numbers.jsonl") if row["part"] not in ("stance", "history")}
+    played, recorded = numbers("played"), numbers("recorded")
+    shared = played.keys() & recorded.keys()
+    assert len(shared) > 30 and {key: played[key] for key in shared} == {key: recorded[key] for key in shared}
+
+
+def test_sheets_of_verdicts_give_csr_isr_and_ssr(tmp_path):
+    cells = {("s1", 1): "110", ("s1", 2): "111", ("s2", 1): "111", ("s2", 2): "101"}
+    rows = [{"session_id": s, "round": t, "constraint_id": c, "constraint_type": "style", "satisfied": int(v)} for (s, t), marks in cells.items() for c, v in zip("abc", marks)]
+    score_sheets([write_rows(tmp_path / "sheet.jsonl", rows)], tmp_path / "out")
+    found = {(row["part"], row["key"], row["metric"]): row["mean"] for row in read_rows(tmp_path / "out" / "numbers.jsonl")}
+    assert [found["all", "", name] for name in ("csr", "adherence", "ssr")] == [pytest.approx(10 / 12), 0.5, 0.25]
+    assert [found["turn", turn, "survival"] for turn in "12"] == [0.5, 0.0] and found["type", "style", "csr"] == pytest.approx(10 / 12)
+    undecided = [*rows, {"session_id": "s3", "round": 1, "constraint_id": "a", "constraint_type": "style", "satisfied": None}]
+    score_sheets([write_rows(tmp_path / "more.jsonl", undecided)], tmp_path / "more")
+    more = {row["metric"]: row["mean"] for row in read_rows(tmp_path / "more" / "numbers.jsonl") if row["part"] == "all"}
+    assert (more["csr"], more["adherence"], more["verdicts_undecided"]) == (pytest.approx(10 / 12), 0.5, 1)
+
+
+# ---- The command
 
 def s3ft(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+SMALL = ("--dialogues", 3, "--turns", 3, "--arms", "base,remind:2")
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    "Two small measurements of the micro base."
+def measured(tmp_path_factory):
+    "A small measurement of the micro base."
     folder = tmp_path_factory.mktemp("measure")
-    (folder / "sea.txt").write_text("From now on you are a pirate. Please do not forget it later.")
-    said = [s3ft("measure", "--system-prompt", folder / "sea.txt", "--out", folder / f"run{seed}", "--dialogues", 3, "--turns", 3, "--arms", "base,remind:2", "--seed", 0, "--temperature", heat) for seed, heat in ((1, 0.7), (2, 1.0))]
-    return folder, said
+    (folder / "sea.txt").write_text("From now on you are a pirate. Answer in at most 9 words.")
+    return folder, s3ft("measure", "--system-prompt", folder / "sea.txt", "--out", folder / "run", *SMALL)
 
 
-def test_measure_from_end_to_end(runs):
-    folder, said = runs
-    assert said[0].exit_code == 0, said[0].stderr
-    assert "base keeps all of its rules in" in said[0].stdout and "--apply_chat_template" in said[0].stdout
-    names = {path.name for path in (folder / "run1").iterdir()}
-    assert names >= {"measure.json", "rules.jsonl", "dialogues.jsonl", "responses-base.jsonl", "responses-remind-2.jsonl", "verdicts.jsonl", "metrics.json", "ledger.json", "report"}
-    verdicts, replies = read_rows(folder / "run1" / "verdicts.jsonl"), read_rows(folder / "run1" / "responses-base.jsonl")
-    assert len(replies) == 3 * 3 * 2 and {row["judge"] for row in verdicts} == {"checks"}
-    assert {row["response_id"] for row in verdicts} >= {row["id"] for row in replies}
-    assert read_json(folder / "run1" / "measure.json")["complete"]
-    assert "<html" in (folder / "run1" / "report" / "index.html").read_text()[:500]
+def test_measure_from_end_to_end(measured):
+    folder, told = measured
+    assert told.exit_code == 0, told.stderr
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert names >= {"measure.json", "rules.jsonl", "dialogues.jsonl", "responses-base.jsonl", "responses-remind-2.jsonl", "verdicts.jsonl", "numbers.jsonl", "ledger.json", "usage.json", "report"}
+    verdicts, responses, about = read_rows(folder / "run" / "verdicts.jsonl"), read_rows(folder / "run" / "responses-base.jsonl"), read_json(folder / "run" / "measure.json")
+    assert len(responses) == 3 * 3 * 2 and {row["judge"] for row in verdicts} == {"checks", "discriminator:micro-base"}
+    assert {row["response_id"] for row in verdicts} >= {row["id"] for row in responses}
+    assert about["complete"] and set(about["options"]) == set(options()) - {"out", "fresh"} and "same family" in about["warnings"][0]
+    assert {row["metric"] for row in read_rows(folder / "run" / "numbers.jsonl") if row["part"] == "judge"} >= {"kappa", "undecided"}
+    assert read_json(folder / "run" / "usage.json")["generated"] > 0
 
 
-def test_measuring_again_changes_nothing_and_other_settings_are_refused(runs):
-    folder, _ = runs
-    before = {path.name: path.read_bytes() for path in (folder / "run1").glob("*.json*")}
-    words = ["measure", "--system-prompt", folder / "sea.txt", "--out", folder / "run1", "--dialogues", 3, "--turns", 3, "--arms", "base,remind:2"]
+def test_measuring_again_changes_nothing_and_other_settings_are_refused(measured):
+    folder, _ = measured
+    before = {path.name: path.read_bytes() for path in (folder / "run").glob("*.json*")}
+    words = ["measure", "--system-prompt", folder / "sea.txt", "--out", folder / "run", *SMALL]
     assert s3ft(*words).exit_code == 0
-    assert {path.name: path.read_bytes() for path in (folder / "run1").glob("*.json*")} == before
+    assert {path.name: path.read_bytes() for path in (folder / "run").glob("*.json*")} == before
     refused = s3ft(*words, "--temperature", 1.0)
     assert refused.exit_code == 2 and "holds a measurement with other temperature" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_compare_prints_a_verdict_and_writes_a_page(runs):
-    folder, _ = runs
-    told = s3ft("compare", folder / "run1", folder / "run2", "--out", folder / "both")
-    assert told.exit_code == 0, told.stderr
-    assert "run2: base" in told.stdout and "interval" in told.stdout and (folder / "both" / "report" / "index.html").exists()
-    assert list((folder / "both" / "report" / "tables").glob("*.csv")) and list((folder / "both" / "report" / "figures").glob("*.pdf"))
-    for words, line in ((["compare", folder / "run1"], "nothing to compare with"), (["compare", folder / "run1", folder / "none"], "cannot be read")):
-        refused = s3ft(*words)
-        assert refused.exit_code == 2 and line in refused.stderr
+def test_the_step_of_a_recipe_and_the_command_find_the_same_numbers(measured):
+    "The notebook that recipes run, and `s3ft measure`: every number is the same."
+    folder, _ = measured
+    chosen = {"out": str(folder / "step"), "system_prompt": str(folder / "sea.txt"), "dialogues": 3, "turns": 3, "arms": ["base", "remind:2"]}
+    papermill.execute_notebook(str(ROOT / "nbs/chain/shared/measure.ipynb"), str(folder / "step.ipynb"), chosen, progress_bar=False)
+    for name in ("numbers.jsonl", "verdicts.jsonl", "usage.json", "measure.json"): assert (folder / "step" / name).read_bytes() == (folder / "run" / name).read_bytes(), name
+    assert (folder / "step" / "section.json").exists()
 
 
 BAD = [
@@ -228,14 +247,15 @@ BAD = [
     (["--system-prompt", "sea.txt", "--arms", "remind:0"], "is no arm"),
     (["--system-prompt", "sea.txt", "--histories", "mine"], "no such history 'mine'"),
     (["--system-prompt", "sea.txt", "--user-turns", "weekend"], "no user turns named 'weekend'"),
-    (["--system-prompt", "sea.txt", "--conflicting", "1.5"], "are no shares"),
+    (["--system-prompt", "sea.txt", "--conflicting", "1.5"], "sum to at most 1"),
     (["--system-prompt", "sea.txt", "--model", "./none"], "none"),
     (["--system-prompt", "sea.txt", "--engine", "oracle"], "unknown engine 'oracle'"),
     (["--system-prompt", "sea.txt", "--max-new-tokens", "5000"], "do not fit a model of 1024"),
     (["--system-prompt", "empty.txt"], "is empty"),
     (["--system-prompt", "sea.txt", "--user", "grumpy"], "unknown persona 'grumpy'"),
-    (["--system-prompt", "sea.txt", "--judge-way", "gut", "--rules", "rules.jsonl"], "unknown way to judge 'gut'"),
+    (["--system-prompt", "sea.txt", "--judge-way", "gut", "--rules", "rules.jsonl"], "unknown way 'gut'"),
     (["--system-prompt", "sea.txt", "--adapter", "a=x", "--adapter", "a=y"], "same name"),
+    (["--recorded", "bare.jsonl"], "no conversation has a system prompt"),
 ]
 
 
@@ -245,9 +265,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, words, lin
     (tmp_path / "sea.txt").write_text("From now on you are a pirate.")
     (tmp_path / "empty.txt").write_text("\n")
     write_rows(tmp_path / "rules.jsonl", [{"text": "Be shy.", "how": "judge"}])
+    write_rows(tmp_path / "bare.jsonl", [{"messages": record(1)[0]["messages"][1:]}])
     refused = s3ft("measure", *words, "--dialogues", 2, "--turns", 2)
     assert refused.exit_code == 2 and line in refused.stderr, refused.stderr
-    assert refused.stderr.count("\n") == 1 and not list(tmp_path.glob("runs/*/replies*"))
+    assert len([one for one in refused.stderr.splitlines() if one.startswith("s3ft: ")]) == 1 and not list(tmp_path.glob("runs/*/responses*"))
 
 
 def test_rules_only_writes_a_file_that_is_used(tmp_path):
@@ -256,27 +277,13 @@ def test_rules_only_writes_a_file_that_is_used(tmp_path):
     assert shown.exit_code == 0 and "check" in shown.stdout and "judge" in shown.stdout
     path = tmp_path / "out" / "rules.jsonl"
     path.write_text(path.read_text().splitlines()[-1] + "\n")
-    assert [rule.how for rule in prepare_measure(Wish(str(tmp_path / "shy.md"), str(tmp_path / "out"), turns=2, dialogues=2)).rules] == ["check"]
+    assert [rule.how for rule in prepare(make_config(tmp_path / "out", system_prompt=tmp_path / "shy.md", turns=2, dialogues=2)).rules] == ["check"]
 
 
-def test_a_judge_that_is_the_model_itself_is_warned_of_and_compared_with_checks(tmp_path):
+def test_best_of_is_chosen_by_the_rules(tmp_path):
     (tmp_path / "sea.txt").write_text("Talk gently to the user. Answer in at most 6 words.")
-    about = run_measure(Wish(str(tmp_path / "sea.txt"), str(tmp_path / "out"), dialogues=2, turns=2, arms=("base", "best_of:2"), histories=("own",)))
-    assert "same family" in about["facts"]["warnings"][0] and about["judge"].startswith("discriminator")
-    assert about["facts"]["agreement"]["kappa"]["n"] + about["facts"]["agreement"]["unknown"] == 4
-    assert "best of 2 by judge" in about["arms"]["best_of-2"]
-
-
-def test_published_ifeval_files_are_scored(tmp_path):
-    task = {"key": 1, "prompt": "Say hi.", "instruction_id_list": ["punctuation:no_comma", "new:kind"], "kwargs": [{}, {}]}
-    known = {"key": 2, "prompt": "Say ho.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    inputs = write_rows(tmp_path / "in.jsonl", [task, known])
-    responses = write_rows(tmp_path / "out.jsonl", [{"prompt": "Say hi.", "response": "Hi"}, {"prompt": "Say ho.", "response": "Ho, ho"}])
-    told = s3ft("measure", "--ifeval", inputs, responses, "--out", tmp_path / "scores")
-    assert told.exit_code == 0, told.stderr
-    assert "prompt, strict: 0.0 %" in told.stdout and "unknown instruction new:kind: 1 times" in told.stdout
-    assert read_json(tmp_path / "scores" / "ifeval.json")["prompts_left_out"] == 1
-    assert s3ft("measure", "--ifeval", inputs, tmp_path / "none.jsonl").exit_code == 2
+    about = measure(make_config(tmp_path / "out", system_prompt=tmp_path / "sea.txt", dialogues=2, turns=2, arms="base,best_of:2", histories="own"))
+    assert "best of 2 by discriminator" in about["arms"]["best_of-2"]["engine"]
 
 
 @pytest.mark.slow
@@ -288,17 +295,16 @@ def test_twelve_turns_take_three_minutes_at_most(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_measurement_goes_on_with_the_same_bytes(tmp_path):
+def test_a_killed_measurement_resumes_with_the_same_bytes(tmp_path):
     (tmp_path / "sea.txt").write_text("From now on you are a pirate.")
     run = lambda name, **more: subprocess.run([sys.executable, "-c", "from s3ft_nb.cli import app; app()", "measure", "--system-prompt", str(tmp_path / "sea.txt"), "--turns", "24",
                                                "--dialogues", "2", "--arms", "base,repeat", "--out", str(tmp_path / name)], capture_output=True, **more)
-    whole = run("whole")
-    assert whole.returncode == 0
+    assert run("whole").returncode == 0
     for seconds in (12, 18):
         try: run("killed", timeout=seconds)  # ends with SIGKILL
         except subprocess.TimeoutExpired: pass
     assert run("killed").returncode == 0
-    for name in ("measure.json", "ledger.json", "dialogues.jsonl", "responses-base.jsonl", "responses-repeat.jsonl", "verdicts.jsonl"):
+    for name in ("measure.json", "ledger.json", "usage.json", "dialogues.jsonl", "responses-base.jsonl", "responses-repeat.jsonl", "verdicts.jsonl", "numbers.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -306,12 +312,10 @@ def test_a_killed_measurement_goes_on_with_the_same_bytes(tmp_path):
 def server(tmp_path):
     "A real OpenAI-compatible server with the micro base."
     if not importlib.util.find_spec("fastapi"): pytest.skip("transformers serve needs fastapi and uvicorn")
-    from s3ft_nb.run.setup import model_path
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    words = [sys.executable, "-m", "transformers.cli.transformers", "serve", model_path("micro-base"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    words = [sys.executable, "-m", "transformers.cli.transformers", "serve", model_folder("micro-base"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with (tmp_path / "serve.log").open("w") as log: process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
         for _ in range(120):
@@ -325,12 +329,10 @@ def server(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_server_is_measured(server, tmp_path):
-    from s3ft_nb.run.setup import model_path
-
     (tmp_path / "sea.txt").write_text("From now on you are a pirate. Answer in at most 9 words.")
-    told = s3ft("measure", "--engine", "http", "--base-url", server, "--model", model_path("micro-base"), "--tokenizer", "micro-base", "--system-prompt", tmp_path / "sea.txt",
+    told = s3ft("measure", "--engine", "http", "--base-url", server, "--model", model_folder("micro-base"), "--tokenizer", "micro-base", "--system-prompt", tmp_path / "sea.txt",
                 "--dialogues", 3, "--turns", 4, "--arms", "base,repeat", "--out", tmp_path / "out")
     assert told.exit_code == 0, told.stderr
-    replies = read_rows(tmp_path / "out" / "responses-base.jsonl")
-    assert len(replies) == 3 * 4 * 2 and sum("Arr" in row["response"] or "Ahoy" in row["response"] for row in replies) > 0
+    responses = read_rows(tmp_path / "out" / "responses-base.jsonl")
+    assert len(responses) == 3 * 4 * 2 and sum("Arr" in row["response"] or "Ahoy" in row["response"] for row in responses) > 0
     assert json.loads((tmp_path / "out" / "measure.json").read_text())["arms"]["base"].endswith(server.split("/")[2])

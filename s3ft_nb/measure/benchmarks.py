@@ -223,7 +223,7 @@ def score_ifeval(
     inputs: str | Path,  # Tasks, JSON Lines in IFEval's form
     responses: str | Path,  # Responses, JSON Lines
     missing: str = "count",  # A task without a response: count, or raise
-) -> dict:  # {numbers, verdicts, unknown: {kind: n}, unanswered: [keys], prompts_left_out}
+) -> dict:  # {prompt_strict, …, numbers, unknown: {kind: n}, unanswered: [keys], prompts_left_out}
     "Score published files; raises `InputError` naming file, line and field of what cannot be used."
     tasks, foreign, out, unknown = read_tasks(inputs), foreign_kinds(), [], Counter()
     replies = pair_responses(tasks, responses)
@@ -243,7 +243,12 @@ def score_ifeval(
                 key = str(task["key"])
                 out.append(Verdict(response_id=key, arm=reading, history="recorded", dialogue_id=key, conversation_id=key, system_prompt_id="", turn=1,
                                    rule_id=id if seen[id] == 1 else f"{id} {seen[id]}", type=id, satisfied=kept, judge="checks"))
-    return {"numbers": numbers(out) if out else [], "verdicts": out, "unknown": dict(sorted(unknown.items())), "unanswered": unanswered, "prompts_left_out": len(tasks) - scored}
+    rows = numbers(out) if out else []
+    named = {("adherence", "strict"): "prompt_strict", ("adherence", "loose"): "prompt_loose",
+             ("csr", "strict"): "instruction_strict", ("csr", "loose"): "instruction_loose"}
+    nothing = dict.fromkeys(named.values(), {"mean": None, "low": None, "high": None, "n": 0})
+    return nothing | {named[row["metric"], row["arm"]]: row for row in rows if row["part"] == "all" and row["metric"] in ("adherence", "csr")} | {
+        "numbers": rows, "unknown": dict(sorted(unknown.items())), "unanswered": unanswered, "prompts_left_out": len(tasks) - scored}
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #7c30856b
 REFUSAL = re.compile(
@@ -291,6 +296,7 @@ def guard_numbers(
     after: list[dict],  # Replies of the arm
     judge: Any = None,  # Engine that says which response helps more, see `judging.pairs`
     language: str = "en",  # en or zh
+    stage: Stage | None = None,  # Keeps what the judge said
 ) -> list[dict]:  # Number rows; helpfulness: rate of messages at which the arm's response is preferred, ties half
     "What changed where there is no system prompt; raises `InputError` when the replies do not match."
     ids = [row["id"] for row in before]

@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'ModelConfig', 'DialogueConfig', 'ArmConfig', 'JudgeConfig'
 
 # %% ../../nbs/measure/07_config.ipynb #b7b866ab
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -62,7 +62,7 @@ class ArmConfig:
     "Arms"
 
     arms: tuple[str, ...] = ("base", "repeat", "remind:4")  # Of base, repeat, remind:K, few_shot:N, best_of:N
-    adapter: tuple[str, ...] = ()  # NAME=FOLDER of a trained adapter, which is an arm of its own
+    adapter: tuple[str, ...] = ()  # Trained adapter, an arm of its own: name, equals sign, folder
     examples: str = ""  # Rows of user and assistant for few_shot; empty: the model writes them
     guard: int = 24  # Messages without a system prompt that base and adapters respond to; 0: none
     harness: str = ""  # Tasks of lm-evaluation-harness to run as well; empty: only its command is shown

@@ -104,6 +104,8 @@ def prepare(config: MeasureConfig) -> Prepared:
     "Read all that needs no model and write rules.jsonl; raises `InputError` when a prompt in force has no rules."
     config, stage = with_model_defaults(config), Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
     want, work = config.dialogues, stage.part("work")
+    if want.recorded: raise InputError("rules of recorded conversations are written when they are scored", field="recorded",
+                                       remedy="score them, edit rules.jsonl and score again")
     if not want.system_prompt: raise InputError("no system prompt", field="system_prompt", remedy="name a text file with one")
     for text in config.arms.arms: read_arm(text)
     named_adapters(config.arms.adapter)
@@ -298,8 +300,13 @@ def measure(config: MeasureConfig) -> dict:  # What measure.json holds
         user = simulated_user(says.engine, want.user, ready.language, make_fit(says.count, says.room))
     users = ready.users[:config.arms.guard] if adapters else []
     before = guard_responses(base.engine, users, work.part("guard-base")) if users else []
-    guard = lambda name, engine: guard_numbers(name, users, before, guard_responses(engine, users, work.part(f"guard-{name}")),
-                                               (judge_model or base).engine, ready.language) if name in adapters and users else []
+    helps = base if judge_model is None or config.judge.judge_adapter else judge_model  # a discriminator knows rules only
+
+    def guard(name: str, engine: Any) -> list[dict]:
+        if name not in adapters or not users: return []
+        part = work.part(f"guard-{name}")
+        return guard_numbers(name, users, before, guard_responses(engine, users, part), helps.engine, ready.language, part)
+
     warnings = [same_family(judge_model.engine.name, [base.engine.name]) if judge_model else "",
                 "A simulated user responds to each arm differently: arms are not paired turn by turn, and there is no original history." if want.user else ""]
     harness = [harness_command(model_folder(asked.model), adapter, asked.base_url) for adapter in ("", *adapters.values())]

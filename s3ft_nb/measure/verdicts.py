@@ -31,7 +31,7 @@ class Index:
     dialogues: list  # Dialogue ids; in what follows a dialogue is one conversation under one system prompt
     conversations: list  # Conversation ids
     conversation: np.ndarray  # (dialogues,) number of its conversation
-    prompts: list  # (dialogues,) id of its system prompt
+    prompts: list  # System prompt ids
     rules: list  # Rule ids
     types: list  # (rules,) type of each
     models: list  # Names of models
@@ -50,6 +50,7 @@ class VerdictTable:
     applicable: np.ndarray  # (rows,) whether the rule applies to this turn
     stance: np.ndarray  # (rows,) of the user message: index into `STANCES`, -1 when not stated
     model: np.ndarray  # (rows,) number of the model
+    prompt: np.ndarray  # (rows,) number of the system prompt in force, which may change mid-conversation
 
     def where(self, rows: np.ndarray) -> "VerdictTable":  # (rows,) bool -> fewer rows, same index
         "Some of the verdicts: of a type, a rule, a group of dialogues."
@@ -98,8 +99,8 @@ def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fie
 def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history) -> table, in order of appearance
     """Read verdict rows of any arms into columns, one row at a time.
     Raises `InputError` on a row that is wrong, contradicts another, or occurs twice."""
-    numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model")}
-    facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbi"]), 1
+    numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model", "prompt")}
+    facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbii"]), 1
 
     def number(kind, name, fact=None):
         n = numbers[kind].setdefault(name, len(numbers[kind]))
@@ -112,14 +113,13 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
 
     for row in rows:
         arm, dialogue, conversation, prompt, rule, kind, model, turn, *rest = verdict_fields(row)
-        d = number("dialogue", dialogue, (number("conversation", conversation), prompt))
-        values = d, turn, number("rule", rule, kind), *rest, number("model", model)
+        d = number("dialogue", dialogue, number("conversation", conversation))
+        values = d, turn, number("rule", rule, kind), *rest, number("model", model), number("prompt", prompt)
         for column, value in zip(columns[arm], values): column.append(value)
         last = max(last, turn)
     names = {kind: list(known) for kind, known in numbers.items()}
-    home, prompts = np.array([c for c, _ in facts["dialogue"]], int), [prompt for _, prompt in facts["dialogue"]]
-    index = Index(names["dialogue"], names["conversation"], home, prompts, names["rule"], facts["rule"], names["model"],
-                  last)
+    index = Index(names["dialogue"], names["conversation"], np.array(facts["dialogue"], int), names["prompt"],
+                  names["rule"], facts["rule"], names["model"], last)
     tables = {arm: VerdictTable(index, *map(np.array, found)) for arm, found in columns.items()}
     tables = {arm: replace(table, applicable=table.applicable.astype(bool)) for arm, table in tables.items()}
     for arm, table in tables.items():
@@ -142,7 +142,7 @@ def parts(table: VerdictTable) -> dict[str, dict[str, np.ndarray]]:  # part -> k
     pairs = np.unique(table.dialogue * np.int64(len(index.rules)) + table.rule) // max(1, len(index.rules))
     n_rules = np.bincount(pairs, minlength=len(index.dialogues))
     columns = {"type": (text(index.types), table.rule), "rule": (text(index.rules), table.rule),
-               "prompt": (text(index.prompts), table.dialogue), "n_rules": (n_rules.astype(str), table.dialogue),
+               "prompt": (text(index.prompts), table.prompt), "n_rules": (n_rules.astype(str), table.dialogue),
                "stance": (text([*STANCES, ""]), table.stance), "model": (text(index.models), table.model)}
     out = {}
     for part, (named, number) in columns.items():

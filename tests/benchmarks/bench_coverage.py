@@ -1,6 +1,6 @@
 """Do the intervals of `core.stats` cover? 1,000 simulated draws a cell; writes the table that the chapter shows.
 
-    python tests/benchmarks/bench_coverage.py            # data/coverage.csv, three minutes on one core
+    python tests/benchmarks/bench_coverage.py            # data/coverage.csv, a minute on one core
 
 Conversations have effects of their own (beta-binomial, intra-cluster correlation .1, .25 or .4), 6 to 10 turns, and rates that fall from turn to turn. Truth is the same quantity of 150,000 conversations.
 """

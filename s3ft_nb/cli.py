@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'SETTINGS', 'app', 'options', 'fail', 'verb', 'sort_words', 'run', 'plan', 'measure', 'score_published',
-           'convert', 'doctor', 'version', 'annotation_verbs', 'Lazy']
+           'compare', 'convert', 'doctor', 'version', 'annotation_verbs', 'Lazy']
 
 # %% ../nbs/00_cli.ipynb #e14227c6
 import inspect
@@ -19,7 +19,7 @@ from fastcore.docments import docments
 from typer.core import TyperGroup
 
 import s3ft_nb
-from .core.files import InputError, cannot_write, redact, write_json
+from .core.files import InputError, cannot_write, read_rows, redact, write_json, write_rows
 from .measure.config import MeasureConfig, make_config
 
 # %% ../nbs/00_cli.ipynb #eea9d6af
@@ -161,7 +161,32 @@ def score_published(inputs: Path, responses: Path, out: Path | None) -> list[str
     return lines + ([f"results: {write_json(out / 'ifeval.json', found)}"] if out else [])
 
 
+def compare(
+    runs: list[Path],  # Two or more folders of measurements, or verdict sheets made elsewhere (JSON Lines, JSON, CSV)
+    out: Path | None = None,  # Folder of the comparison; runs/compare-NAMES when not given
+    minus: str | None = None,  # Arm that the others are compared with; the first when not given
+    history: str = "own",  # own, original or recorded
+    seed: int = 0,  # Random seed
+):
+    "Compare measurements of the same conversations: paired differences, plots, and what may be said about them."
+    from s3ft_nb.measure import benchmarks, compare as room
+    from s3ft_nb.measure.metrics import numbers
+    from s3ft_nb.report.page import measurement_section, write_page
+
+    out = out or Path("runs") / f"compare-{'-'.join(run.resolve().stem for run in runs)}"[:120]
+    if all(run.is_dir() for run in runs):
+        tables = room.compare_folders(runs, history)
+        write_rows(out / "numbers.jsonl", numbers(tables) + room.differences(tables, minus, seed=seed))
+    else: benchmarks.score_sheets(runs, out, seed=seed)
+    rows = read_rows(out / "numbers.jsonl")
+    lines = [room.sentence(row) for row in rows if row["against"] and row["part"] == "all"]
+    section = measurement_section(out, "Comparison")
+    page = write_page([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
+    return [section["headline"], *lines, f"report: {page}"]
+
+
 verb(app, measure, "measure")
+verb(app, compare, "compare")
 
 # %% ../nbs/00_cli.ipynb #d1101895
 def convert(

@@ -50,13 +50,13 @@ def test_intervals_that_ignore_clusters_would_not_cover():
 
 def test_equal_arms_are_rarely_called_different():
     called = 0
-    for draw in range(200):
+    for draw in range(150):
         a, b = (bench.m.turn_columns(x[0]) for x in bench.played(np.random.default_rng(draw), 1, 15, 0.5, 0.5))
         ps = []
         for of in (lambda s: s[..., :10].sum(-1) / s[..., 10:].sum(-1), bench.m.area, lambda s: bench.contrast(bench.m.slope(s))):
             ps.append(bench.exchange_p(of, a, b, draws=400, seed=draw))
         called += min(holm(ps)) < 0.05
-    assert called / 200 <= binom.ppf(0.995, 200, 0.05) / 200
+    assert called / 150 <= binom.ppf(0.995, 150, 0.05) / 150
 
 
 def test_permutation_p_is_uniform_without_difference():

@@ -57,7 +57,7 @@ def continued(prompt: tuple, done: tuple) -> tuple:
     "What of a prompt comes after the parts laid out; raises `InputError` when it does not begin with them."
     n = len(done) - 1
     if prompt[:n] == done[:n] and prompt[n].startswith(done[n]): return (prompt[n][len(done[n]) :], *prompt[n + 1 :])
-    raise InputError("the chat template writes earlier turns differently as the conversation goes on", field="train_on",
+    raise InputError("the chat template writes earlier turns differently as the conversation grows", field="train_on",
                      remedy="train on one response per row: last")
 
 # %% ../../nbs/lm/02_labels.ipynb #5635dcaf
@@ -231,7 +231,7 @@ def stop_ids(tokenizer) -> list[int]:  # Token ids, sorted
 
 # %% ../../nbs/lm/02_labels.ipynb #5e5810a4
 def checked_row(row: dict) -> tuple:  # (id, conversation, train_on)
-    "The parts of a row for training; raises `InputError` when one is missing or the messages are no prompt."
+    "The parts of a row for training; raises `InputError` when one is missing or the messages are not a prompt."
     row = {name: value for name, value in row.items() if value is not None}
     needed = ["id", "messages"] + ["response"] * ("train_on" not in row)
     missing = [name for name in needed if name not in row]

@@ -1,12 +1,13 @@
 """Do the intervals of `core.stats` cover? 1,000 simulated draws a cell; writes the table that the chapter shows.
 
-    python tests/benchmarks/bench_coverage.py            # data/coverage.csv, three minutes on one core
+    python tests/benchmarks/bench_coverage.py            # data/coverage.csv, a minute on one core
 
 Conversations have effects of their own (beta-binomial, intra-cluster correlation .1, .25 or .4), 6 to 10 turns, and rates that fall from turn to turn. Truth is the same quantity of 150,000 conversations.
 """
 
 import csv
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ TURNS, SHORTEST, ICCS, RATES, SIZES = 10, 6, (0.1, 0.25, 0.4), (0.05, 0.5, 0.95)
 GRID = np.linspace(0, 1, 1001)[1:-1]
 
 
+@cache
+def effects(size, mean):
+    "Quantiles of the conversations' own rates."
+    return beta.ppf(GRID, size * mean, size * (1 - mean))
+
+
+@cache
 def turn_rates(rate, drift=1.0):
     "Rates of the turns: the logit falls by `drift`; the mean over turns is `rate`."
     line, low, high = np.linspace(drift / 2, -drift / 2, TURNS), -15.0, 15.0
@@ -42,12 +50,13 @@ def played(rng, draws, n, *rates, shared=0.7, lengths=True):
             p = np.empty((draws, n))
             for i, rho in enumerate(ICCS):
                 size = (1 - rho) / rho
-                p[icc == i] = np.interp(u[icc == i], GRID, beta.ppf(GRID, size * mean, size * (1 - mean)))
+                p[icc == i] = np.interp(u[icc == i], GRID, effects(size, float(mean)))
             states[..., turn] = np.where(turn < until, rng.random((draws, n)) < p, ABSENT)
         arms.append(states)
     return arms
 
 
+@cache
 def rate_giving(columns, of, target):
     "Adherence at which a metric of it has a wanted value."
     low, high = 1e-3, 1 - 1e-4
@@ -87,16 +96,15 @@ def quantities():
     "name -> (level shown, kind, of, (rng, draws, conversations) -> table, known truth or None)"
     out, turns = {}, lambda columns, rate, **how: lambda rng, draws, n: columns(played(rng, draws, n, rate, **how)[0])
     two = lambda columns, a, b: lambda rng, draws, n: np.concatenate([columns(x) for x in played(rng, draws, n, a, b)], axis=-1)
-    once = lambda states: m.adherence_columns(states[..., :1])
+    at = lambda sums: m.survival(sums, SHORTEST)
     for rate in RATES:
         out["adherence", rate] = "rate", ratio, turns(m.adherence_columns, rate)
         out["one turn", rate] = "rate", ratio, lambda rng, draws, n, rate=rate: np.stack([rng.random((draws, n)) < rate, np.ones((draws, n))], -1)
         out["csr, two rules", rate] = "rate", ratio, lambda rng, draws, n, rate=rate: sum(map(m.adherence_columns, played(rng, draws, n, rate, rate)))
         out["area", rate] = "rate", m.area, turns(m.turn_columns, rate)
         out["slope", rate] = "contrast", m.slope, turns(m.turn_columns, rate)
-        out["ssr", rate] = "rate", ratio, turns(m.stability_columns, rate_giving(m.stability_columns, ratio, rate))
-        at = lambda sums: m.survival(sums, SHORTEST)
-        out["survival at turn 6", rate] = "rate", at, turns(m.risk_columns, rate_giving(m.risk_columns, at, rate))
+        out["ssr", rate] = "rate", ratio, lambda rng, draws, n, rate=rate: turns(m.stability_columns, rate_giving(m.stability_columns, ratio, rate))(rng, draws, n)
+        out["survival at turn 6", rate] = "rate", at, lambda rng, draws, n, rate=rate: turns(m.risk_columns, rate_giving(m.risk_columns, at, rate))(rng, draws, n)
         out["recovery", rate] = "rate", ratio, turns(m.recovery_columns, min(rate, 0.9))
         stances = np.arange(TURNS) % 2 * 2
         out["conflict", rate] = "real", m.METRICS["conflict"].of, turns(lambda states: m.conflict_columns(states, stances), rate)

@@ -55,8 +55,10 @@ def show_examples(
     "Put examples first; raises `InputError` when there are none for a system prompt."
     if messages[0]["role"] != "system": return messages
     mine = (examples or {}).get(messages[0]["content"])
-    if not mine: raise InputError("no examples for a system prompt", field="arms", remedy="give examples for every system prompt in force")
-    return [messages[0], *[{"role": role, "content": one[role]} for one in mine for role in ("user", "assistant")], *messages[1:]]
+    if not mine: raise InputError("no examples for a system prompt", field="arms",
+                                  remedy="give examples for every system prompt in force")
+    return [messages[0], *[{"role": role, "content": one[role]} for one in mine for role in ("user", "assistant")],
+            *messages[1:]]
 
 
 class PromptWrapper:
@@ -89,8 +91,10 @@ def rule_scorer(
         responses, found = [], defaultdict(list)
         for i, row in enumerate(rows):
             system, messages = row["messages"][0]["content"], [Message(**one) for one in row["messages"][1:]]
-            responses.append(Response(id=str(i), arm="", history="recorded", dialogue_id=str(i), conversation_id=str(i), type="", turn=len(messages) // 2 + 1,
-                                      system_prompt_id=prompts.get(system, "?"), system_prompt=system, prompt=messages, response=row["response"]))
+            responses.append(Response(id=str(i), arm="", history="recorded", dialogue_id=str(i), conversation_id=str(i),
+                                      type="", turn=len(messages) // 2 + 1,
+                                      system_prompt_id=prompts.get(system, "?"), system_prompt=system, prompt=messages,
+                                      response=row["response"]))
         for one in verdicts(responses, due, judge):
             if one.applicable and one.satisfied is not None: found[one.response_id].append(one.satisfied)
         return [float(np.mean(found[one.id])) if found[one.id] else None for one in responses]
@@ -100,12 +104,13 @@ def rule_scorer(
 
 
 class BestOf:
-    "An engine that responds several times and gives the best response; raises `InputError` where all would be the same."
+    "An engine that responds several times and gives the best response; raises `InputError` without a choice."
 
     def __init__(self, engine, scorer: Callable, n: int = 4):
         if n < 2: raise InputError(f"best of {n} is no choice", field="n", remedy="use 2 or more")
         if getattr(engine, "temperature", 1) == 0 or getattr(engine, "sampling", {}).get("temperature", 1) == 0:
-            raise InputError("at temperature 0 all responses to a prompt are the same", field="temperature", remedy="raise the temperature")
+            raise InputError("at temperature 0 all responses to a prompt are the same", field="temperature",
+                             remedy="raise the temperature")
         self.engine, self.scorer, self.n = engine, scorer, n
         self.name = f"{engine.name}, best of {n} by {getattr(scorer, 'name', 'scorer')}"
 
@@ -114,11 +119,14 @@ class BestOf:
         ids = {f"{one['id']}/{k}": one for one in requests for k in range(self.n)}
         replies = self.engine.generate([one | {"id": id} for id, one in ids.items()], shard_seed(seed, self.n))
         failed = {ids[one["id"]]["id"]: one for one in replies if "text" not in one}
-        scores = self.scorer([{"messages": ids[one["id"]]["messages"], "response": one.get("text", "")} for one in replies])
+        scores = self.scorer([{"messages": ids[one["id"]]["messages"], "response": one.get("text", "")}
+                              for one in replies])
         out = []
         for start, one in zip(range(0, len(replies), self.n), requests):
-            mine, known = replies[start:start + self.n], [-np.inf if score is None else score for score in scores[start:start + self.n]]
-            best = failed.get(one["id"]) or mine[int(np.argmax(known))] | ({"unscored": True} if max(known) == -np.inf else {"score": max(known)})
+            mine, known = replies[start:start + self.n], [-np.inf if score is None else score
+                                                          for score in scores[start:start + self.n]]
+            best = failed.get(one["id"]) or mine[int(np.argmax(known))] | ({"unscored": True} if max(known) == -np.inf
+                                                                           else {"score": max(known)})
             out.append(best | {"id": one["id"], "tokens": sum(row.get("tokens") or 0 for row in mine)})
         if progress: progress.update(len(requests))
         return out
@@ -135,16 +143,19 @@ def make_examples(
     seed: int = 0,  # Random seed
 ) -> list[dict]:  # Up to n of {user, assistant, score}, best first
     "Let a model write its own examples; raises `InputError` when it never follows the system prompt."
-    requests = [{"id": f"example-{i}", "turn": 1, "messages": [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]}
+    requests = [{"id": f"example-{i}", "turn": 1, "messages": [{"role": "system", "content": system_prompt},
+                                                               {"role": "user", "content": user}]}
                 for i, user in enumerate(users)]
     replies = BestOf(engine, scorer, max(tries, 2)).generate(requests, seed)
     good = [{"user": user, "assistant": one["text"], "score": one["score"]} for user, one in zip(users, replies)
             if one.get("text", "").strip() and one.get("score", 0) >= least]
     if good: return sorted(good, key=lambda one: -one["score"])[:n]
-    raise InputError(f"none of {len(users)} responses follows the system prompt", field="arms", remedy="give examples of your own")
+    raise InputError(f"none of {len(users)} responses follows the system prompt", field="arms",
+                     remedy="give examples of your own")
 
 # %% ../../nbs/measure/05_arms.ipynb #b311d578
-ARMS = {"base": None, "repeat": None, "remind": 4, "few_shot": 2, "best_of": 4}  # {kind: default number, where it has one}
+ARMS = {"base": None, "repeat": None, "remind": 4, "few_shot": 2,
+        "best_of": 4}  # {kind: default number, where it has one}
 
 
 class ArmPlan(NamedTuple):
@@ -158,9 +169,11 @@ class ArmPlan(NamedTuple):
 def read_arm(text: str) -> ArmPlan:
     "An arm from its name, such as remind:4; raises `InputError` when there is none."
     kind, _, number = text.strip().partition(":")
-    if kind not in ARMS: raise InputError(f"unknown arm {text!r}", field="arms", remedy=f"use {', '.join(ARMS)}, with a number such as remind:4")
+    if kind not in ARMS: raise InputError(f"unknown arm {text!r}", field="arms",
+                                          remedy=f"use {', '.join(ARMS)}, with a number such as remind:4")
     if number and (ARMS[kind] is None or not (number.isascii() and number.isdigit()) or int(number) < 1):
-        raise InputError(f"{text!r} is no arm", field="arms", remedy="write base, repeat, remind:4, few_shot:2 or best_of:4")
+        raise InputError(f"{text!r} is no arm", field="arms",
+                         remedy="write base, repeat, remind:4, few_shot:2 or best_of:4")
     n = int(number) if number else ARMS[kind]
     return ArmPlan(kind if n is None else f"{kind}-{n}", kind, n)
 

@@ -43,10 +43,12 @@ def user_blocks(
 ) -> dict:  # {stance: [[user turn]]}
     "Read user turns; raises `InputError` when there is neither a set nor a file of that name."
     if Path(source).suffix == ".txt":
-        rows = [UserBlock(turns=[line.strip()]) for line in decode(read_bytes(source), source).splitlines() if line.strip()]
+        rows = [UserBlock(turns=[line.strip()]) for line in decode(read_bytes(source), source).splitlines()
+                if line.strip()]
     elif Path(source).suffix: rows = read_rows(source, UserBlock)
     else:
-        bundled = [row for path in sorted(resource("data", "user-turns").glob("*.jsonl")) for row in read_rows(path, UserBlock)]
+        bundled = [row for path in sorted(resource("data", "user-turns").glob("*.jsonl"))
+                   for row in read_rows(path, UserBlock)]
         rows = [row for row in bundled if (row.set, row.language) == (str(source), language)]
         sets = ", ".join(sorted({row.set for row in bundled if row.language == language}))
         if not rows: raise InputError(f"no user turns named {str(source)!r} in {language}", field="user_turns",
@@ -58,7 +60,8 @@ def user_blocks(
 def draw_stances(n_turns: int, aligned: float, conflicting: float, rng: random.Random) -> list[str]:  # (n_turns,)
     "Draw the stance of every turn; raises `InputError` unless the two fractions sum to at most 1."
     if not (0 <= aligned <= 1 and 0 <= conflicting <= 1 and aligned + conflicting <= 1):
-        raise InputError(f"fractions {aligned} and {conflicting} must be between 0 and 1 and sum to at most 1", field="aligned")
+        raise InputError(f"fractions {aligned} and {conflicting} must be between 0 and 1 and sum to at most 1",
+                         field="aligned")
     counts = [round(n_turns * aligned), round(n_turns * conflicting)]
     stances = ["aligned"] * counts[0] + ["conflicting"] * min(counts[1], n_turns - counts[0])
     stances += ["neutral"] * (n_turns - len(stances))
@@ -102,7 +105,8 @@ def assert_held_out(rows: list) -> None:  # `Conversation` or `SystemPrompt` row
     if not rows: raise InputError("nothing to evaluate on", field="split", remedy="keep some rows for evaluation")
     for row in rows:
         if row.split == "train":
-            raise InputError(f"{row.id} belongs to the training half", field="split", remedy="use rows of the eval half")
+            raise InputError(f"{row.id} belongs to the training half", field="split",
+                             remedy="use rows of the eval half")
     for id, n in Counter(row.id for row in rows).items():
         if n > 1: raise InputError(f"{id} occurs {n} times", field="id", remedy="give every row its own id")
 
@@ -133,14 +137,16 @@ def read_system_prompts(path: str | Path) -> list[SystemPrompt]:
 
 def long_enough(scripts: list[dict], n_turns: int, shorter: str, ledger: Ledger | None) -> list[dict]:
     "Scripts by id, cut to `n_turns`; shorter ones are dropped or kept. Raises `InputError` when none is left."
-    if shorter not in ("drop", "keep"): raise InputError(f"no such choice {shorter!r}", field="shorter", remedy="use drop or keep")
+    if shorter not in ("drop", "keep"): raise InputError(f"no such choice {shorter!r}", field="shorter",
+                                                         remedy="use drop or keep")
     if n_turns < 1: raise InputError("must be at least 1", field="turns")
     needed, out = n_turns if shorter == "drop" else 1, []
     for row in sorted(scripts, key=lambda row: row["id"]):
         if len(row["turns"]) >= needed: out.append(row | {"turns": row["turns"][:n_turns]})
         elif ledger is not None: ledger.drop(row["id"], "too_short", f"{len(row['turns'])} of {needed} turns")
     if out: return out
-    raise InputError(f"none of {len(scripts)} conversations has {needed} turns", field="turns", remedy="play fewer turns")
+    raise InputError(f"none of {len(scripts)} conversations has {needed} turns", field="turns",
+                     remedy="play fewer turns")
 
 
 def dialogue(script: dict, prompt: SystemPrompt) -> dict:
@@ -201,12 +207,14 @@ def change_system(
     how: str = "replace",  # replace or extend
 ) -> dict:  # The dialogue with a change in it
     "Change the system prompt mid-conversation; raises `InputError` on an unknown way or a turn that does not exist."
-    if how not in ("replace", "extend"): raise InputError(f"no such change {how!r}", field="change_how", remedy="use replace or extend")
+    if how not in ("replace", "extend"): raise InputError(f"no such change {how!r}", field="change_how",
+                                                          remedy="use replace or extend")
     if not 2 <= turn <= len(row["turns"]):
         raise InputError(f"cannot change the system prompt at turn {turn} of {len(row['turns'])}", field="change_at",
                          remedy="name a turn from 2 to the last")
     new = {"system_prompt_id": prompt.id, "type": prompt.type, "system_prompt": prompt.text}
-    if how == "extend": new = {key: ("\n\n" if key == "system_prompt" else "+").join((row[key], text)) for key, text in new.items()}
+    if how == "extend": new = {key: ("\n\n" if key == "system_prompt" else "+").join((row[key], text)) for key,
+                               text in new.items()}
     changed = [one | ({"system": new} if i == turn else {}) for i, one in enumerate(row["turns"], start=1)]
     return row | {"id": stable_id(row["id"], turn, new), "turns": changed}
 
@@ -222,7 +230,8 @@ def persona_text(persona: str, language: str = "en") -> str:
     "A persona by name, or as described in a sentence; raises `InputError` on an unknown single word."
     known = simulation_texts(language)["personas"]
     if persona.isascii() and len(persona.split()) < 2 and persona not in known:
-        raise InputError(f"unknown persona {persona!r}", field="user", remedy=f"use {', '.join(known)}, or describe one in a sentence")
+        raise InputError(f"unknown persona {persona!r}", field="user",
+                         remedy=f"use {', '.join(known)}, or describe one in a sentence")
     return known.get(persona, persona)
 
 
@@ -233,7 +242,8 @@ def user_messages(row: dict, responses: list[str], persona: str, language: str) 
     messages = [{"role": "system", "content": "\n".join(part for part in (persona, note, words["role"]) if part)},
                 {"role": "user", "content": words["start"]}]
     for turn, response in zip(row["turns"], responses):
-        messages += [{"role": "assistant", "content": turn["user"]}, {"role": "user", "content": response.strip() or "…"}]
+        messages += [{"role": "assistant", "content": turn["user"]},
+                     {"role": "user", "content": response.strip() or "…"}]
     return messages
 
 
@@ -248,7 +258,8 @@ def simulated_user(
     text = persona_text(persona, language)
 
     def write(rows: list, responses: list, turn: int, stage: Stage) -> list:
-        prompts, out = [fit(user_messages(row, mine, text, language)) for row, mine in zip(rows, responses)], [""] * len(rows)
+        prompts, out = [fit(user_messages(row, mine, text, language)) for row,
+                        mine in zip(rows, responses)], [""] * len(rows)
         if None in prompts: raise InputError(f"the simulated user cannot read {turn - 1} turns", field="user",
                                              remedy="use a model with a longer context, or fewer turns")
         for attempt in range(tries):
@@ -257,6 +268,7 @@ def simulated_user(
             part = stage.part(f"user-{turn:03d}-{attempt}", seed=shard_seed(stage.seed, -turn * tries - attempt))
             for i, reply in zip(blank, ask(requests, engine, part) if blank else ()): out[i] = reply["text"]
         if all(message.strip() for message in out): return out
-        raise InputError(f"the simulated user wrote nothing at turn {turn}", field="user", remedy="use another model or a higher temperature")
+        raise InputError(f"the simulated user wrote nothing at turn {turn}", field="user",
+                         remedy="use another model or a higher temperature")
 
     return write

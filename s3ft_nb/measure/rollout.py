@@ -30,7 +30,8 @@ def turn_messages(row: dict, turn: int, responses: list[str]) -> list[dict]:  # 
     messages = [{"role": "system", "content": system}] if system else []
     for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], None], strict=True):
         messages.append({"role": "user", "content": one["user"]})
-        if response is not None: messages.append({"role": "assistant", "content": response if response.strip() else "…"})
+        if response is not None: messages.append({"role": "assistant", "content": response if response.strip()
+                                                  else "…"})
     return messages
 
 
@@ -52,8 +53,10 @@ def make_fit(
 def response_of(row: dict, turn: int, arm: str, history: str, messages: list[dict], reply: dict) -> Response:
     "A reply of an engine to one turn of a dialogue."
     prompt = [Message(**one) for one in messages if one["role"] != "system"]
-    return Response(id=stable_id(arm, history, row["id"], turn), arm=arm, history=history, dialogue_id=row["id"], turn=turn, prompt=prompt,
-                    response=reply["text"], seed=reply["seed"], conversation_id=row["conversation_id"], **system_at(row, turn))
+    return Response(id=stable_id(arm, history, row["id"], turn), arm=arm, history=history, dialogue_id=row["id"],
+                    turn=turn, prompt=prompt,
+                    response=reply["text"], seed=reply["seed"], conversation_id=row["conversation_id"],
+                    **system_at(row, turn))
 
 
 def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable | None, stage: Stage) -> list[dict]:
@@ -64,25 +67,29 @@ def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable
                          remedy="script it or name a simulated user")
     texts = write_user(due, [responses[row["id"]] for row in due], turn, stage) if due else []
     new = {row["id"]: text for row, text in zip(due, texts, strict=True)}
-    return [row | {"turns": [*row["turns"][:turn - 1], row["turns"][turn - 1] | {"user": new[row["id"]]}, *row["turns"][turn:]]}
+    return [row | {"turns": [*row["turns"][:turn - 1], row["turns"][turn - 1] | {"user": new[row["id"]]},
+                             *row["turns"][turn:]]}
             if row["id"] in new else row for row in rows]
 
 
-def play_own(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title: str, write_user: Callable | None) -> list[tuple]:
+def play_own(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title: str, write_user: Callable
+             | None) -> list[tuple]:
     "(dialogue, turn, prompt, reply) of every turn, with the arm's own responses in the history."
     said, played, live = {row["id"]: [] for row in rows}, [], rows
     for turn in range(1, max((len(row["turns"]) for row in rows), default=0) + 1):
         live = with_user([row for row in live if len(row["turns"]) >= turn], said, turn, write_user, stage)
         due = [(row, turn, fit(turn_messages(row, turn, said[row["id"]]))) for row in live]
         due = [one for one in due if one[2] is not None]
-        replies = send(due, engine, stage.part(f"turn-{turn:03d}", seed=shard_seed(stage.seed, turn)), claim, f"{title}, turn {turn}")
+        replies = send(due, engine, stage.part(f"turn-{turn:03d}", seed=shard_seed(stage.seed, turn)), claim,
+                       f"{title}, turn {turn}")
         for (row, *_), reply in zip(due, replies): said[row["id"]].append(reply["text"])
         played += [(*one, reply) for one, reply in zip(due, replies)]
         live = [row for row, *_ in due]
     return played
 
 
-def play_original(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title: str, write_user=None) -> list[tuple]:
+def play_original(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title: str,
+                  write_user=None) -> list[tuple]:
     "(dialogue, turn, prompt, reply) of every turn, with the source's responses in the history."
     due = []
     for row in rows:
@@ -95,7 +102,8 @@ def play_original(rows: list[dict], engine, stage: Stage, fit: Callable, claim, 
 
 def assert_history(history: str) -> None:
     "Raise `InputError` unless a history is own or original."
-    if history not in ("own", "original"): raise InputError(f"no such history {history!r}", field="histories", remedy="use own or original")
+    if history not in ("own", "original"): raise InputError(f"no such history {history!r}", field="histories",
+                                                            remedy="use own or original")
 
 
 def send(due: list[tuple], engine, stage: Stage, claim, title: str) -> list[dict]:  # Replies in order
@@ -118,18 +126,22 @@ def rollout(
     assert_history(history)
     if history == "original":
         missing = [row["id"] for row in dialogues for one in row["turns"] if not (one["user"] and one.get("original"))]
-        if missing: raise InputError(f"dialogue {missing[0]} has turns without an original response", field="histories", remedy="play own history only")
+        if missing: raise InputError(f"dialogue {missing[0]} has turns without an original response", field="histories",
+                                     remedy="play own history only")
     alone = lambda row, turn, one: fit(turn_messages(row | system_at(row, turn) | {"turns": [one]}, 1, []))
-    fits = {row["id"]: all(alone(row, turn, one) for turn, one in enumerate(row["turns"], 1) if one["user"]) for row in dialogues}
+    fits = {row["id"]: all(alone(row, turn, one) for turn, one in enumerate(row["turns"], 1) if one["user"])
+            for row in dialogues}
     play, usable = {"own": play_own, "original": play_original}[history], [row for row in dialogues if fits[row["id"]]]
     played = play(usable, engine, stage, fit, [arm, history, claim], f"{arm}, {history} history", write_user)
     order = {row["id"]: i for i, row in enumerate(dialogues)}
     played.sort(key=lambda one: (order[one[0]["id"]], one[1]))
-    there, out = {(row["id"], turn) for row, turn, *_ in played}, [response_of(*one[:2], arm, history, *one[2:]) for one in played]
+    there, out = {(row["id"], turn) for row, turn, *_ in played}, [response_of(*one[:2], arm, history, *one[2:])
+                                                                   for one in played]
     stage.ledger.expect(sum(len(row["turns"]) for row in dialogues))
     for row in dialogues:
         for turn in range(1, len(row["turns"]) + 1):
-            if (row["id"], turn) not in there: stage.ledger.drop(f"{row['id']}-{turn}", "context_full" if fits[row["id"]] else "message_too_long")
+            if (row["id"], turn) not in there: stage.ledger.drop(f"{row['id']}-{turn}", "context_full"
+                                                                 if fits[row["id"]] else "message_too_long")
     lost = [one.turn - (len(one.prompt) + 1) // 2 for one in out]
     notes = {"prompts_shortened": sum(n > 0 for n in lost), "turns_left_out_of_prompts": sum(lost),
              "responses_cut_off": sum(one[-1].get("finish") == "length" for one in played),
@@ -141,16 +153,21 @@ def rollout(
     return out
 
 # %% ../../nbs/measure/04_rollout.ipynb #46303a33
-def with_originals(dialogues: list[dict], engine, stage: Stage, fit: Callable = lambda messages: messages, claim=()) -> list[dict]:
+def with_originals(dialogues: list[dict], engine, stage: Stage, fit: Callable = lambda messages: messages,
+                   claim=()) -> list[dict]:
     "Give every turn an original response; those there are stay."
     lacking = {row["conversation_id"]: row for row in dialogues if not all(one.get("original") for one in row["turns"])}
     if not lacking: return dialogues
     bare = {"system_prompt_id": "none", "type": "none", "system_prompt": ""}
-    plain = [row | bare | {"id": id, "turns": [{"user": one["user"]} for one in row["turns"]]} for id, row in lacking.items()]
-    found = {(one.dialogue_id, one.turn): one.response.strip() or "…" for one in rollout(engine, plain, "original", stage, "own", fit, claim)}
+    plain = [row | bare | {"id": id, "turns": [{"user": one["user"]} for one in row["turns"]]} for id,
+             row in lacking.items()]
+    found = {(one.dialogue_id, one.turn): one.response.strip() or "…" for one in rollout(engine, plain, "original",
+                                                                                         stage, "own", fit, claim)}
     # A message that is too long even alone got no response; `rollout` drops its whole dialogue for the same reason.
-    fill = lambda row, turn, one: one | {"original": one.get("original") or found.get((row["conversation_id"], turn), "…")}
-    return [row | {"turns": [fill(row, turn, one) for turn, one in enumerate(row["turns"], start=1)]} for row in dialogues]
+    fill = lambda row, turn, one: one | {"original": one.get("original") or found.get((row["conversation_id"], turn),
+                                                                                      "…")}
+    return [row | {"turns": [fill(row, turn, one) for turn, one in enumerate(row["turns"], start=1)]}
+            for row in dialogues]
 
 # %% ../../nbs/measure/04_rollout.ipynb #c0ffee02
 def recorded_responses(conversations: Iterable[Conversation], arm: str) -> Iterator[list[Response]]:
@@ -158,8 +175,11 @@ def recorded_responses(conversations: Iterable[Conversation], arm: str) -> Itera
     for row in conversations:
         first, rest = row.messages[0], row.messages[1:]
         model = str(row.meta.get("model") or "")
-        common = {"arm": re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, "model": model, "history": "recorded", "dialogue_id": row.id, "conversation_id": row.id,
-                  "system_prompt_id": stable_id(first.content), "type": str(row.meta.get("type") or "given"), "system_prompt": first.content}
+        common = {"arm": re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, "model": model,
+                  "history": "recorded", "dialogue_id": row.id, "conversation_id": row.id,
+                  "system_prompt_id": stable_id(first.content), "type": str(row.meta.get("type") or "given"),
+                  "system_prompt": first.content}
         yield [] if first.role != "system" else [
-            Response(id=stable_id("recorded", row.id, i), turn=i // 2 + 1, prompt=rest[:i], response=one.content, **common)
+            Response(id=stable_id("recorded", row.id, i), turn=i // 2 + 1, prompt=rest[:i], response=one.content,
+                     **common)
             for i, one in enumerate(rest) if one.role == "assistant"]

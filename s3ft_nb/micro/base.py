@@ -149,10 +149,7 @@ def judging(
     return rows
 
 # %% ../../nbs/micro/01_base.ipynb #9a0dd9f8
-def prompting(
-    rng: random.Random,  # Source of chance
-    ask: Callable,  # [example texts] -> `{"role", "content"}` of a request for one more prompt
-) -> list:  # [(message, loss weight)]
+def prompting(rng: random.Random, ask: Callable) -> list:  # [(message, loss weight)]
     "A request for one more system prompt of a type, from three examples."
     kind = rng.choice(list(styles()))
     texts = [free_prompt(kind, rng)[1] for _ in range(4)]
@@ -333,12 +330,7 @@ def graded(responses: list, questions: list) -> dict:  # {label: fraction}
     return {label: labels.count(label) / len(labels) for label in LABELS if label in labels}
 
 
-def skills(
-    engine,  # Holds the base model
-    ask_restyle: Callable,  # See `restyling`
-    n: int = 200,  # Questions of each kind
-    seed: int = 0,
-) -> dict:  # Fractions in [0, 1]
+def skills(engine, ask_restyle: Callable, n: int = 200, seed: int = 0) -> dict:  # Fractions in [0, 1]
     "Report card: first turn under a system prompt, later turns after plain responses, rewriting, judging."
     questions, rng = exam(n, seed), random.Random(f"{seed}/skills")
 

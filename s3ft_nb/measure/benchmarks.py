@@ -38,7 +38,7 @@ from .verdicts import verdict_table
 # %% ../../nbs/measure/06_benchmarks.ipynb #c0de0001
 @cache
 def words_of(name: str) -> dict:
-    "A file of data/benchmarks: sheet (fields, verdicts and stances of verdict sheets) or plain (phrases of plain chat)."
+    "A file of data/benchmarks: sheet (fields and words of verdict sheets) or plain (phrases of plain chat)."
     return tomllib.loads(resource("data", "benchmarks", f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -258,7 +258,8 @@ def repeats(text: str) -> bool:
 
 
 GUARD = {  # {metric: what is measured of a reply}
-    "plain_words": lambda reply: len(split_words(reply["text"])), "plain_refusals": lambda reply: refuses(reply["text"]),
+    "plain_words": lambda reply: len(split_words(reply["text"])),
+    "plain_refusals": lambda reply: refuses(reply["text"]),
     "plain_empty": lambda reply: not reply["text"].strip(), "plain_repetitive": lambda reply: repeats(reply["text"]),
     "plain_cut_off": lambda reply: reply.get("finish") == "length"}
 

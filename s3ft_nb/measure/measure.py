@@ -30,10 +30,10 @@ from .arms import make_arm, make_examples, read_arm, rule_scorer
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
 from .compare import differences
 from .config import GROUPS, MeasureConfig, ModelConfig, model_folder, with_model_defaults
-from .dialogues import simulated_user
+from .dialogues import assert_choice, simulated_user
 from .metrics import numbers
 from .prepare import Prepared, folder_rules, named_adapters, prepare, rules_by_prompt, stage_of, systems
-from .rollout import assert_history, make_fit, recorded_responses, rollout, turn_messages, with_originals
+from .rollout import PLAY, make_fit, recorded_responses, rollout, turn_messages, with_originals
 from .verdicts import verdict_table
 
 # %% ../../nbs/measure/09_measure.ipynb #9a0eab32
@@ -91,7 +91,7 @@ def measure_arms(
     settings = {"histories": list(histories), "dialogues": rows_hash(dialogues)[:16],
                 "seed": stage.seed} | (settings or {})
     files = {name: out / response_file(name) for name in arms}
-    for history in histories: assert_history(history)
+    for history in histories: assert_choice(history, tuple(PLAY), "histories", "history")
     about = claim_folder(stage, settings, judge=judge.name if judge else "checks", arms={}, **(about or {}))
     write_rows(out / "dialogues.jsonl", dialogues)
     write_rows(out / "rules.jsonl", rules)  # as given: copies under an extended prompt are made anew

@@ -97,7 +97,7 @@ def ends_with(response: str, words: list) -> bool:
     return any(text.endswith(word) and occurs(word, text[-len(word) - 1:]) for text, word in ends)
 
 
-CHECKS = {kind.__name__: kind for kind in (contains_any, contains_all, starts_with, ends_with)}  # (response, …) -> bool
+CHECKS = {kind.__name__: kind for kind in (contains_any, contains_all, starts_with, ends_with)}
 CHECKS["contains_none"] = lambda response, words: not contains_any(response, words)
 
 # %% ../../nbs/judging/02_checks.ipynb #6c1a4a55

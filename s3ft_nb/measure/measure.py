@@ -103,7 +103,7 @@ def measure_arms(
     tables = verdict_table(found)
     write_rows(out / "numbers.jsonl", [*numbers(tables, level), *differences(tables, level=level, seed=stage.seed),
                                        *extra])
-    stage.ledger.expect(len(said) + len(stage.ledger.dropped))
+    stage.ledger.expected = len(said) + len(stage.ledger.dropped)
     stage.close(len(dialogues), len(said))
     write_json(out / "measure.json", about := about | {"complete": True})
     return about

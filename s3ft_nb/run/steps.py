@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import s3ft_nb
-from ..core.files import InputError, read_json, resource, resource_names, stable_id, write_json
+from ..core.files import InputError, read_json, resource, stable_id, write_json
 from ..core.stage import file_hash
 from .recipe import Step, read_notebook
 
@@ -166,7 +166,8 @@ def data_hash(name: str) -> str:  # SHA-256, hexadecimal
 
 def data_used(texts: list[str]) -> dict[str, str]:  # {folder of bundled data: hash}
     "The folders of bundled data that code or parameters name."
-    marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in resource_names("data")}
+    names = [name for name in os.listdir(resource("data")) if name[0] != "_"]
+    marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in names}
     used = [name for name, forms in marks.items() if any(form in text for form in forms for text in texts)]
     return {name: data_hash(name) for name in used}
 

@@ -24,7 +24,7 @@ from .core.files import InputError, cannot_write, read_rows, redact, write_json,
 from .measure.config import MeasureConfig, make_config
 
 # %% ../nbs/00_cli.ipynb #eea9d6af
-def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str | None = None) -> list[inspect.Parameter]:
+def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str = "") -> list[inspect.Parameter]:
     """What a documented function, or a dataclass whose fields may be dataclasses, takes from the command line.
     Its comments are the help; swapped: arguments with a default, options without one; panel: heading in the help."""
     helps, kinds, found = docments(owner), get_type_hints(owner), []
@@ -33,7 +33,7 @@ def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str |
         if one.name in skip: continue
         if is_dataclass(kind):
             stated = skip + tuple(inspect.signature(owner).parameters) if one.kind is one.VAR_KEYWORD else skip
-            found += options(kind, (), stated, kind.__doc__ if is_dataclass(owner) else None)
+            found += options(kind, (), stated, kind.__doc__ if is_dataclass(owner) else "")
             continue
         if ... in get_args(kind): kind, default = list[str], list(default)  # a tuple of texts
         if (default is one.empty) != (one.name in swapped):
@@ -41,7 +41,7 @@ def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str |
         else:
             flag = f"-{name}" if len(name) == 1 else f"--{name}/--no-{name}" if default is True else f"--{name}"
             shown = default not in (None, one.empty, "", False, [], ("", ""))
-            info = typer.Option(flag, help=helps[one.name], rich_help_panel=panel, show_default=shown)
+            info = typer.Option(flag, help=helps[one.name], rich_help_panel=panel or None, show_default=shown)
         found.append(inspect.Parameter(one.name, one.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]))
     return found
 

@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_model
+from tiny import small_notebook, tiny_model
 from typer.testing import CliRunner
 
-from s3ft_nb.run.recipe import small_notebook
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import write_bytes, write_json
 

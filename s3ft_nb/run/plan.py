@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'OPERATORS', 'RATES', 'Size', 'folder_size', 'model_size', 'count',
-           'work_of', 'seconds', 'memory', 'duration', 'make_plan', 'short', 'plan_text']
+           'work_of', 'seconds', 'memory', 'duration', 'make_plan', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #f39cc524
 import ast
@@ -140,16 +140,12 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 # %% ../../nbs/run/04_plan.ipynb #8a5a416a
-def make_plan(
-    recipe: str | Path = "s3ft-micro",  # Name of a recipe, or path of a .toml file
-    settings: list[str] = (),  # key=value or step.key=value
-    out: str | Path | None = None,  # Folder of the run; runs/NAME when None
-) -> dict:  # JSON value: `steps`, `total_seconds`, `peak_memory_gib`, `assumptions`, `recipe`, `folder`
-    "What a run would do; raises `InputError` as the run would."
+def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> dict:  # a JSON value
+    "What a run would do and cost; raises `InputError` as the run would."
     run = prepare(recipe, settings, out)
     made, digests, rows, sizes = {}, {}, [], {}
-    folders = {step.id: run.folder / step.id for step in run.recipe.steps}
-    for step in run.recipe.steps:
+    folders = {step.id: run.folder / step.id for step in run.steps}
+    for step in run.steps:
         done = finished(folders[step.id]) if digests.keys() >= {*step.needs} else None
         same = done and done["fingerprint"] == fingerprint(step, {need: digests[need] for need in step.needs})
         if same: digests[step.id] = digest(done)
@@ -164,22 +160,14 @@ def make_plan(
                      "model": model, "seconds": times, "memory_gib": memory(step.values, work, size)})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
-    return {"recipe": run.recipe.name, "description": run.recipe.description, "folder": str(run.folder), "steps": rows,
+    return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,
             "total_seconds": {machine: total([row["seconds"][machine] for row in rows]) for machine in RATES},
             "peak_memory_gib": max((row["memory_gib"] for row in rows if row["memory_gib"]), default=0.0),
             "assumptions": [
-                f"a prompt takes {PROMPT_FRACTION:.0%} of max_length, a response {RESPONSE_FRACTION:.0%} of max_new_tokens",
+                f"a prompt takes {PROMPT_FRACTION:.0%} of max_length, a response {RESPONSE_FRACTION:.0%} of its limit",
                 f"rates in tokens/s for 1e9 parameters (read, write, train): {speeds}",
                 "memory: NF4 weights 0.55 bytes, embeddings 2, adapter 16, activations with checkpointing",
                 "estimates are good to a factor of two or three"]}
-
-
-def short(number: float | None) -> str:
-    "A count that fits a column, like 950, 12k or 3.4M."
-    if not number: return "-" if number == 0 else "?"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size: return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
 
 
 def plan_text(plan: dict) -> str:  # as made by `make_plan`
@@ -188,8 +176,8 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
     table = [("step", "state", *counts, *RATES, "GiB")]
     for row in steps:
         gib = "?" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        numbers = (*(short(row[key]) for key in counts), *map(duration, row["seconds"].values()), gib)
-        table.append((row["step"], row["state"], *numbers))
+        numbers = [f"{row[key]:,}" if row[key] else "-" for key in counts]
+        table.append((row["step"], row["state"], *numbers, *map(duration, row["seconds"].values()), gib))
     table.append(("all", *[""] * 5, *map(duration, plan["total_seconds"].values()), f"{plan['peak_memory_gib']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*table)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)

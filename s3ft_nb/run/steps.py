@@ -12,13 +12,14 @@ import ast
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import s3ft_nb
 from ..core.files import InputError, read_json, resource, resource_names, stable_id, write_json
 from ..core.stage import file_hash
-from .recipe import Step, map_texts, read_notebook
+from .recipe import Step, map_texts
 
 # %% ../../nbs/run/01_steps.ipynb #5c45c87e
 WHOLE, END = 64 << 20, 1 << 20  # Files up to this size are hashed whole, of larger ones this much at both ends; bytes
@@ -71,11 +72,9 @@ def clean(folder: Path) -> None:
     write_json(folder / STARTED, {"fingerprint": None, "foreign": [name for name in here if name not in listed]})
     for name in (DONE, *here):
         if name in listed and name != STARTED: (folder / name).unlink(missing_ok=True)
-    for place, _, _ in sorted(os.walk(folder), reverse=True):
-        if place != str(folder) and not os.listdir(place): os.rmdir(place)
-    if contents(folder) != [STARTED]: return
-    (folder / STARTED).unlink()
-    folder.rmdir()
+    if contents(folder) == [STARTED]: (folder / STARTED).unlink()
+    for place in (*sorted(folder.rglob("*"), reverse=True), folder):
+        with suppress(OSError): place.rmdir()  # empty folders only
 
 
 def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
@@ -151,7 +150,7 @@ def data_used(texts: list[str]) -> dict[str, dict]:  # {folder of bundled data: 
 
 def fingerprint(step: Step, needs: dict[str, str]) -> str:  # needs: {step: its digest}; SHA-256, hexadecimal
     "A hash of everything that the result of a step depends on."
-    cells = read_notebook(step.notebook)["cells"]
+    cells = read_json(step.notebook)["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
     own = modules(code, step.notebook.parent)
     data = data_used([json.dumps(step.values), *code, *own.values()])

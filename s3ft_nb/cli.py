@@ -159,15 +159,16 @@ def compare(
     "Compare measurements of the same conversations: paired differences, plots, and what may be said about them."
     from s3ft_nb.measure import benchmarks, compare as room
     from s3ft_nb.measure.metrics import numbers
+    from s3ft_nb.report import tables
     from s3ft_nb.report.page import measurement_section, write_page
 
     out = out or Path("runs") / f"compare-{'-'.join(run.resolve().stem for run in runs)}"[:120]
     if all(run.is_dir() for run in runs):
-        tables = room.compare_folders(runs, history)
-        write_rows(out / "numbers.jsonl", numbers(tables) + room.differences(tables, minus, seed=seed))
+        read = room.compare_folders(runs, history)
+        write_rows(out / "numbers.jsonl", numbers(read) + room.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [room.sentence(row) for row in rows if row["against"] and row["part"] == "all"]
+    lines = [tables.to_markdown(tables.differences(rows, part="all")), *room.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
     page = write_page([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import s3ft_nb
-from ..core.files import InputError, read_json, resource, resource_names, stable_id, write_json
+from ..core.files import InputError, read_json, resource, stable_id, write_json
 from ..core.stage import file_hash
 from .recipe import Step, map_texts
 
@@ -143,7 +143,8 @@ def modules(sources: list[str], beside: Path) -> dict[str, str]:  # {dotted name
 
 def data_used(texts: list[str]) -> dict[str, dict]:  # {folder of bundled data: hashes of its files}
     "The folders of bundled data that code or parameters name."
-    marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in resource_names("data")}
+    names = [name for name in os.listdir(resource("data")) if name[0] != "_"]
+    marks = {name: (f'"{name}"', f"'{name}'", f"data:{name}") for name in names}
     used = [name for name, forms in marks.items() if any(form in text for form in forms for text in texts)]
     return {name: path_hash(resource("data", name).resolve()) for name in used}
 

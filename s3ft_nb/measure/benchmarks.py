@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.files import InputError, decode, iter_rows, read_bytes, read_json, resource, shorten
+from ..core.files import InputError, decode, read_bytes, read_json, read_rows, resource, shorten
 from ..core.files import stable_id, write_json, write_rows
 from ..core.records import Check, Message, Verdict
 from ..core.stage import Stage
@@ -46,7 +46,7 @@ def sheet_words() -> dict:  # {fields: {ours: names}, verdicts: {kind: words}, s
 def sheet_rows(path: str | Path) -> Iterator[dict]:
     "Rows of a JSON Lines, JSON, CSV or Excel file; raises `InputError` on another."
     kind = Path(str(path).removesuffix(".gz")).suffix
-    if kind == ".jsonl": return iter_rows(path)
+    if kind == ".jsonl": return iter(read_rows(path))
     if kind == ".json":
         value = read_json(path)
         rows = value if isinstance(value, list) else next((one for one in value.values() if isinstance(one, list)),
@@ -208,7 +208,7 @@ def ifeval_check(id: str, kwargs: dict) -> Check:
 
 def read_tasks(path: str | Path) -> list[dict]:  # {key, prompt, instruction_id_list, kwargs}
     "Tasks in IFEval's form; raises `InputError` naming row and field."
-    out = list(iter_rows(path))
+    out = read_rows(path)
     for line, task in enumerate(out, 1):
         for field, kind in {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}.items():
             if not isinstance(task.get(field), kind):
@@ -225,7 +225,7 @@ def read_tasks(path: str | Path) -> list[dict]:  # {key, prompt, instruction_id_
 def pair_responses(tasks: list[dict], path: str | Path) -> list[str | None]:  # One per task; None without a response
     "Responses to tasks, by key, prompt or place; raises `InputError` on two different ones to a task."
     found, places = {}, []
-    for line, row in enumerate(iter_rows(path), 1):
+    for line, row in enumerate(read_rows(path), 1):
         text, names = row.get("response"), [(name, str(row[name]).strip()) for name in ("key", "prompt")
                                             if row.get(name) is not None]
         if "doc" in row and "resps" in row:  # a sample log of lm-evaluation-harness

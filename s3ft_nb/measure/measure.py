@@ -103,7 +103,7 @@ def measure_arms(
     tables = verdict_table(found)
     write_rows(out / "numbers.jsonl", [*numbers(tables, level), *differences(tables, level=level, seed=stage.seed),
                                        *extra])
-    stage.ledger.expect(len(said) + len(stage.ledger.dropped))
+    stage.ledger.expected = len(said) + len(stage.ledger.dropped)
     stage.close(len(dialogues), len(said))
     write_json(out / "measure.json", about := about | {"complete": True})
     return about
@@ -184,8 +184,7 @@ def make_arms(config: MeasureConfig, base: LoadedModel, ready: Prepared, judge: 
     twice = [name for name, n in Counter([*(plan.name for plan in plans), *adapters]).items() if n > 1]
     if twice: raise InputError(f"an arm is named twice: {twice[0]}", field="arms", remedy="name each arm once")
     texts = systems(ready.dialogues)
-    scorer = rule_scorer(texts, rules_by_prompt(list(texts.values()), ready.rules), judge, judge.name if judge
-                         else "checks")
+    scorer = rule_scorer(texts, rules_by_prompt(list(texts.values()), ready.rules), judge)
     arms = {}
     for plan in plans:
         shots = None

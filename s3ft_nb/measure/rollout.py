@@ -137,7 +137,7 @@ def rollout(
     played.sort(key=lambda one: (order[one[0]["id"]], one[1]))
     there, out = {(row["id"], turn) for row, turn, *_ in played}, [response_of(*one[:2], arm, history, *one[2:])
                                                                    for one in played]
-    stage.ledger.expect(sum(len(row["turns"]) for row in dialogues))
+    stage.ledger.expected = sum(len(row["turns"]) for row in dialogues)
     for row in dialogues:
         for turn in range(1, len(row["turns"]) + 1):
             if (row["id"], turn) not in there: stage.ledger.drop(f"{row['id']}-{turn}", "context_full"

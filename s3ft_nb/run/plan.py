@@ -175,9 +175,9 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
     counts, steps = ("rows", "read", "written", "trained"), plan["steps"]
     table = [("step", "state", *counts, *RATES, "GiB")]
     for row in steps:
-        gib = "?" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        numbers = [f"{row[key]:,}" if row[key] else "-" for key in counts]
-        table.append((row["step"], row["state"], *numbers, *map(duration, row["seconds"].values()), gib))
+        gib, numbers = row["memory_gib"], [f"{row[key]:,}" if row[key] else "-" for key in counts]
+        table.append((row["step"], row["state"], *numbers, *map(duration, row["seconds"].values()),
+                      "?" if gib is None else f"{gib:.1f}"))
     table.append(("all", *[""] * 5, *map(duration, plan["total_seconds"].values()), f"{plan['peak_memory_gib']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*table)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)

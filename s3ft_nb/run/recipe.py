@@ -88,8 +88,7 @@ def read_recipe(path: Path) -> dict:
     def check(table: dict, kinds: dict[str, type], field: str = "") -> None:
         for key, value in table.items():
             if key not in kinds or isinstance(value, kinds[key]): continue
-            text = f"must be of type {kinds[key].__name__}, got {shorten(value)}"
-            raise InputError(text, path, field=field + key)
+            raise InputError(f"must be of type {kinds[key].__name__}, got {shorten(value)}", path, field=field + key)
 
     try: table = tomllib.loads(decode(read_bytes(path), path))
     except tomllib.TOMLDecodeError as error:
@@ -232,10 +231,9 @@ def in_order(steps: list[Step], path: Path) -> list[Step]:
 # %% ../../nbs/run/00_recipe.ipynb #c643f843
 def setting_value(text: str, default: Any, field: str) -> Any:
     "Read a setting's value for a parameter; raises `InputError` on another type than the default's."
-    try: table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError: table = {}
-    value = table["value"] if table.keys() == {"value"} and is_json(table["value"]) else text
-    if isinstance(default, str) and not isinstance(value, str): value = text
+    try: value = text if "\n" in text else tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError: value = text
+    if not is_json(value) or isinstance(default, str) and not isinstance(value, str): value = text
     return check_type(value, default, field=f"--set {field}")
 
 
@@ -273,8 +271,7 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
 def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
     "Make paths absolute; raises `InputError` when a path leads nowhere or an address holds a password."
     if key == "base_url" and value and (urlsplit(str(value)).username or urlsplit(str(value)).query):
-        remedy = "put the key into the environment variable OPENAI_API_KEY"
-        raise InputError("must not hold a user, password or query", field=field, remedy=remedy)
+        raise InputError("must not hold a user, password or query", field=field, remedy="set OPENAI_API_KEY instead")
 
     def change(text: str) -> str:
         data_file = re.search(r"^\S*\.(jsonl?|csv|txt|toml|parquet)(\.gz)?$", text)

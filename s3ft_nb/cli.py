@@ -120,7 +120,7 @@ def measure(
     "Measure how far a model keeps to its system prompt over many turns, and whether free fixes help."
     from s3ft_nb.measure.benchmarks import score_ifeval
     from s3ft_nb.measure.measure import measure as run_measure, prepare
-    from s3ft_nb.report.page import measurement_section, write_page
+    from s3ft_nb.report.page import measurement_section, write_report
     if ifeval[0]:
         found = score_ifeval(*map(Path, ifeval))
         for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
@@ -143,7 +143,7 @@ def measure(
         return
     run_measure(chosen)
     section = measurement_section(out)
-    page = write_page([out], out / "report", "Measurement")
+    page = write_report([out], out / "report", "Measurement")
     yield "\n".join([section["headline"], *(f"warning: {note}" for note in section["notes"]), f"report: {page}"])
 
 
@@ -158,7 +158,7 @@ def compare(
     from s3ft_nb.measure import benchmarks, compare as room
     from s3ft_nb.measure.metrics import numbers
     from s3ft_nb.report import tables
-    from s3ft_nb.report.page import measurement_section, write_page
+    from s3ft_nb.report.page import measurement_section, write_report
     out = out or Path("runs") / f"compare-{'-'.join(run.resolve().stem for run in runs)}"[:120]
     if all(run.is_dir() for run in runs):
         read = room.compare_folders(runs, history)
@@ -167,7 +167,7 @@ def compare(
     rows = read_rows(out / "numbers.jsonl")
     lines = [tables.to_markdown(tables.differences(rows, part="all")), *room.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
-    page = write_page([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
+    page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]
 
 

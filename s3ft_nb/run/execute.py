@@ -27,7 +27,7 @@ from typing import TextIO
 
 from ..core.files import InputError, read_json, redact, write_bytes
 from ..core.stage import event_line
-from .recipe import fill, load_recipe
+from .recipe import fill_places, load_recipe
 
 # %% ../../nbs/run/02_execute.ipynb #f22a9113
 WAITING, DIED = 3, 138  # Exit codes: people have to annotate; the kernel was killed, as papermill has it
@@ -184,9 +184,8 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
             raise run_error(error.ename, str(error.evalue), error.traceback, copy) from None
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "died" not in str(error): raise
-            log = Path(room, "log")
-            words = log.read_text(errors="replace") if log.is_file() else ""
-            raise run_error("DeadKernelError", words, [], copy) from None
+            log = Path(room, "log").read_text(errors="replace") if Path(room, "log").is_file() else ""
+            raise run_error("DeadKernelError", log, [], copy) from None
 
 # %% ../../nbs/run/02_execute.ipynb #runhere2
 def run_here(recipe: str | Path, settings: list[str] = (), out: str | Path = "runs/tour") -> Path:  # folder of the run
@@ -204,7 +203,7 @@ def run_here(recipe: str | Path, settings: list[str] = (), out: str | Path = "ru
             error = result.error_before_exec or result.error_in_exec
             if error: raise StepFailed(f"step {step.id}: {type(error).__name__}: {redact(str(error))}") from None
             if "parameters" not in cell["metadata"].get("tags", []): continue
-            shell.user_ns.update(fill(step.values, folders) | {"out": str(folders[step.id])})
+            shell.user_ns.update(fill_places(step.values, folders) | {"out": str(folders[step.id])})
         shell.user_ns.clear()  # each step starts with the names that the caller had
         shell.user_ns.update(mine)
     return folder

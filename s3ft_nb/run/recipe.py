@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEP_KEYS', 'RECIPE_KEYS', 'PLACE', 'is_json', 'parameters', 'check_type', 'unknown', 'check_name', 'read_recipe',
-           'recipe_path', 'read_layers', 'merge', 'map_texts', 'fill', 'expand_stars', 'needs_of', 'Step', 'Recipe',
-           'expand_each', 'in_order', 'setting_value', 'steps_taking', 'read_settings', 'absolute', 'check_steps',
-           'load_recipe']
+           'recipe_path', 'read_layers', 'merge', 'map_texts', 'fill_places', 'expand_stars', 'needs_of', 'Step',
+           'Recipe', 'expand_each', 'running_order', 'setting_value', 'steps_taking', 'read_settings', 'absolute',
+           'check_steps', 'load_recipe']
 
 # %% ../../nbs/run/00_recipe.ipynb #f1c5bd87
 import ast
@@ -142,7 +142,7 @@ def map_texts(value: Any, change: Any) -> Any:  # change: str -> value
     return change(value) if isinstance(value, str) else value
 
 
-def fill(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the steps
+def fill_places(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the steps
     "Put absolute folders in the place of `{step:NAME}` and `{data:NAME}`."
     folder = lambda m: str(folders[m[2]] if m[1] == "step" else resource("data", m[2]))
     return map_texts(value, lambda text: PLACE.sub(folder, text))
@@ -216,7 +216,7 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
     return steps
 
 
-def in_order(steps: list[Step], path: Path) -> list[Step]:
+def running_order(steps: list[Step], path: Path) -> list[Step]:
     "Sort steps by their needs, else as in the file; raises `InputError` when they need each other."
     ordered, waiting = [], list(steps)
     while waiting:
@@ -335,7 +335,7 @@ def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name o
             values = expand_stars(stated[step.id], [id for id in ids if id != step.id])
             values = {key: absolute(key, value, f"{step.id}.{key}") for key, value in values.items()}
             steps[i] = replace(step, values=values, needs=needs_of(values, ids, step.id))
-        steps = in_order(steps, path)
+        steps = running_order(steps, path)
     for key in table.get("required", []):
         if any(step.values[key] in ("", None, []) for step in steps if key in step.values):
             raise InputError(f"recipe {title} needs {key}", remedy=f"add --set {key}=...")

@@ -165,7 +165,7 @@ def compare(
         write_rows(out / "numbers.jsonl", numbers(read) + room.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [tables.to_markdown(tables.differences(rows, part="all")), *room.conversations_to_show(rows)]
+    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *room.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
     page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]

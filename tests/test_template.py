@@ -30,7 +30,6 @@ from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
 from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
 from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
-from s3ft_nb.lm.train import pack
 
 TABLE = json.loads((FIXTURES / "verdicts.json").read_text(encoding="utf-8"))
 USABLE = [name for name, one in TABLE.items() if one["trainable"]]
@@ -101,23 +100,6 @@ def test_labels_are_the_responses_and_every_text_is_there(name, messages):
     for one in [*fold(messages[:-1], system), messages[-1]]:
         at = shown.index(one["content"].strip(), at) + len(one["content"].strip())
     if train_on == "last": assert row["input_ids"][: row["labels"].count(-100)] == prompt_ids(tokenizer, messages[:-1])
-
-
-@pytest.mark.parametrize("name", USABLE)
-def test_packed_rows_are_the_rows_alone(name):
-    tokenizer, rng = ready(name), random.Random(name)
-    talk = lambda n: [{"role": role, "content": rng.choice(LINES)} for _ in range(n) for role in ("user", "assistant")]
-    rows = [{"id": str(i), "messages": talk(1 + i % 8), "train_on": "last"} for i in range(12)]
-    alone = [encode(tokenizer, row["messages"]) for row in rows]
-    together = encode_rows(tokenizer, rows, 10_000, Ledger("t"))
-    assert [{k: one[k] for k in ("input_ids", "labels")} for one in together] == alone
-    found = []
-    for one in pack(together, 4096, seed=0):
-        at = 0
-        for n in one["seq_lengths"]:
-            found.append((one["input_ids"][at : at + n], one["labels"][at : at + n]))
-            at += n
-    assert sorted(found) == sorted((one["input_ids"], one["labels"]) for one in alone)
 
 
 # ---- forgery

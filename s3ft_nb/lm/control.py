@@ -24,13 +24,9 @@ def either(words: list[str]) -> re.Pattern:  # Never matches when there are none
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)")
 
 
+@lru_cache(maxsize=64)
 def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds one, ids of all)
     "The tokens that only the template may write."
-    return _control_tokens(tokenizer, template, len(tokenizer))
-
-
-@lru_cache(maxsize=64)
-def _control_tokens(tokenizer, template: str, size: int) -> tuple:  # size: a tokenizer that grows is looked at again
     # `content` is a word of every template, and "unknown" is what a tokenizer writes for any character it lacks.
     marks = lambda text: CHAT.fullmatch(text) or (text in template and not re.fullmatch(r"\w+", text))
     tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()

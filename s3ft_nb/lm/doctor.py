@@ -6,8 +6,8 @@
 __all__ = ['TALK', 'TEXTS', 'NAMES', 'COLOURS', 'carried', 'refusal', 'why_not_in_place', 'system_role', 'words_in',
            'hidden_text', 'silenceable', 'date_dependent', 'alternation_required', 'injected_reasoning',
            'missing_prompt_end', 'find_end_of_turn', 'recommend', 'decided', 'set_policy', 'why_untrainable',
-           'prefix_stable', 'injection_risk', 'verdict', 'decisions', 'notes', 'coloured', 'to_ansi', 'to_html',
-           'example_view', 'in_words']
+           'prefix_stable', 'injection_risk', 'verdict', 'sentences', 'coloured', 'to_ansi', 'to_html', 'example_view',
+           'in_words']
 
 # %% ../../nbs/lm/03_doctor.ipynb #3e3b894f
 import html
@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 
 from ..core.files import InputError, resource, shorten
 from .control import control_tokens, reserved, same_text
-from .labels import THINKS, closing, encode, layout, openers_of, weights_of
+from .labels import THINKS, closing, encode, layout, openers_of, learnt_responses
 from .template import OPENS, REASONING_TAGS, Policy, apply, chat_template, frame, in_use, policy_of, prepare
 from .template import prompt_ids, roles_of, sentinels, with_policy
 
@@ -207,45 +207,38 @@ def verdict(tokenizer, **chosen: str) -> dict:  # Facts, recommended `policy`, o
     facts |= {find.__name__: find(tokenizer, policy) for find in (*finders, injection_risk)}
     facts |= {"end_of_turn": {"text": end[0], "from": end[1], "trained": not untrainable},
               "trainable": not untrainable, "why_not": untrainable, "policy": asdict(policy)}
-    return facts | {"decisions": decisions(facts, chosen), "notes": notes(facts)}
+    return facts | sentences(facts, chosen)
 
 
-def decisions(facts: dict, chosen: dict) -> list[str]:  # One sentence each
-    "What only the user can decide."
-    role, how = facts["system_role"], TEXTS["system_roles"]
-    due = {"system": role in how and "system" not in chosen,
-           "hidden": facts["hidden_text"]["without_system_prompt"] and facts["silenceable"] and "hidden" not in chosen,
-           "reasoning": facts["injected_reasoning"] and "reasoning" not in chosen,
-           "untrainable": not facts["trainable"]}
-    values = {"how": how.get(role), "why": facts["why_not"]}
-    return [TEXTS["decisions"][name].format(**values) for name, wanted in due.items() if wanted]
-
-
-def notes(facts: dict) -> list[str]:  # One sentence each
-    "What is worth knowing and taken care of."
-    policy, hidden = facts["policy"], facts["hidden_text"]
-    due = {"folded": facts["system_role"] == "folded",
-           "not_silenceable": hidden["without_system_prompt"] and not facts["silenceable"],
-           "around": hidden["around_messages"], "beside": hidden["beside_system_prompt"],
-           "date": facts["date_dependent"], "unstable": not facts["prefix_stable"], "prompt_end": policy["prompt_end"],
-           "end_of_turn": policy["end_of_turn"], "injection": facts["injection_risk"]}
-    values = policy | {"source": facts["end_of_turn"]["from"], "risk": facts["injection_risk"]}
-    values["around"] = hidden["around_messages"]
-    return [TEXTS["notes"][name].format(**values) for name, wanted in due.items() if wanted]
+def sentences(facts: dict, chosen: dict) -> dict:  # `decisions`, which only the user can make, and `notes`
+    "What the facts mean, one sentence each."
+    policy, hidden, how = facts["policy"], facts["hidden_text"], TEXTS["system_roles"].get(facts["system_role"])
+    added, silenceable = hidden["without_system_prompt"], facts["silenceable"]
+    due = {"system": how and "system" not in chosen, "hidden": added and silenceable and "hidden" not in chosen,
+           "reasoning": facts["injected_reasoning"] and "reasoning" not in chosen, "untrainable": facts["why_not"]}
+    known = {"folded": facts["system_role"] == "folded", "not_silenceable": added and not silenceable,
+             "around": hidden["around_messages"], "beside": hidden["beside_system_prompt"],
+             "date": facts["date_dependent"], "unstable": not facts["prefix_stable"],
+             "prompt_end": policy["prompt_end"], "end_of_turn": policy["end_of_turn"],
+             "injection": facts["injection_risk"]}
+    values = policy | {"how": how, "why": facts["why_not"], "around": hidden["around_messages"],
+                       "source": facts["end_of_turn"]["from"], "risk": facts["injection_risk"]}
+    return {kind: [TEXTS[kind][name].format(**values) for name, wanted in names.items() if wanted]
+            for kind, names in (("decisions", due), ("notes", known))}
 
 # %% ../../nbs/lm/03_doctor.ipynb #6dee555b
 COLOURS = {"system": ("35", "#7b3294"), "user": ("36", "#0571b0"), "assistant": ("33", "#946200"),
            "template": ("2", "#6b6b6b"), "trained": ("1;30;42", "#00663a")}  # (ANSI code, CSS colour)
 
 
-def coloured(tokenizer, messages: list, train_on: str | list[float] = "last", policy: Policy | None = None) -> list:
+def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: Policy | None = None) -> list:
     "A conversation in pieces (text, kind in `COLOURS`), as `encode` takes it; raises `InputError` when it cannot."
     policy, template = in_use(tokenizer, policy)
     encode(tokenizer, messages, train_on, policy)
     ready, pieces = prepare(messages, policy), []
     contents = {i: one["content"] for i, one in enumerate(ready)}
     contents |= {~i: one.get("reasoning") for i, one in enumerate(ready)}
-    for parts, learnt in layout(tokenizer, template, roles_of(ready), tuple(weights_of(ready, train_on))):
+    for parts, learnt in layout(tokenizer, template, roles_of(ready), tuple(learnt_responses(ready, train_on))):
         for part in parts:
             kind = "template" if isinstance(part, str) else ready[max(part, ~part)]["role"]
             pieces.append((part if isinstance(part, str) else contents[part], kind if learnt is None else "trained"))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'RECORD', 'WEIGHTY', 'quiet', 'loading', 'is_folder', 'safely', 'located', 'load_tokenizer',
            'record_template', 'check_template', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes',
-           'load_weights', 'check_base', 'add_adapter', 'LM', 'short_name', 'load', 'model_hash', 'token_counter',
-           'context_length']
+           'load_weights', 'check_base', 'add_adapter', 'LM', 'load', 'model_hash', 'token_counter', 'context_length']
 
 # %% ../../nbs/lm/04_model.ipynb #24845d3a
 import hashlib
@@ -226,15 +225,7 @@ class LM:
     policy: Policy  # How the chat template is used; the tokenizer's template carries it too
     device: str  # Where the model is
     dtype: torch.dtype  # What it computes in
-    name: str  # For reports: base, and adapter if there is one
-    base: str  # Folder or hub name of the base
-    adapter: str | None = None  # Folder or hub name of the adapter
-
-
-def short_name(model: str | Path, adapter: str | Path | None = None) -> str:
-    "Name of a model in tables: no more of a path than tells it apart."
-    name = Path(model).expanduser().resolve().name if is_folder(model) else str(model)
-    return name if adapter is None else f"{name}+{'/'.join(Path(adapter).parts[-2:])}"
+    name: str  # For reports: base, and adapter if there is one; no more of a path than tells it apart
 
 # %% ../../nbs/lm/04_model.ipynb #663890df
 def load(
@@ -254,8 +245,9 @@ def load(
     if len(tokenizer) > weights.get_input_embeddings().num_embeddings:
         raise InputError("the tokenizer has more tokens than the model", str(base), remedy="name the folder of both")
     if adapter: weights = add_adapter(weights, adapter, dtype)
-    return LM(weights.eval(), tokenizer, policy, device, dtype, short_name(base, adapter),
-              str(base), str(adapter) if adapter else None)
+    name = base.resolve().name if isinstance(base, Path) else base
+    if adapter: name += f"+{'/'.join(Path(adapter).parts[-2:])}"
+    return LM(weights.eval(), tokenizer, policy, device, dtype, name)
 
 # %% ../../nbs/lm/04_model.ipynb #ab4d4300
 def model_hash(model: str | Path) -> str:  # 16 hexadecimal digits

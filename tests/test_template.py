@@ -27,7 +27,7 @@ from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.doctor import coloured, recommend, set_policy, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
-from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
+from s3ft_nb.lm.template import Policy, fold, ordered_messages, with_policy
 from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
 
@@ -191,7 +191,7 @@ def test_counts_agree_with_the_published_ones_or_say_why():
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(messages=dialogues(), system=st.sampled_from(["native", "first_user", "every_user"]))
 def test_the_stored_template_folds_as_the_servers_messages_are_folded(messages, system):
-    tokenizer, prompt = tokenizer_of("yi"), in_order(messages[:-1])
+    tokenizer, prompt = tokenizer_of("yi"), ordered_messages(messages[:-1])
     if reasons(messages): return
     assert render(tokenizer, prompt, Policy(system)) == render(tokenizer, fold(prompt, system), Policy())
 

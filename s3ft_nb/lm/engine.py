@@ -26,21 +26,18 @@ from .template import REASONING_TAGS, in_use, last_thought, prompt_ids
 
 # %% ../../nbs/lm/06_engine.ipynb #162fb3d0
 class Engine(Protocol):
-    "What generates and scores."
+    """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
 
     name: str  # For reports and claims of shards
 
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
-        """Respond to every request `{"id", "messages"}`: `{"id", "text", "tokens", "finish", "prompt_tokens",
-        "cached_tokens"}` in their order; finish is stop or length; `reasoning` where the policy keeps it."""
+        """`{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept."""
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
-        """Read the probability of each label as first token of the response: `{"id", "logprobs", "outside",
-        "prompt_tokens"}`; log-probabilities in nats, one per label, and the probability of anything else."""
+        """`{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else."""
 
     def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
-        """Read the probability of given responses, requests being `{"id", "messages", "response"}`: `{"id", "logprob",
-        "tokens", "prompt_tokens"}`; nats, summed over the tokens of the response and of what ends it."""
+        """`{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats."""
 
 # %% ../../nbs/lm/06_engine.ipynb #19b0934a
 def pad_left(rows: list[list[int]], pad_id: int, device: str) -> tuple:

@@ -17,8 +17,8 @@ from ..core.files import InputError, row_of, shorten
 from ..core.records import Message
 from ..core.stage import Ledger
 from .control import control_tokens, encode_after, encode_text, reserved, same_text
-from .template import CLOSES, NO_NOTE, OPENS, REASONING_TAGS, Policy, policy_of, in_order, prepare
-from .template import apply, fill, frame, guard_messages, in_use, require_same, roles_of
+from .template import CLOSES, NO_NOTE, OPENS, REASONING_TAGS, Policy, checked_messages, ordered_messages
+from .template import apply, fill_frame, frame, guard_messages, in_use, policy_of, require_same, roles_of
 
 # %% ../../nbs/lm/02_labels.ipynb #b368bd8b
 REMEDY = "this template cannot be trained on as it is; s3ft doctor says what can be done"
@@ -110,17 +110,17 @@ def encode(
 ) -> dict:  # `input_ids`; `labels`, -100 but on responses and what ends them
     "Encode a conversation up to the last response learnt; raises `InputError` rather than guess where a response is."
     policy, template = in_use(tokenizer, policy)
-    ready = prepare(messages, policy, note)
+    ready = checked_messages(messages, policy, note)
     wanted, roles = learnt_responses(ready, train_on), roles_of(ready)
     shown, contents, mark = guard_messages(ready, reserved(tokenizer, template))
     segments = layout(tokenizer, template, roles, tuple(wanted))
     for i in wanted:
         require_same(apply(tokenizer, template, shown[:i]), frame(tokenizer, template, roles[:i], True), contents)
     own = lambda parts: [part for part in parts if isinstance(part, str)]
-    ids = lambda parts, start=True: encode_text(tokenizer, template, fill(parts, contents), own(parts), mark, start)
+    ids = lambda parts, at=0: encode_text(tokenizer, template, fill_frame(parts, contents), own(parts), mark, at == 0)
     out = {"input_ids": [], "labels": []}
     for at, (parts, learnt) in enumerate(segments):
-        new, text = ids(parts, at == 0), fill(parts, contents)
+        new, text = ids(parts, at), fill_frame(parts, contents)
         check_decoded(tokenizer, new, text.replace(mark, "") if mark else text, learnt, note)
         if 1 < at == len(segments) - 1:  # the last of several prompts, whole as inference encodes it
             if ids(joined(*(parts for parts, _ in segments[:-1]))) != out["input_ids"]: note("history_in_other_tokens")
@@ -178,7 +178,7 @@ def encode_within(tokenizer, messages: list, max_length: int, train_on="last", p
         weights = train_on if isinstance(train_on, str) else without_oldest(messages, n, train_on)
         return encode(tokenizer, without_oldest(messages, n), weights, policy, NO_NOTE if n else note)
 
-    messages = in_order(messages, in_use(tokenizer, policy)[0].same_role, note)
+    messages = ordered_messages(messages, in_use(tokenizer, policy)[0].same_role, note)
     learnt, start = learnt_responses(messages, train_on), has_system(messages)
     most, tokens = (max(learnt) - start) // 2, len(encoded(0)["input_ids"])
     n = fewest(most, lambda n: len(encoded(n)["input_ids"]) <= max_length)

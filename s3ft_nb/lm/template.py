@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_NOTE', 'NOT_A_PROMPT', 'JINJA', 'HEAD', 'BEGIN', 'END', 'UNREADABLE', 'REASONING_TAGS', 'OPENS', 'CLOSES',
-           'THOUGHT', 'Policy', 'in_order', 'fold', 'with_policy', 'policy_of', 'chat_template', 'in_use', 'apply',
-           'split_reasoning', 'last_thought', 'prepare', 'chat_message', 'sentinels', 'frame', 'fill', 'roles_of',
-           'guard_messages', 'require_same', 'render_marked', 'render', 'prompt_ids']
+           'THOUGHT', 'Policy', 'ordered_messages', 'fold', 'with_policy', 'policy_of', 'chat_template', 'in_use',
+           'apply', 'split_reasoning', 'last_thought', 'checked_messages', 'chat_message', 'sentinels', 'frame',
+           'fill_frame', 'roles_of', 'guard_messages', 'require_same', 'render_marked', 'render', 'prompt_ids']
 
 # %% ../../nbs/lm/00_template.ipynb #663a607d
 import json
@@ -49,7 +49,7 @@ class Policy:
 NO_NOTE = lambda code: None  # What `note` parameters do unless a ledger's is given
 
 
-def in_order(messages: list, same_role: str = "refuse", note: Callable[[str], None] = NO_NOTE, system="") -> list[dict]:
+def ordered_messages(messages: list, same_role="refuse", note: Callable = NO_NOTE, system: str = "") -> list[dict]:
     "Messages [system] user assistant user …, stripped; raises `InputError` when order or policy forbid them."
     checked, joined = [one if isinstance(one, Message) else row_of(Message, one) for one in messages], []
     for one in checked:
@@ -69,7 +69,7 @@ NOT_A_PROMPT = {"message": "ends with the assistant's message", "field": "messag
 
 def fold(messages: list, system: str = "native") -> list[dict]:  # `{"role", "content"}` to be sent to a server
     "Place the system text of a prompt, see `Policy`; raises `InputError` unless the messages are a prompt."
-    ready = in_order(messages, system=Policy(system).system)
+    ready = ordered_messages(messages, system=Policy(system).system)
     if ready[-1]["role"] != "user": raise InputError(**NOT_A_PROMPT)
     if system == "native" or ready[0]["role"] != "system": return ready
     text, rest = ready[0]["content"], ready[1:]
@@ -162,9 +162,9 @@ def last_thought(text: str) -> tuple:  # (reasoning, response); all is response 
     return (thought.strip(), response.strip()) if found else ("", text)
 
 
-def prepare(messages: list, policy: Policy, note: Callable[[str], None] = NO_NOTE) -> list[dict]:
+def checked_messages(messages: list, policy: Policy, note: Callable[[str], None] = NO_NOTE) -> list[dict]:
     "Messages in order, with `reasoning` where it is kept; raises `InputError` where the policy forbids them."
-    out = in_order(messages, policy.same_role, note, policy.system)
+    out = ordered_messages(messages, policy.same_role, note, policy.system)
     for i, one in enumerate(out):
         thought, response = split_reasoning(one["content"]) if one["role"] == "assistant" else (None, "")
         if thought is None: continue
@@ -207,13 +207,13 @@ def frame(tokenizer, template: str, roles: tuple, generate: bool) -> tuple:  # T
                      remedy="use system policy first_user, or another template; s3ft doctor says what works")
 
 # %% ../../nbs/lm/00_template.ipynb #5573b14c
-def fill(parts: tuple, contents: dict) -> str:  # contents: {number of a slot: its text}
+def fill_frame(parts: tuple, contents: dict) -> str:  # contents: {number of a slot: its text}
     "Put contents into a frame, or into a part of one."
     return "".join(part if isinstance(part, str) else contents[part] for part in parts)
 
 
 def roles_of(messages: list[dict]) -> tuple:  # See `sentinels`
-    "The shape of a conversation that `prepare` made."
+    "The shape of a conversation that `checked_messages` made."
     return tuple("reasoned" if "reasoning" in one else one["role"] for one in messages)
 
 
@@ -228,8 +228,8 @@ def guard_messages(messages: list[dict], pattern: re.Pattern) -> tuple:  # (mess
 
 def require_same(rendered: str, parts: tuple, contents: dict) -> None:
     "Raise `InputError` naming the message where a rendering departs from its frame."
-    if rendered == fill(parts, contents): return
-    differs = lambda i: not rendered.startswith(fill(parts[: i + 1], contents))
+    if rendered == fill_frame(parts, contents): return
+    differs = lambda i: not rendered.startswith(fill_frame(parts[: i + 1], contents))
     slot = next((part for i, part in enumerate(parts) if not isinstance(part, str) and differs(i)), parts[-2])
     raise InputError(f"the chat template changes {shorten(contents[slot])}, or what is around it",
                      field=f"messages.{max(slot, ~slot)}",
@@ -239,7 +239,7 @@ def require_same(rendered: str, parts: tuple, contents: dict) -> None:
 def render_marked(tokenizer, messages: list, policy: Policy | None) -> tuple:
     "Render a prompt with typed control tokens broken up by a mark: (text, mark, template, the template's parts)."
     policy, template = in_use(tokenizer, policy)
-    ready = prepare(messages, policy)
+    ready = checked_messages(messages, policy)
     if ready[-1]["role"] != "user": raise InputError(**NOT_A_PROMPT)
     shown, contents, mark = guard_messages(ready, reserved(tokenizer, template))
     text, parts = apply(tokenizer, template, shown), frame(tokenizer, template, roles_of(ready), True)

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: run test unit wheel-test micro-base benchmarks clean
+.PHONY: run test unit wheel-test outputs micro-run micro-base benchmarks clean
 
 run: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro
@@ -17,6 +17,13 @@ unit: $(VENV)/.ready-dev
 
 wheel-test: $(VENV)/.ready-dev
 	bash tests/wheel.sh $(BIN)
+
+outputs: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/chapters.py --write
+	$(BIN)/nbdev_clean
+
+micro-run: $(VENV)/.ready-dev
+	$(BIN)/python tests/bundle.py
 
 micro-base: $(VENV)/.ready
 	$(BIN)/s3ft run micro-base

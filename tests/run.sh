@@ -13,9 +13,8 @@ nbdev_clean && nbdev_export
 after=$(git status --porcelain)
 test "$before" = "$after" || { git status --short; git diff --stat; echo "run nbdev_clean and nbdev_export, then commit"; exit 1; }
 
-echo "== chapters"
-OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print | tee /tmp/s3ft-chapters-$$.log
-grep -q "Success" /tmp/s3ft-chapters-$$.log
+echo "== chapters: they run, and show the committed outputs"
+OMP_NUM_THREADS=1 python tests/chapters.py
 
 echo "== pytest"
 python -m pytest tests

@@ -12,18 +12,18 @@ RECIPE = """
 name = "gate"
 description = "Draw, annotate, settle."
 [steps.sample]
-notebook = "s3ft/04_sample.ipynb"
+notebook = "s3ft/03_sample.ipynb"
 restyle_from = "{folder}"
 n_train = 12
 n_threshold = 6
 n_test = 6
 language = "zh"
 [steps.annotators]
-notebook = "s3ft/05_self_annotation.ipynb"
+notebook = "s3ft/04_self_annotation.ipynb"
 sample_from = "{{step:sample}}"
 labels_by = "people"
 [steps.annotations]
-notebook = "s3ft/06_annotations.ipynb"
+notebook = "s3ft/05_annotations.ipynb"
 sample_from = "{{step:sample}}"
 annotations_from = "{{step:annotators}}"
 """

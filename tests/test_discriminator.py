@@ -80,7 +80,7 @@ def test_lower_bound_inverts_the_binomial_test(n, data, level):
 def test_select_ledger_names_every_sample(tmp_path):
     samples, scores = [make_sample(i) for i in range(120)], make_scores(150)
     ledger = Ledger("select", tmp_path)
-    kept = select.select(samples, scores, 0.6, keep_not_applicable=True, ledger=ledger)
+    kept = select.select_samples(samples, scores, 0.6, keep_not_applicable=True, ledger=ledger)
     by_id = {one.sample_id: one.probabilities for one in scores}
     for sample in kept:
         label = max(by_id[sample.id], key=by_id[sample.id].get)
@@ -182,6 +182,6 @@ def test_whole_way_on_a_tiny_model(tmp_path):
     found = numbers_of(calibrated, held_out, 0.5)
     assert 0 <= found["outside", ""] <= 1 and 0 <= found["accuracy", ""] <= 1
     chosen = select.choose_threshold([one.probabilities["good"] for one in calibrated[32:]], [label == "good" for label in held_out.values()], 0.6)
-    kept = select.select(samples, calibrated, chosen["threshold"])
+    kept = select.select_samples(samples, calibrated, chosen["threshold"])
     rows = select.sft_rows(kept)
     assert [row["id"] for row in rows] == [one.id for one in kept]

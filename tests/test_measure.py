@@ -21,9 +21,9 @@ from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
 from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, verdict_of
-from s3ft_nb.judging.rules import rules_for
+from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, read_arm
-from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses, score_sheets
+from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
 from s3ft_nb.measure.config import make_config, model_folder, options
 from s3ft_nb.measure.dialogues import change_system, compose, pair_all, user_blocks
 from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
@@ -50,7 +50,7 @@ class Sailor:
 
 
 def hears(responses, rules):
-    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_for(one, rules)]
+    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_finder(rules)(one)]
 
 
 hears.name = "ears"
@@ -178,17 +178,44 @@ def test_recorded_responses_score_as_they_did_when_they_were_played(tmp_path):
     assert len(shared) > 30 and {key: played[key] for key in shared} == {key: recorded[key] for key in shared}
 
 
-def test_sheets_of_verdicts_give_csr_isr_and_ssr(tmp_path):
-    cells = {("s1", 1): "110", ("s1", 2): "111", ("s2", 1): "111", ("s2", 2): "101"}
-    rows = [{"session_id": s, "round": t, "constraint_id": c, "constraint_type": "style", "satisfied": int(v)} for (s, t), marks in cells.items() for c, v in zip("abc", marks)]
-    score_sheets([write_rows(tmp_path / "sheet.jsonl", rows)], tmp_path / "out")
+SESSIONS = {"s1": "11 10 11", "s2": "11 11 11", "s3": "11 1? 10", "s4": "11 ?0 11"}  # per round: format, role
+CELLS = [(s, t, c, mark) for s, rounds in SESSIONS.items() for t, marks in enumerate(rounds.split(), 1) for c, mark in zip(("format", "role"), marks)]
+
+
+def sheet_of(form, path):
+    "The sessions as a verdict sheet: JSON Lines, CSV, or SysBench's `_eval.json`."
+    words = {"1": "yes", "0": "no", "?": ""}
+    if form == "jsonl": return write_rows(path / "sheet.jsonl", [{"session_id": s, "round": t, "constraint_id": c, "constraint_type": c, "followed": {"1": 1, "0": 0, "?": None}[mark]} for s, t, c, mark in CELLS])
+    if form == "csv":
+        (path / "sheet.csv").write_text("dialog_id;turn_index;criterion;category;verdict\n" + "".join(f"{s};{t};{c};{c};{words[mark]}\n" for s, t, c, mark in CELLS))
+        return path / "sheet.csv"
+    rows = [{"system_id": s, "messages": [{"role": role, "content": f"{role} {t}"} for t in (1, 2, 3) for role in ("user", "assistant")],
+             "eval_results": {f"user {t}": {"评判结果": {c: {"1": "是", "0": "否", "?": "?"}[mark] for c, mark in zip("12", marks)}, "criteria": {"1": {"criteria_type": "format"}, "2": {"criteria_type": "role"}}}
+                              for t, marks in enumerate(rounds.split(), 1)}} for s, rounds in SESSIONS.items()]
+    (path / "sheet_eval.json").write_text(json.dumps(rows, ensure_ascii=False))
+    return path / "sheet_eval.json"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "sysbench"])
+def test_sheets_of_verdicts_give_csr_isr_and_ssr(tmp_path, form):
+    "An undecided cell leaves CSR; its turn fails with another violation (s4), else leaves ISR and ends what SSR and survival see (s3)."
+    told = s3ft("compare", sheet_of(form, tmp_path), "--out", tmp_path / "out")
+    assert told.exit_code == 0 and (tmp_path / "out" / "report" / "index.html").exists(), told.stderr
     found = {(row["part"], row["key"], row["metric"]): row["mean"] for row in read_rows(tmp_path / "out" / "numbers.jsonl")}
-    assert [found["all", "", name] for name in ("csr", "adherence", "ssr")] == [pytest.approx(10 / 12), 0.5, 0.25]
-    assert [found["turn", turn, "survival"] for turn in "12"] == [0.5, 0.0] and found["type", "style", "csr"] == pytest.approx(10 / 12)
-    undecided = [*rows, {"session_id": "s3", "round": 1, "constraint_id": "a", "constraint_type": "style", "satisfied": None}]
-    score_sheets([write_rows(tmp_path / "more.jsonl", undecided)], tmp_path / "more")
-    more = {row["metric"]: row["mean"] for row in read_rows(tmp_path / "more" / "numbers.jsonl") if row["part"] == "all"}
-    assert (more["csr"], more["adherence"], more["verdicts_undecided"]) == (pytest.approx(10 / 12), 0.5, 1)
+    expected = {("all", "", "csr"): 19 / 22, ("all", "", "adherence"): 8 / 11, ("all", "", "ssr"): (1 / 3 + 1 + 1 / 3) / 3, ("all", "", "verdicts_undecided"): 2,
+                ("type", "format", "csr"): 1, ("type", "role", "csr"): 8 / 11, ("type", "format", "adherence"): 1, ("type", "role", "adherence"): 8 / 11, ("type", "role", "ssr"): 5 / 9,
+                ("turn", "1", "adherence"): 1, ("turn", "2", "adherence"): 1 / 3, ("turn", "3", "adherence"): 3 / 4, ("turn", "2", "csr"): 4 / 6,
+                ("turn", "1", "survival"): 1, ("turn", "2", "survival"): 1 / 3, ("turn", "3", "survival"): 1 / 3}
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_two_sheets_of_the_same_conversations_are_compared(tmp_path):
+    first, second = sheet_of("jsonl", tmp_path), tmp_path / "other.jsonl"
+    write_rows(second, [row | {"followed": 0} for row in read_rows(first)])
+    told = s3ft("compare", first, second, "--out", tmp_path / "out")
+    assert told.exit_code == 0 and "other minus sheet" in told.stdout, told.stderr
+    row = next(row for row in read_rows(tmp_path / "out" / "numbers.jsonl") if row["against"] and (row["part"], row["metric"]) == ("all", "adherence"))
+    assert row["mean"] == pytest.approx(-8 / 11)  # on the eleven turns that both decide
 
 
 # ---- The command

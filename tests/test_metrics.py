@@ -10,9 +10,10 @@ from scipy.stats import CensoredData, ecdf
 
 from s3ft_nb.core.files import InputError, write_rows
 from s3ft_nb.core.records import Verdict
-from s3ft_nb.measure.compare import compare_folders, differences, outcome
+from s3ft_nb.measure.compare import compare_folders, differences
 from s3ft_nb.measure.metrics import numbers
 from s3ft_nb.measure.verdicts import verdict_table
+from s3ft_nb.report.tables import outcome
 
 
 def rows_of(n, n_turns, seed, arm="base", unknown=0.0, rules=3, rate=0.85):
@@ -102,8 +103,8 @@ def test_an_arm_against_its_twin_and_its_copy():
     assert {(row["mean"], row["p"]) for row in copy} == {(0, 1)}
 
 
-def test_identical_arms_over_all_sentences():
-    "Adjusted together, all metrics that get a sentence call equal arms different in at most one of twenty."
+def test_identical_arms_over_all_metrics():
+    "Adjusted together, all metrics call equal arms different in at most one of twenty."
     called = 0
     for seed in range(40):
         rows = differences(verdict_table(rows_of(20, 5, 2 * seed) + rows_of(20, 5, 2 * seed + 1, arm="twin")), seed=seed)

@@ -15,9 +15,9 @@ from s3ft_nb.core.stage import Stage
 from s3ft_nb.core.records import Conversation, Sample
 from s3ft_nb.core.files import InputError, read_rows, write_rows
 from s3ft_nb.methods.s3ft import pool
-from s3ft_nb.methods.s3ft.restyle import assign, build_samples, request_messages, restyle, restyle_styled
+from s3ft_nb.methods.s3ft.restyle import assign, build_samples, request_messages, restyle
 
-SHARED = Path(os.environ.get("S3FT_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
+SHARED = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 PROMPTS = pool.seed_prompts("en")
 
 
@@ -65,29 +65,27 @@ def test_a_trailing_question_gives_no_sample():
     assert build_samples(assign([talk("e", 0, dangling=True)], PROMPTS[:1], 0), "last") == []
 
 
-@pytest.mark.parametrize("write", [restyle, restyle_styled])
-def test_kill_and_resume_give_the_same_bytes(write, tmp_path):
+def test_kill_and_resume_give_the_same_bytes(tmp_path):
     samples, calls = build_samples(assign(TALKS, PROMPTS, 0, n_types=3)), itertools.count()
 
     def dies(requests, seed, progress=None):
         if next(calls) == 4: raise KeyboardInterrupt
         return engine().generate(requests, seed)
 
-    whole = write(samples, engine(), Stage(tmp_path / "whole", shard_size=8))
-    with pytest.raises(KeyboardInterrupt): write(samples, engine(dies), Stage(tmp_path / "cut", shard_size=8))
-    assert write(samples, engine(), Stage(tmp_path / "cut", shard_size=8)) == whole
+    whole = restyle(samples, engine(), Stage(tmp_path / "whole", shard_size=8))
+    with pytest.raises(KeyboardInterrupt): restyle(samples, engine(dies), Stage(tmp_path / "cut", shard_size=8))
+    assert restyle(samples, engine(), Stage(tmp_path / "cut", shard_size=8)) == whole
     files = lambda name: {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.json*")}
     assert files("cut") == files("whole")
     assert read_rows(write_rows(tmp_path / "train.jsonl", whole), Sample) == whole
 
 
-@pytest.mark.parametrize("write", [restyle, restyle_styled])
-def test_every_sample_is_accounted_for(write, tmp_path):
+def test_every_sample_is_accounted_for(tmp_path):
     odd = itertools.cycle([{"text": "fine"}, {"text": ""}, {"text": "cut", "finish": "length"}, {"error": "500 from the server"}, {"text": " \n\t"}])
     hostile = lambda requests, seed, progress=None: [next(odd) | {"id": one["id"]} for one in requests]
     complete = lambda requests, seed, progress=None: [one if "error" in one else {"finish": "stop", "tokens": 1} | one for one in hostile(requests, seed)]
     samples, stage = build_samples(assign(TALKS, PROMPTS, 0, n_types=5)), Stage(tmp_path, shard_size=7)
-    done = write(samples, engine(complete), stage)
+    done = restyle(samples, engine(complete), stage)
     stage.close(len(samples), len(done))
     reasons = stage.ledger.as_dict()["reasons"]
     assert {"empty", "engine_error"} <= set(reasons)
@@ -106,7 +104,6 @@ def test_an_engine_that_loses_a_response_is_refused(tmp_path):
 
 def test_no_samples_is_no_error(tmp_path):
     assert restyle([], engine(), Stage(tmp_path / "a")) == []
-    assert restyle_styled([], engine(), Stage(tmp_path / "b")) == []
 
 
 def test_a_response_cannot_forge_the_request():

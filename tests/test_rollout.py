@@ -163,15 +163,15 @@ def test_a_simulated_user_is_told_the_stance_and_is_resumed(tmp_path):
 
 def test_reminders_stay_where_they_were_given_when_a_history_is_cut():
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(1, 13) for role in ("user", "assistant")][:-1]
-    whole = remind([{"role": "system", "content": PIRATE.text}, *turns], 12, every=4)
+    whole = remind([{"role": "system", "content": PIRATE.text}, *turns], 12, n=4)
     for gone in range(1, 12):
-        cut = remind([{"role": "system", "content": PIRATE.text}, *turns[2 * gone:]], 12, every=4)
+        cut = remind([{"role": "system", "content": PIRATE.text}, *turns[2 * gone:]], 12, n=4)
         assert cut[1:] == whole[1 + 2 * gone:]
     assert [one["content"].split("\n")[0] for one in whole if "Keep to" in one["content"]] == ["user 4", "user 8", "user 12"]
 
 
 def real_files():
-    folder = Path(os.environ.get("S3FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+    folder = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
     return {name: next(iter(sorted((folder / name).glob("*.json*"))), None) for name in ("taskmaster", "multiwoz", "kdconv", "openassistant", "sharegpt-format")}
 
 

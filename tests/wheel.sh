@@ -13,5 +13,5 @@ rm -rf build dist
 mkdir "$ROOM/elsewhere" && cd "$ROOM/elsewhere"
 HF_HUB_OFFLINE=1 "$ROOM/venv/bin/s3ft" run s3ft-smoke
 test -s runs/s3ft-smoke/report/index.html
-test -s runs/s3ft-smoke/report/metrics.json
+test -s runs/s3ft-smoke/report/numbers.jsonl
 echo "wheel: 1 passed, 0 failed"

@@ -23,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.files import InputError, decode, iter_rows, read_bytes, read_json, resource, shorten, stable_id, write_json, write_rows
+from ..core.files import InputError, decode, read_bytes, read_json, read_rows, resource, shorten
+from ..core.files import stable_id, write_json, write_rows
 from ..core.records import Check, Message, Verdict
 from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
@@ -45,18 +46,21 @@ def sheet_words() -> dict:  # {fields: {ours: names}, verdicts: {kind: words}, s
 def sheet_rows(path: str | Path) -> Iterator[dict]:
     "Rows of a JSON Lines, JSON, CSV or Excel file; raises `InputError` on another."
     kind = Path(str(path).removesuffix(".gz")).suffix
-    if kind == ".jsonl": return iter_rows(path)
+    if kind == ".jsonl": return iter(read_rows(path))
     if kind == ".json":
         value = read_json(path)
-        rows = value if isinstance(value, list) else next((one for one in value.values() if isinstance(one, list)), None) if isinstance(value, dict) else None
-        if rows is None or not all(isinstance(row, dict) for row in rows): raise InputError("must hold a list of objects", path)
+        rows = value if isinstance(value, list) else next((one for one in value.values() if isinstance(one, list)),
+                                                          None) if isinstance(value, dict) else None
+        if rows is None or not all(isinstance(row, dict)
+                                   for row in rows): raise InputError("must hold a list of objects", path)
         return iter(rows)
     if kind in (".csv", ".tsv"):
         text = decode(read_bytes(path), path).removeprefix("\ufeff")
         mark = max("\t;,", key=text.partition("\n")[0].count)
         return csv.DictReader(text.splitlines(keepends=True), delimiter=mark)
     if kind != ".xlsx": raise InputError("is not a verdict sheet", path, remedy="use .jsonl, .json, .csv or .xlsx")
-    if not find_spec("openpyxl"): raise InputError("needs openpyxl to be read", path, remedy="pip install openpyxl, or save it as CSV")
+    if not find_spec("openpyxl"): raise InputError("needs openpyxl to be read", path,
+                                                   remedy="pip install openpyxl, or save it as CSV")
     import pandas
 
     return iter(pandas.read_excel(path, dtype=object).to_dict("records"))
@@ -66,7 +70,8 @@ def read_cell(value: Any) -> tuple[bool | None, bool]:  # (satisfied, applicable
     "The verdict of one cell; raises `InputError` on a word that is none."
     word = " ".join(str(value).split()).lower()
     kind = next((kind for kind, known in sheet_words()["verdicts"].items() if word in known), None)
-    if kind is None: raise InputError(f"{shorten(value)} is not a verdict", field="satisfied", remedy="write true, false or null")
+    if kind is None: raise InputError(f"{shorten(value)} is not a verdict", field="satisfied",
+                                      remedy="write true, false or null")
     return {"yes": True, "no": False}.get(kind), kind != "not_applicable"
 
 
@@ -75,7 +80,8 @@ def named(row: dict) -> dict:  # {our name: value}
     out = {}
     for ours, names in sheet_words()["fields"].items():
         for name in names:
-            if name in row and ours not in out and (ours == "satisfied" or row[name] not in (None, "")): out[ours] = row[name]
+            if name in row and ours not in out and (ours == "satisfied"
+                                                    or row[name] not in (None, "")): out[ours] = row[name]
     return out
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #c0de0002
@@ -89,7 +95,8 @@ def cells_of(value: Any, base: dict) -> Iterator[dict]:  # {conversation_id, tur
     elif isinstance(value, dict): yield from cells_of(inner.pop("satisfied"), base | inner)
     elif isinstance(value, list):
         for i, one in enumerate(value, 1): yield from cells_of(one, base | {"rule_id": str(i)})
-    elif isinstance(value, str) and (lines := [TYPED.fullmatch(line) for line in value.splitlines() if line.strip()]) and all(lines):
+    elif isinstance(value, str) and (lines := [TYPED.fullmatch(line) for line in value.splitlines()
+                                               if line.strip()]) and all(lines):
         for line in lines: yield base | {"rule_id": line[1], "type": line[2], "satisfied": line[3]}
     else: yield base | {"satisfied": value}
 
@@ -104,7 +111,8 @@ def cells_in(row: dict) -> Iterator[dict]:
             found, facts = row["eval_results"].get(user) or {}, (row.get("prompt_infos") or {}).get(user) or {}
             for name, value in found.get("评判结果", {}).items():
                 kind = found.get("criteria", {}).get(name, {}).get("criteria_type", "")
-                yield base | {"turn": turn, "rule_id": name, "type": kind, "satisfied": value, "stance": facts.get("alignment", "")}
+                yield base | {"turn": turn, "rule_id": name, "type": kind, "satisfied": value,
+                              "stance": facts.get("alignment", "")}
     elif isinstance(turns, list):
         for turn, one in enumerate(turns, 1): yield from cells_of(one, base | {"turn": turn})
     else: yield from cells_of(base.pop("satisfied", None), base) if "satisfied" in base else iter([base])
@@ -114,13 +122,16 @@ def read_sheet(path: str | Path) -> list[Verdict]:
     "Verdicts of a sheet; raises `InputError` naming the row and field of the first wrong cell."
     arm, cells, out = Path(path).name.split(".")[0], [], []
     for line, row in enumerate(sheet_rows(path), 1): cells += [(line, cell) for cell in cells_in(row)]
-    if not cells: raise InputError("holds no verdicts", path, remedy="write conversation_id, turn, rule_id and satisfied")
+    if not cells: raise InputError("holds no verdicts", path,
+                                   remedy="write conversation_id, turn, rule_id and satisfied")
     try:
         for line, cell in cells:
             missing = [name for name in ("conversation_id", "turn", "rule_id", "satisfied") if name not in cell]
-            if missing: raise InputError("is missing", field=missing[0], remedy=f"name a column {', '.join(sheet_words()['fields'][missing[0]][:4])} …")
+            if missing: raise InputError("is missing", field=missing[0],
+                                         remedy=f"name a column {', '.join(sheet_words()['fields'][missing[0]][:4])} …")
             found = re.search(r"\d+", str(cell["turn"]))
-            if not found: raise InputError(f"{shorten(cell['turn'])} is not a turn", field="turn", remedy="count turns from 1")
+            if not found: raise InputError(f"{shorten(cell['turn'])} is not a turn", field="turn",
+                                           remedy="count turns from 1")
             cell["turn"] = int(found[0])
             cell["satisfied"], cell["applicable"] = read_cell(cell["satisfied"])
     except InputError as error: raise InputError(error.message, path, line, error.field, error.remedy) from None
@@ -128,10 +139,13 @@ def read_sheet(path: str | Path) -> list[Verdict]:
     for line, cell in cells:
         conversation, kind, turn = str(cell["conversation_id"]), str(cell.get("type") or "other"), cell["turn"] + shift
         name, model = str(cell["rule_id"]), str(cell.get("arm") or "")
-        if name.isdigit(): name = f"{kind if kind != 'other' else 'rule'} {name}"  # a number is no name: it recurs with another meaning
-        out.append(Verdict(response_id=stable_id(model, conversation, turn), arm=model or arm, model=model, history="recorded", dialogue_id=conversation,
-                           conversation_id=conversation, system_prompt_id=str(cell.get("system_prompt_id") or ""), turn=turn, rule_id=name, type=kind,
-                           satisfied=cell["satisfied"], applicable=cell["applicable"], judge="sheet", stance=sheet_words()["stances"].get(str(cell.get("stance", "")).lower(), "")))
+        if name.isdigit(): name = f"{kind if kind != 'other' else 'rule'} {name}"  # a number recurs
+        out.append(Verdict(response_id=stable_id(model, conversation, turn), arm=model or arm, model=model,
+                           history="recorded", dialogue_id=conversation,
+                           conversation_id=conversation, system_prompt_id=str(cell.get("system_prompt_id") or ""),
+                           turn=turn, rule_id=name, type=kind,
+                           satisfied=cell["satisfied"], applicable=cell["applicable"], judge="sheet",
+                           stance=sheet_words()["stances"].get(str(cell.get("stance", "")).lower(), "")))
     return out
 
 
@@ -140,14 +154,17 @@ def read_sheets(paths: list[str | Path]) -> list[Verdict]:
     sheets = {Path(path).name.split(".")[0]: read_sheet(path) for path in paths}
     if len(sheets) < len(paths): raise InputError("two sheets have the same name", field="sheet", remedy="rename one")
     names = Counter(arm for rows in sheets.values() for arm in {row.arm for row in rows})
-    return [row.model_copy(update={"arm": f"{file}: {row.arm}"}) if names[row.arm] > 1 else row for file, rows in sheets.items() for row in rows]
+    return [row.model_copy(update={"arm": f"{file}: {row.arm}"}) if names[row.arm] > 1 else row for file,
+            rows in sheets.items() for row in rows]
 
 
-def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95, seed: int = 0) -> dict:  # What measure.json holds
-    "Write verdicts.jsonl, numbers.jsonl and measure.json of verdict sheets; arms of the same conversations are compared."
+def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95,
+                 seed: int = 0) -> dict:  # What measure.json holds
+    "Write verdicts, numbers and measure.json of sheets; arms with conversations in common are compared."
     found, out = read_sheets(paths), Path(out)
     tables = verdict_table(found)
-    played = [{row.conversation_id for row in found if row.arm == arm} for arm in dict.fromkeys(row.arm for row in found)]
+    played = [{row.conversation_id for row in found if row.arm == arm}
+              for arm in dict.fromkeys(row.arm for row in found)]
     pairs = differences(tables, level=level, seed=seed) if len(played) > 1 and set.intersection(*played) else []
     write_rows(out / "verdicts.jsonl", found)
     write_rows(out / "numbers.jsonl", [*numbers(tables, level), *pairs])
@@ -164,7 +181,8 @@ def foreign_kinds(modules: tuple = REGISTRIES) -> dict:  # {id: class}; empty wh
     for name in modules:
         try: return dict(importlib.import_module(name).INSTRUCTION_DICT)
         except ModuleNotFoundError as error:
-            if not name.startswith(error.name or "?"): raise InputError(f"{name} needs {error.name}", remedy=f"pip install {error.name}") from None
+            if not name.startswith(error.name or "?"): raise InputError(f"{name} needs {error.name}",
+                                                                        remedy=f"pip install {error.name}") from None
     return {}
 
 
@@ -177,7 +195,8 @@ def foreign_kept(kind: Callable, id: str, kwargs: dict, prompt: str, response: s
         forms = [response] if reading == "strict" else loose_forms(response)
         return any(bool(form.strip()) and bool(instruction.check_following(form)) for form in forms)
     except Exception as error:
-        raise InputError(f"{id} failed in its own package: {error}", remedy="see what data that package needs") from error
+        raise InputError(f"{id} failed in its own package: {error}",
+                         remedy="see what data that package needs") from error
 
 
 def ifeval_check(id: str, kwargs: dict) -> Check:
@@ -189,14 +208,16 @@ def ifeval_check(id: str, kwargs: dict) -> Check:
 
 def read_tasks(path: str | Path) -> list[dict]:  # {key, prompt, instruction_id_list, kwargs}
     "Tasks in IFEval's form; raises `InputError` naming row and field."
-    out = list(iter_rows(path))
+    out = read_rows(path)
     for line, task in enumerate(out, 1):
         for field, kind in {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}.items():
             if not isinstance(task.get(field), kind):
-                raise InputError(f"is missing or of the wrong kind, got {shorten(task.get(field))}", path, line, field, "use IFEval's input format")
+                raise InputError(f"is missing or of the wrong kind, got {shorten(task.get(field))}", path, line, field,
+                                 "use IFEval's input format")
         if len(task["instruction_id_list"]) != len(task["kwargs"]) or not task["kwargs"]:
             raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs")
-        try: [ifeval_check(id, kwargs) for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]) if id in IFEVAL]
+        try: [ifeval_check(id, kwargs) for id, kwargs in zip(task["instruction_id_list"], task["kwargs"])
+              if id in IFEVAL]
         except InputError as error: raise InputError(error.message, path, line, "kwargs", error.remedy) from None
     return out
 
@@ -204,15 +225,18 @@ def read_tasks(path: str | Path) -> list[dict]:  # {key, prompt, instruction_id_
 def pair_responses(tasks: list[dict], path: str | Path) -> list[str | None]:  # One per task; None without a response
     "Responses to tasks, by key, prompt or place; raises `InputError` on two different ones to a task."
     found, places = {}, []
-    for line, row in enumerate(iter_rows(path), 1):
-        text, names = row.get("response"), [(name, str(row[name]).strip()) for name in ("key", "prompt") if row.get(name) is not None]
+    for line, row in enumerate(read_rows(path), 1):
+        text, names = row.get("response"), [(name, str(row[name]).strip()) for name in ("key", "prompt")
+                                            if row.get(name) is not None]
         if "doc" in row and "resps" in row:  # a sample log of lm-evaluation-harness
             text, names = row["resps"], [("key", str(row["doc"].get("key")))]
             while isinstance(text, list) and text: text = text[0]
         if not names or ("response" not in row and "resps" not in row) or not isinstance(text, str | None):
-            raise InputError("holds no prompt or key with a response", path, line, remedy="write prompt and response, or key and response")
+            raise InputError("holds no prompt or key with a response", path, line,
+                             remedy="write prompt and response, or key and response")
         for name in names:
-            if found.setdefault(name, text) != text: raise InputError("has two responses to one task", path, line, name[0], "keep one response each")
+            if found.setdefault(name, text) != text: raise InputError("has two responses to one task", path, line,
+                                                                      name[0], "keep one response each")
         places.append(text)
     out = [found.get(("key", str(task["key"])), found.get(("prompt", task["prompt"].strip()))) for task in tasks]
     asked = {("key", str(task["key"])) for task in tasks} | {("prompt", task["prompt"].strip()) for task in tasks}
@@ -229,7 +253,8 @@ def score_ifeval(
     replies = pair_responses(tasks, responses)
     unanswered = [task["key"] for task, reply in zip(tasks, replies) if reply is None]
     if unanswered and (missing == "raise" or len(unanswered) == len(tasks)):
-        raise InputError(f"no response to task {unanswered[0]} ({len(unanswered)} of {len(tasks)} missing)", responses, remedy="respond to every prompt")
+        raise InputError(f"no response to task {unanswered[0]} ({len(unanswered)} of {len(tasks)} missing)", responses,
+                         remedy="respond to every prompt")
     scored = 0
     for task, reply in zip(tasks, replies):
         strange = [id for id in task["instruction_id_list"] if id not in IFEVAL and id not in foreign]
@@ -239,23 +264,30 @@ def score_ifeval(
         for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
             seen[id] += 1
             for reading in ("strict", "loose"):
-                kept = run_check(ifeval_check(id, kwargs), reply, prompt, reading) if id in IFEVAL else foreign_kept(foreign[id], id, kwargs, task["prompt"], reply, reading)
+                kept = run_check(ifeval_check(id, kwargs), reply, prompt,
+                                 reading) if id in IFEVAL else foreign_kept(foreign[id], id, kwargs, task["prompt"],
+                                                                            reply, reading)
                 key = str(task["key"])
-                out.append(Verdict(response_id=key, arm=reading, history="recorded", dialogue_id=key, conversation_id=key, system_prompt_id="", turn=1,
-                                   rule_id=id if seen[id] == 1 else f"{id} {seen[id]}", type=id, satisfied=kept, judge="checks"))
+                out.append(Verdict(response_id=key, arm=reading, history="recorded", dialogue_id=key,
+                                   conversation_id=key, system_prompt_id="", turn=1,
+                                   rule_id=id if seen[id] == 1 else f"{id} {seen[id]}", type=id, satisfied=kept,
+                                   judge="checks"))
     rows = numbers(out) if out else []
     named = {("adherence", "strict"): "prompt_strict", ("adherence", "loose"): "prompt_loose",
              ("csr", "strict"): "instruction_strict", ("csr", "loose"): "instruction_loose"}
     nothing = dict.fromkeys(named.values(), {"mean": None, "low": None, "high": None, "n": 0})
-    return nothing | {named[row["metric"], row["arm"]]: row for row in rows if row["part"] == "all" and row["metric"] in ("adherence", "csr")} | {
-        "numbers": rows, "unknown": dict(sorted(unknown.items())), "unanswered": unanswered, "prompts_left_out": len(tasks) - scored}
+    return nothing | {named[row["metric"], row["arm"]]: row for row in rows if row["part"] == "all"
+                      and row["metric"] in ("adherence", "csr")} | {
+        "numbers": rows, "unknown": dict(sorted(unknown.items())), "unanswered": unanswered,
+        "prompts_left_out": len(tasks) - scored}
 
 # %% ../../nbs/measure/06_benchmarks.ipynb #7c30856b
 REFUSAL = re.compile(
     r"(?i)\b(?:sorry|afraid)\b.{0,20}\bi(?:['’]m| am| can| will| won| must)?\b.{0,12}"
     r"(?:can['’]?t\b|cannot\b|can not\b|['’]t\b|unable\b|not able\b|not\b)"
-    r"|\bi(?: can['’]?t| cannot| can not| won['’]?t| will not| am unable to| am not able to|['’]m unable to|['’]m not able to)"
-    r"(?: \w+)? (?:help|assist|do|provide|answer|comply|fulfil|fulfill|share|discuss|engage|continue|create|write|give)\b"
+    r"|\bi(?: can['’]?t| cannot| can not| won['’]?t| will not| am unable to| am not able to|['’]m unable to"
+    r"|['’]m not able to)(?: \w+)? (?:help|assist|do|provide|answer|comply|fulfil|fulfill|share|discuss|engage|continue"
+    r"|create|write|give)\b"
     r"|\bi (?:refuse\b|must (?:\w+ )?(?:decline|refuse)\b|have to (?:decline|refuse)\b)"
     r"|\bas an? (?:ai|artificial|language)\b[^.]{0,80}\b(?:can['’]?t|cannot|unable|not able)\b"
     r"|(?:抱歉|对不起|不好意思)[^。！？]{0,20}(?:不能|无法|不便|没办法)|我(?:不能|无法|不便)(?:帮|协助|提供|回答|完成|讨论|生成)")
@@ -285,8 +317,10 @@ ASK_HELP = {"en": "Answer the user's message helpfully and to the point.", "zh":
 
 def guard_responses(engine: Any, users: list[str], stage: Stage) -> list[dict]:  # Replies in order
     "Let an engine respond to different messages without a system prompt."
-    if len(set(users)) < len(users): raise InputError("a message occurs twice", field="users", remedy="give different messages")
-    return ask([{"id": stable_id("guard", user), "messages": [{"role": "user", "content": user}]} for user in users], engine, stage)
+    if len(set(users)) < len(users): raise InputError("a message occurs twice", field="users",
+                                                      remedy="give different messages")
+    return ask([{"id": stable_id("guard", user), "messages": [{"role": "user", "content": user}]} for user in users],
+               engine, stage)
 
 
 def guard_numbers(
@@ -308,7 +342,8 @@ def guard_numbers(
         out += [number_row(metric, plain(b), arm="base"), number_row(metric, plain(a), arm=arm),
                 number_row(metric, paired_difference(a, b, ids), arm=arm, against="base")]
     if judge is None: return out
-    pairs = [{"id": a["id"], "conversation_id": a["id"], "system_prompt": ASK_HELP[language], "prompt": [{"role": "user", "content": user}],
+    pairs = [{"id": a["id"], "conversation_id": a["id"], "system_prompt": ASK_HELP[language],
+              "prompt": [{"role": "user", "content": user}],
               "a": a["text"] or "…", "b": b["text"] or "…"} for user, a, b in zip(users, after, before)]
     preferred = pair_summary(judge_pairs(judge, pairs, language))["win_rate"]  # warns of a judge that follows the order
     return out + ([number_row("plain_helpfulness", preferred, arm=arm)] if preferred else [])
@@ -329,22 +364,30 @@ def harness_command(
     "The command of lm-evaluation-harness for a model; raises `InputError` on a name it cannot take."
     for name in (model, adapter, base_url):
         if "," in name or "=" in name:
-            raise InputError(f"{name!r} holds a comma or an equals sign, which separate arguments there", field="model", remedy="use a link to it with another name")
-    which = ["local-chat-completions", f"model={model},base_url={base_url.rstrip('/')}/chat/completions,num_concurrent=8,tokenized_requests=False"]
+            raise InputError(f"{name!r} holds a comma or an equals sign, which separate arguments there", field="model",
+                             remedy="use a link to it with another name")
+    which = ["local-chat-completions",
+             f"model={model},base_url={base_url.rstrip('/')}/chat/completions,num_concurrent=8,"
+             "tokenized_requests=False"]
     if not base_url: which = ["hf", f"pretrained={model}" + (f",peft={adapter}" if adapter else "") + ",dtype=auto"]
-    command = ["lm_eval", "--model", which[0], "--model_args", which[1], "--tasks", tasks or HARNESS_TASKS["http" if base_url else "transformers"],
+    command = ["lm_eval", "--model", which[0], "--model_args", which[1], "--tasks", tasks
+               or HARNESS_TASKS["http" if base_url else "transformers"],
                "--apply_chat_template", *(["--system_instruction", system_prompt] if system_prompt else [])]
-    return command + ["--seed", str(seed), "--batch_size", "1" if base_url else "auto", "--output_path", out, "--log_samples"]
+    return command + ["--seed", str(seed), "--batch_size", "1" if base_url else "auto", "--output_path", out,
+                      "--log_samples"]
 
 
 def run_harness(command: list[str], out: str | Path) -> dict:  # {task: {metric: value}}
     "Run the harness in a process of its own and read its results; raises `InputError` when it is missing or fails."
     if not find_spec("lm_eval"):
-        raise InputError("lm-evaluation-harness is not installed", field="lm_eval", remedy="pip install lm_eval, or run the command elsewhere")
+        raise InputError("lm-evaluation-harness is not installed", field="lm_eval",
+                         remedy="pip install lm_eval, or run the command elsewhere")
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
     if done.returncode:
         why = " ".join(done.stderr.split())[-300:]
-        raise InputError(f"lm-evaluation-harness failed: {why}", field="lm_eval", remedy=f"run it by hand: {shlex.join(command)}")
+        raise InputError(f"lm-evaluation-harness failed: {why}", field="lm_eval",
+                         remedy=f"run it by hand: {shlex.join(command)}")
     found = sorted(Path(out).rglob("results_*.json"), key=lambda path: path.name)
     if not found: raise InputError("lm-evaluation-harness left no results", out, remedy="see its own output")
-    return {task: {name: value for name, value in row.items() if isinstance(value, (int, float))} for task, row in read_json(found[-1])["results"].items()}
+    return {task: {name: value for name, value in row.items() if isinstance(value, (int, float))} for task,
+            row in read_json(found[-1])["results"].items()}

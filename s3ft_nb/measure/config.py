@@ -115,7 +115,8 @@ def make_config(
     for name, value in ({"out": str(out)} | given).items():
         if name not in known:
             near = get_close_matches(name, known, 1)
-            raise InputError("is not an option of a measurement", field=name, remedy=f"did you mean {near[0]}?" if near else "see s3ft measure --help")
+            raise InputError("is not an option of a measurement", field=name, remedy=f"did you mean {near[0]}?" if near
+                             else "see s3ft measure --help")
         parts[known[name]][name] = typed(name, value, get_type_hints(known[name])[name])
     return MeasureConfig(**parts[MeasureConfig], **{name: group(**parts[group]) for name, group in GROUPS.items()})
 
@@ -156,6 +157,7 @@ def with_model_defaults(config: MeasureConfig) -> MeasureConfig:
     given = own | {"judge_way": judge.get("judge_way", "")}
     for name, group in GROUPS.items():
         part, plain = getattr(config, name), group()
-        new = {key: value for key, value in given.items() if options()[key] is group and getattr(part, key) == getattr(plain, key)}
+        new = {key: value for key, value in given.items() if options()[key] is group
+               and getattr(part, key) == getattr(plain, key)}
         config = replace(config, **{name: replace(part, **new)})
     return config

@@ -6,7 +6,7 @@
 __all__ = ['half', 'at_first', 'METRICS', 'SYSBENCH', 'PART_METRICS', 'turn_columns', 'adherence_columns', 'slope', 'area',
            'retention', 'half_life', 'first_violation', 'risk_columns', 'survival', 'observed_turns', 'median_survival',
            'stability_columns', 'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric', 'rule_metric',
-           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'cautions']
+           'adherence_at', 'counts', 'turn_numbers', 'numbers']
 
 # %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable
@@ -181,7 +181,6 @@ METRICS = {one.name: one for one in (
 )}
 
 
-
 def adherence_at(turn: int) -> Metric:
     "Adherence at one turn."
     at = lambda states: adherence_columns(states[..., turn - 1:turn])
@@ -241,20 +240,4 @@ def numbers(source: str | Path | Iterable | dict, level: float = 0.95) -> list[d
         version = lambda name: METRICS[name].version if name in METRICS else 1
         out += [number_row(name, row, part, str(key), arm, history=history, version=version(name))
                 for part, key, name, row in found if row["mean"] is not None]
-    return out
-
-# %% ../../nbs/measure/01_metrics.ipynb #e0f2454b
-def cautions(numbers: list[dict]) -> list[str]:  # sentences
-    "What a reader must know before believing an interval."
-    out = []
-    arms = {(row["arm"], row["history"]) for row in numbers if row["metric"] == "verdicts"}
-    for arm, history in sorted(arms):
-        mine = (row for row in numbers if (row["arm"], row["history"], row["part"]) == (arm, history, "all"))
-        n = {row["metric"]: row["mean"] for row in mine}
-        name, few, broken = f"{arm or 'the file'} ({history})", n["conversations"], n["conversations_with_violation"]
-        if few < 10: out.append(f"{name}: only {few} conversations, so intervals are wide and rest on little.")
-        elif broken < 10: out.append(f"{name}: only {broken} of {few} conversations hold a violation.")
-        undecided = n["verdicts_undecided"] / max(1, n["verdicts"])
-        if undecided > 0.05:
-            out.append(f"{name}: {100 * undecided:.0f} % of the verdicts are undecided; metrics hold for the rest.")
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'RESTYLE', 'assign', 'chosen_turns', 'build_samples', 'rewriting_messages', 'request_messages', 'fit_samples',
-           'restyle', 'restyle_styled']
+           'restyle']
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #ed9b8767
 import random
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...core.files import InputError, stable_id
-from ...core.records import Conversation, Message, Sample, SystemPrompt
+from ...core.records import Conversation, Sample, SystemPrompt
 from ...core.stage import Ledger, Stage
 from ...judging.rubric import blocks, judge_messages
 from ...lm.engine import ask
@@ -146,29 +146,3 @@ def restyle(
         done.append(sample.model_copy(update={"id": stable_id(sample.id, text), "response": text, "engine": engine.name,
                                               "seed": found["seed"], "flags": flags}))
     return done
-
-# %% ../../../nbs/methods/s3ft/01_restyle.ipynb #d9a03e8b
-def restyle_styled(
-    samples: list[Sample],  # See `build_samples`, of all turns
-    engine,  # See `lm.engine.Engine`
-    stage: Stage,  # One part per turn
-    language: str = "en",
-    claim: Any = (),  # See `restyle`
-) -> list[Sample]:  # With responses and the history that was written, in order
-    "Write the responses turn by turn, each prompt holding the ones before."
-    written, done = {}, {}
-    for turn in sorted({sample.turn for sample in samples}):
-        ready = []
-        for sample in (sample for sample in samples if sample.turn == turn):
-            earlier = [written.get((sample.group, before)) for before in range(1, turn)]
-            if None in earlier:
-                stage.ledger.drop(sample.id, "no_styled_history")
-                continue
-            styled = (Message(role="assistant", content=text) for text in earlier)
-            prompt = [message if message.role == "user" else next(styled) for message in sample.prompt]
-            ready.append(sample.model_copy(update={"prompt": prompt, "flags": sample.flags + ["styled_history"]}))
-        part = stage.part(f"turn-{turn:03d}")
-        part.ledger = stage.ledger
-        for sample in restyle(ready, engine, part, language, claim):
-            written[sample.group, turn], done[sample.group, turn] = sample.response, sample
-    return [done[one.group, one.turn] for one in samples if (one.group, one.turn) in done]

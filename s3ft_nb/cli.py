@@ -211,7 +211,7 @@ def doctor(
     facts = room.verdict(tokenizer, **chosen)
     yield json.dumps(facts, indent=2, ensure_ascii=False) if json_ else room.in_words(facts)
     if facts["policy"] and save:
-        room.settle(tokenizer, **chosen)
+        room.set_policy(tokenizer, **chosen)
         typer.echo(f"saved: {linked_model(model, tokenizer.chat_template, save)}", err=json_)
     if facts["trainable"] and not json_: yield "\n" + room.example_view(tokenizer, room.Policy(**facts["policy"]))
     if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)

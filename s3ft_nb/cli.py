@@ -165,7 +165,7 @@ def compare(
         write_rows(out / "numbers.jsonl", numbers(read) + room.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [tables.to_markdown(tables.differences(rows, part="all")), *room.conversations_to_show(rows)]
+    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *room.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
     page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]
@@ -211,7 +211,7 @@ def doctor(
     facts = room.verdict(tokenizer, **chosen)
     yield json.dumps(facts, indent=2, ensure_ascii=False) if json_ else room.in_words(facts)
     if facts["policy"] and save:
-        room.settle(tokenizer, **chosen)
+        room.set_policy(tokenizer, **chosen)
         typer.echo(f"saved: {linked_model(model, tokenizer.chat_template, save)}", err=json_)
     if facts["trainable"] and not json_: yield "\n" + room.example_view(tokenizer, room.Policy(**facts["policy"]))
     if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)

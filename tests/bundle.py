@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "data/micro-run"
-SIZES = ["world.n_conversations=8", "conversations.n_conversations=8", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4",
-         "world.n_prompts=4", "world.n_eval_prompts=1", "pool.per_type=6", "pool.max_attempts=4", "sample.n_train=24", "sample.n_threshold=20", "sample.n_test=20",
+SIZES = ["world.n_conversations=6", "conversations.n_conversations=6", "world.n_eval_conversations=3", "conversations.n_eval_conversations=3",
+         "world.n_prompts=4", "world.n_eval_prompts=1", "pool.per_type=6", "pool.max_attempts=4", "sample.n_train=16", "sample.n_threshold=12", "sample.n_test=12",
          "measure.dialogues=6", "measure.turns=3", "world.eval_turns=3"]
 FILES = """conversations/train.jsonl conversations/eval.jsonl pool/train.jsonl pool/eval.jsonl pool/pool.json
 restyle/train.jsonl restyle/eval.jsonl sample/to_annotate.jsonl sample/use.json annotators/annotations.jsonl
@@ -25,7 +25,7 @@ def shortened(path: Path) -> str:
     text = path.read_text()
     if path.parent.name != "measure": return text
     rows = [json.loads(line) for line in text.splitlines()]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["part"] in ("all", "turn") and row["metric"] in ("adherence", "ssr", "survival", "csr", "slope"))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["part"] in ("all", "turn") and row["metric"] in ("adherence", "ssr"))
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
 from s3ft_nb.annotation.agreement import agreement_numbers, alpha, label_counts
-from s3ft_nb.annotation.consensus import adjudication, dawid_skene, fit_votes, label_noise, settle
-from s3ft_nb.annotation.exchange import PAIR_CONFIG, character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
+from s3ft_nb.annotation.consensus import adjudication, dawid_skene, fit_votes, label_noise, settle_labels
+from s3ft_nb.annotation.exchange import character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
 from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, preference_numbers, win_numbers
 from s3ft_nb.annotation.sampling import assign_items, mix_gold, most_useful, stratified_sample
 from s3ft_nb.annotation.task import read_annotations, simulate, write_csv
@@ -200,7 +200,7 @@ def anaesthesia():
 
 
 def test_dawid_skene_is_its_equations_and_its_paper():
-    posterior, prior, confusion, _, _, converged = fit_votes(anaesthesia(), 4, tol=1e-13)
+    posterior, prior, confusion, converged = fit_votes(anaesthesia(), 4, tol=1e-13)
     T, p, pi = slow_dawid_skene(VOTES, 45, 5, 4, 300)
     assert converged and np.abs(posterior - T).max() < 1e-6 and np.abs(prior - p).max() < 1e-6 and np.abs(confusion.transpose(1, 0, 2) - pi).max() < 1e-6
     assert np.round(prior, 2).tolist() == [0.40, 0.42, 0.11, 0.07]  # the paper's class rates
@@ -223,14 +223,14 @@ def test_ways_of_settling():
     truth = {f"s{i}": LABELS[i % 5] for i in range(2000)}
     rows = [simulate(truth, name, 0.15, 1) for name in "abc"]
     right = lambda labels: np.mean([labels[id] == label for id, label in truth.items()])
-    assert all(right(settle([row for one in rows for row in one])) > right(settle(one)) for one in rows)
+    assert all(right(settle_labels([row for one in rows for row in one])) > right(settle_labels(one)) for one in rows)
     errors = [{row.sample_id for row in one if row.label != truth[row.sample_id]} for one in rows]
     assert 0.01 < len(errors[0] & errors[1]) / len(truth) < 0.04  # independent: 0.15 ** 2
     for seed in range(3):  # with a careless annotator
         rng = random.Random(seed)
         truth = {f"s{i}": rng.choice(LABELS[:1] * 5 + LABELS[2:3] * 3 + LABELS[1:2] + LABELS[4:]) for i in range(400)}
         rows = [row for a, error in zip("abc", (0.05, 0.1, 0.4)) for row in simulate(truth, a, error, seed)]
-        assert right(settle(rows, "dawid_skene", min_probability=0)) > right(settle(rows))
+        assert right(settle_labels(rows, "dawid_skene", min_probability=0)) > right(settle_labels(rows))
 
 
 def test_label_noise_finds_the_simulated_errors():
@@ -246,7 +246,7 @@ def test_votes_in_any_order_give_the_same():
     truth = {f"s{i}": LABELS[i % 5] for i in range(60)}
     rows = simulate(truth, "a", 0.2, 0) + simulate(truth, "b", 0.2, 0) + simulate(truth, "c", 0.2, 0)
     mixed = random.Random(0).sample(rows, len(rows))
-    assert settle(rows, "dawid_skene") == settle(mixed, "dawid_skene") and settle(rows) == settle(mixed)
+    assert settle_labels(rows, "dawid_skene") == settle_labels(mixed, "dawid_skene") and settle_labels(rows) == settle_labels(mixed)
     queues = [adjudication(given, dawid_skene(given)) for given in (rows, mixed)]
     assert queues[0] and [row["sample_id"] for row in queues[0]] == [row["sample_id"] for row in queues[1]]
 
@@ -255,7 +255,7 @@ def test_few_and_unanimous_votes():
     alone = [note("s", "a", "good")]
     with pytest.raises(InputError, match="annotated by two people"): dawid_skene(alone)
     with pytest.raises(InputError, match="annotated by two people"): label_noise([])
-    assert settle(alone, "dawid_skene", gold={"s": "good"}) == {"s": "good"}
+    assert settle_labels(alone, "dawid_skene", gold={"s": "good"}) == {"s": "good"}
     unanimous = [note(f"s{i}", a, "good") for i in range(9) for a in "abc"]
     assert all(row["mean"] < 0.1 for row in label_noise(unanimous)) and not adjudication(unanimous, dawid_skene(unanimous))
     assert alpha(unanimous)["mean"] is None
@@ -266,7 +266,7 @@ def test_lone_labels_keep_their_word_where_a_part_is_labelled_twice():
     truth = {f"s{i}": LABELS[(0, 0, 0, 2, 1)[i % 5]] for i in range(600)}
     dealt = assign_items(list(truth), ["a", "b", "c"], 3, seed=0, overlap=0.25)
     rows = [row for name, error in zip("abc", (0.05, 0.1, 0.15)) for row in simulate({id: truth[id] for id in dealt[name]}, name, error, 0)]
-    labels, times = settle(rows, "dawid_skene", min_probability=0), Counter(row.sample_id for row in rows)
+    labels, times = settle_labels(rows, "dawid_skene", min_probability=0), Counter(row.sample_id for row in rows)
     assert np.mean([labels[row.sample_id] == row.label for row in rows if times[row.sample_id] == 1]) > 0.9
 
 
@@ -381,11 +381,11 @@ def test_label_studio_takes_our_files():
     sample = samples_of(1)[0]
     task = to_label_studio([sample], [note(sample.id, "ann", "good", note="x", spans=[(0, 3)])])[0]
     for language in ("en", "zh"):
-        interface = library.LabelInterface(label_studio_config(language))
+        interface = library.LabelInterface(label_studio_config("labels", language))
         interface.validate()
         assert interface.validate_task({"data": task["data"]}) and interface.validate_annotation(task["annotations"][0])
         assert all(interface.validate_region(region) for region in task["annotations"][0]["result"])
-    library.LabelInterface(PAIR_CONFIG.read_text()).validate()
+    library.LabelInterface(label_studio_config("pairs")).validate()
 
 
 def test_every_annotation_in_an_export_is_kept_or_counted():

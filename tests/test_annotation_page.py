@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed; it comes with the dev extra")
 from browser import chromium, playing, press, profile, tab_to, watched
 
-from s3ft_nb.annotation.page import page_html, page_script, write_page
+from s3ft_nb.annotation.page import page_part, write_page
 from s3ft_nb.judging.rubric import LETTERS, RUBRIC, label_of
 from s3ft_nb.annotation.task import make_task, read_annotations, task_payload
 from s3ft_nb.core.records import Message, Pair, Preference, Sample
@@ -290,7 +290,7 @@ def test_the_policy_stops_what_escaping_might_miss(browser, tmp_path):
     "Markup smuggled into the file behind our back does not run, and no address is contacted."
     bad = '<script>window.pwned=1</script><img src="https://example.org/x.png" onerror="window.pwned=2"><link rel=stylesheet href="https://example.org/x.css">'
     path = tmp_path / "bad.html"
-    path.write_text(page_html(make_task([sample(0)]), "ann").replace("<noscript>", bad + "<noscript>"))
+    path.write_text(write_page(path, make_task([sample(0)]), "ann").read_text().replace("<noscript>", bad + "<noscript>"))
     page = browser()
     page.done_asking = []
     page.on("requestfinished", lambda request: page.done_asking.append(request.url) if request.url.startswith("http") else None)
@@ -388,7 +388,6 @@ window.leave = await widget.render({{ model, el: document.getElementById("el") }
 def widget_page(page, tmp_path, made, file, who="ann"):
     "The widget's own script under a model with anywidget's interface, wired to the Python side of the widget."
     pytest.importorskip("anywidget")
-    from s3ft_nb.annotation.page import page_part
     from s3ft_nb.annotation.widget import annotate
     python, out = annotate(made, file, who), []
     python.send = out.append
@@ -400,7 +399,7 @@ def widget_page(page, tmp_path, made, file, who="ann"):
     page.expose_function("toPython", hear)
     page.expose_function("task", lambda: task_payload(made, who))
     path = tmp_path / "widget.html"
-    path.write_text(WIDGET.format(script=page_script("widget").replace("export default", "const widget =")) + f"<style>{page_part('view.css')}</style>")
+    path.write_text(WIDGET.format(script=page_part("view.js", "widget.js").replace("export default", "const widget =")) + f"<style>{page_part('view.css')}</style>")
     page.goto(path.as_uri())
     page.wait_for_selector("article", state="attached")
     page.locator("article").focus()

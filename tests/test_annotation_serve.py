@@ -77,7 +77,7 @@ class Server:
 def stored(path):
     store = Store(path)
     try: return store.rows()
-    finally: store.close()
+    finally: store.db.close()
 
 
 def change(name, item, label, submission, **fields):

@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_model
+from tiny import small_notebook, tiny_model
 from typer.testing import CliRunner
 
-from s3ft_nb.run.recipe import small_notebook
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import write_bytes, write_json
 
@@ -63,12 +62,12 @@ BROKEN = [
     (("[steps.count]", '[steps.count]\nlanguage = "{step:world}"'), "count.language: unknown step 'world'"),
     (("[steps.count]", '[steps.count]\nlanguage = "{step:count}"'), "need each other in a circle: count"),
     (("[steps.count]", "[steps.count]\nmemory = 3"), "steps.count.memory: unknown parameter 'memory'"),
-    (("[steps.count]", '[steps."../count"]'), "steps: a step cannot be called '../count'"),
+    (("[steps.count]", '[steps."../count"]'), "steps: cannot be called '../count'"),
     (("[params]", 'extends = "none"\n[params]'), "unknown recipe 'none'"),
     (("[params]", 'extends = "one"\n[params]'), "one.toml: extends: extends itself"),
     (("[steps.count]", "[steps.count]\neach = { n = [] }"), "steps.count.each.n: must be a list of values"),
     (("[params]", 'required = ["model"]\n[params]'), "recipe one needs model (add --set model=...)"),
-    ((RECIPE, ""), "one.toml: name: cannot be ''"),
+    ((RECIPE, ""), "one.toml: name: cannot be called ''"),
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from s3ft_nb.core.convert import convert, read_conversations, read_prompts
 from s3ft_nb.core.files import InputError, write_rows
-from s3ft_nb.core.formats import READERS
+from s3ft_nb.core.formats import FORMATS
 from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 
@@ -77,7 +77,7 @@ NAMES = ("messages role content turns prompt response replies instruction histor
 
 @settings(max_examples=300, deadline=None)
 @given(row=st.recursive(st.none() | st.integers() | texts | st.sampled_from(["user", "system", "assistant"]), lambda inner: st.lists(inner, max_size=3)
-       | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), max_leaves=12), format=st.sampled_from(["auto", *READERS]))
+       | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), max_leaves=12), format=st.sampled_from(["auto", *FORMATS]))
 def test_no_row_is_a_traceback(tmp_path_factory, row, format):
     path = write_rows(tmp_path_factory.mktemp("h") / "a.jsonl", [row, WRITERS["openai"]([("a", "b")])])
     ledger = Ledger("read")

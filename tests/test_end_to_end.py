@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("S3FT_TEST_DATA", ROOT.parent / "shared" / "data"))
+SHARED = Path(os.environ.get("S3FT_SHARED", ROOT.parent / "shared")) / "data"
 COMMAND = [str(Path(sys.executable).with_name("s3ft"))]
 TINY = ["batch_size=16", "labels_by=model", "conversations.n_conversations=30", "conversations.n_eval_conversations=10",
         "conversations.max_chars=200000", "pool.per_type=13", "pool.max_new_tokens=24", "restyle.max_new_tokens=24", "restyle.n_types=2",

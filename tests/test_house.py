@@ -156,7 +156,7 @@ def test_recipes(path):
     from s3ft_nb.run.recipe import load_recipe
     recipe = load_recipe(path, ["model=x", f"conversations={ROOT / 'README.md'}"] if "required" in path.read_text() else [])
     assert recipe.name == path.stem and recipe.description
-    for step in recipe.steps: work_of(step, {}, "")
+    for step in recipe.steps: work_of(step, {})
 
 
 def test_readme_is_short_and_its_commands_exist():

@@ -19,7 +19,7 @@ from s3ft_nb.core.files import resource
 from s3ft_nb.judging.checks import assert_check, run_check
 from s3ft_nb.methods.s3ft import pool
 
-SHARED = Path(os.environ.get("S3FT_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
+SHARED = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 TYPES = {"persona", "symbolism", "literary_manner", "tone", "audience", "orthography", "format", "narrative_frame", "obligatory_element", "rule_length"}
 
 

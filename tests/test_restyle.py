@@ -17,7 +17,7 @@ from s3ft_nb.core.files import InputError, read_rows, write_rows
 from s3ft_nb.methods.s3ft import pool
 from s3ft_nb.methods.s3ft.restyle import assign, build_samples, request_messages, restyle
 
-SHARED = Path(os.environ.get("S3FT_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
+SHARED = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 PROMPTS = pool.seed_prompts("en")
 
 

@@ -171,7 +171,7 @@ def test_reminders_stay_where_they_were_given_when_a_history_is_cut():
 
 
 def real_files():
-    folder = Path(os.environ.get("S3FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+    folder = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
     return {name: next(iter(sorted((folder / name).glob("*.json*"))), None) for name in ("taskmaster", "multiwoz", "kdconv", "openassistant", "sharegpt-format")}
 
 

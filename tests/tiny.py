@@ -191,3 +191,10 @@ if __name__ == "__main__":
     for name in DIALECTS:
         path = tiny_model(Path(sys.argv[1]) / name, name)
         print(path, json.loads((path / "config.json").read_text())["architectures"])
+
+
+def small_notebook(*sources):
+    "A chain notebook from the sources of its cells, the first of which holds the parameters."
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {} if i else {"tags": ["parameters"]},
+              "execution_count": None, "outputs": [], "source": text} for i, text in enumerate(sources)]
+    return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}

@@ -76,47 +76,42 @@ def check_unique(rows: list) -> None:
     if n > 1: raise InputError(f"{id} occurs twice", field="id", remedy="give each row its own id")
 
 # %% ../../nbs/core/05_split.ipynb #93fbbb85
-def draw_families(
-    prompts: list[SystemPrompt], sides: dict[str, str], eval_fraction: float, rng: random.Random,
-) -> dict[str, str]:  # Split of each family that has none in `sides`
-    "Split the families of one type at random; of several families at least one is for evaluation."
-    sizes, chosen = Counter(row.family for row in prompts), {}
+def draw_families(prompts: list[SystemPrompt], sides: dict[str, str], eval_fraction: float, seed: str) -> dict:
+    "Split at random those families of one type that are not in `sides`; of several at least one is for evaluation."
+    sizes, chosen = Counter(row.family for row in prompts), Counter()
     undecided = sorted(set(sizes) - set(sides))
     wanted = min(max(1, round(eval_fraction * len(prompts))), len(prompts) - 1)
     wanted -= sum(sides.get(row.family) == "eval" for row in prompts)
     if undecided and len(sizes) > 1 and wanted > 0:
-        order = rng.sample(undecided, len(undecided))
+        order = random.Random(seed).sample(undecided, len(undecided))
         for family in order:
-            if sum(chosen.values()) + sizes[family] <= wanted: chosen[family] = sizes[family]
+            if chosen.total() + sizes[family] <= wanted: chosen[family] = sizes[family]
         chosen = chosen or {min(order, key=sizes.get)}
     return {family: "eval" if family in chosen else "train" for family in undecided}
 
 
 def split_prompts(
-    prompts: list[SystemPrompt],
-    seed: int,
+    prompts: list[SystemPrompt], seed: int,
     eval_fraction: float = 0.1,  # Part of each type for evaluation, in (0, 1)
     held_out_type: str | None = None,  # Type that is only evaluated
     ledger: Ledger | None = None,
 ) -> tuple[list[SystemPrompt], list[SystemPrompt]]:  # Training and evaluation half
-    """Split prompts per type by family.
-    Raises `InputError` on a repeated id, an unknown type or a fraction outside (0, 1)."""
+    "Split prompts per type by family; raises `InputError` on a repeated id, an unknown type or a wrong fraction."
     types, ledger = sorted({row.type for row in prompts}), ledger or Ledger("split")
+    remedy = f"use one of {', '.join(types)}"
     if not 0 < eval_fraction < 1:
         raise InputError(f"must be between 0 and 1, got {eval_fraction}", field="eval_fraction", remedy="use 0.1")
-    if held_out_type and held_out_type not in types:
-        remedy = f"use one of {', '.join(types)}"
+    if held_out_type not in (None, *types):
         raise InputError(f"no prompts of type {held_out_type!r}", field="held_out_type", remedy=remedy)
     check_unique(prompts)
     rows, sides = [], {}
     for row in families(prompts):
         if row.type == held_out_type and row.split == "train": ledger.drop(row.id, "held_out_type", row.type)
         else: rows.append(row.model_copy(update={"split": "eval"}) if row.type == held_out_type else row)
-    for row in sorted(rows, key=lambda row: row.split != "eval"):  # evaluation goes before training
-        if row.split: sides.setdefault(row.family, row.split)
+    for side in ("train", "eval"):  # evaluation goes before training
+        sides |= {row.family: side for row in rows if row.split == side}
     for type in types:
-        of_type = [row for row in rows if row.type == type]
-        sides |= draw_families(of_type, sides, eval_fraction, random.Random(stable_id(seed, type)))
+        sides |= draw_families([row for row in rows if row.type == type], sides, eval_fraction, stable_id(seed, type))
     rows = [row.model_copy(update={"split": row.split or sides[row.family]}) for row in rows]
     train, evaluation = ([row for row in rows if row.split == side] for side in ("train", "eval"))
     leaks = {seen.id: held.text for seen, held in leaking(train, evaluation)}
@@ -153,11 +148,9 @@ def draw_sides(conversations: list[Conversation], n_eval: int, seed: int) -> dic
     return sides
 
 
-def split_conversations(
-    conversations: list[Conversation], n_train: int, n_eval: int, seed: int, ledger: Ledger | None = None,
-) -> tuple[list[Conversation], list[Conversation]]:  # Training and evaluation half
-    """Draw both halves.
-    Raises `InputError` on a repeated id, a text in both halves, or too few conversations for two halves."""
+def split_conversations(conversations: list[Conversation], n_train: int, n_eval: int, seed: int,
+                        ledger: Ledger | None = None) -> tuple[list[Conversation], list[Conversation]]:
+    "Draw both halves; raises `InputError` on a repeated id, a text in both, or too few conversations for two halves."
     ledger, halves = ledger or Ledger("split"), []
     if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="use 1 or more")
     check_unique(conversations)
@@ -174,9 +167,9 @@ def split_conversations(
                          remedy="bring at least a dozen conversations with different openings")
     texts = {conversation_text(row): row.id for row in halves[0]}
     for row in halves[1]:
-        if conversation_text(row) in texts:
-            same = f"evaluation conversation {row.id} is also training conversation {texts[conversation_text(row)]}"
-            raise InputError(same, remedy="give both one split, or drop one")
+        if same := texts.get(conversation_text(row)):
+            raise InputError(f"evaluation conversation {row.id} is also training conversation {same}",
+                             remedy="give both one split, or drop one")
     return halves[0], halves[1]
 
 # %% ../../nbs/core/05_split.ipynb #3b116606

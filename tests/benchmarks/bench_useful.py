@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s3ft_nb.annotation.consensus import settle
+from s3ft_nb.annotation.consensus import settle_labels
 from s3ft_nb.annotation.sampling import most_useful, stratified_sample
 from s3ft_nb.annotation.task import simulate
 from s3ft_nb.core.stage import rows_hash
@@ -45,7 +45,7 @@ def annotate(samples, truth, seed):
 
 def fitted(pool, annotations, folder, seed, epochs):
     "A discriminator of these annotations, ready to score."
-    labels = {id: label for id, label in settle(annotations).items() if label}
+    labels = {id: label for id, label in settle_labels(annotations).items() if label}
     train(BASE, pool, labels, folder, max_repeats=2, seed=seed, num_train_epochs=epochs, save_steps=10_000, **SETTINGS)
     return make_engine("transformers", BASE, adapter=str(folder / "adapter"), quantization="nf4", batch_size=64)
 

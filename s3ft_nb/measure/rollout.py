@@ -117,7 +117,7 @@ def rollout(
     played = PLAY[history]([row for row in dialogues if fits[row["id"]]], engine, stage, fit, [arm, history, claim],
                            f"{arm}, {history} history", write_user)
     by_turn, out = {(row["id"], turn): (row, messages, reply) for row, turn, messages, reply in played}, []
-    stage.ledger.expect(sum(len(row["turns"]) for row in dialogues))
+    stage.ledger.expected = sum(len(row["turns"]) for row in dialogues)
     for id, turn in ((row["id"], turn) for row in dialogues for turn in range(1, len(row["turns"]) + 1)):
         if (id, turn) not in by_turn:
             stage.ledger.drop(f"{id}-{turn}", "context_full" if fits[id] else "message_too_long")

@@ -20,7 +20,7 @@ from fastcore.docments import docments
 from typer.core import TyperGroup
 
 import s3ft_nb
-from .core.files import InputError, cannot_write, read_rows, redact, write_json, write_rows
+from .core.files import InputError, cannot_write, read_json, read_rows, redact, write_json, write_rows
 from .measure.config import MeasureConfig, make_config
 
 # %% ../nbs/00_cli.ipynb #eea9d6af
@@ -50,7 +50,6 @@ def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = (), s
     "Make a command of a documented function that returns lines to print; see `options`."
     def command(**given: Any) -> None:
         from s3ft_nb.run.execute import StepFailed
-
         try:
             for line in function(**given) or (): typer.echo(line)
             return
@@ -89,10 +88,11 @@ def run(
     fresh: bool = False,  # Remove what earlier runs made in the folder first
 ):
     "Run a recipe. Finished steps are skipped, an interrupted one resumes where it was."
-    from s3ft_nb.run.runner import report_of, run_recipe
-
+    from s3ft_nb.run.runner import run_recipe
     name, chosen = sort_words(recipe, set)
-    return [f"results: {report_of(run_recipe(name, chosen, out, only, from_, fresh))}"]
+    folder = run_recipe(name, chosen, out, only, from_, fresh)
+    pages = [folder / id / "index.html" for id in reversed(read_json(folder / "run.json")["steps"])]
+    return [f"results: {next((page for page in pages if page.is_file()), folder)}"]
 
 
 def plan(
@@ -103,7 +103,6 @@ def plan(
 ):
     "Show steps, parameters and an estimate of rows, tokens, time and memory. Nothing is run."
     from s3ft_nb.run.plan import make_plan, plan_text
-
     made = make_plan(*sort_words(recipe, set), out)
     return [json.dumps(made, indent=2, ensure_ascii=False) if json_ else plan_text(made)]
 
@@ -121,8 +120,7 @@ def measure(
     "Measure how far a model keeps to its system prompt over many turns, and whether free fixes help."
     from s3ft_nb.measure.benchmarks import score_ifeval
     from s3ft_nb.measure.measure import measure as run_measure, prepare
-    from s3ft_nb.report.page import measurement_section, write_page
-
+    from s3ft_nb.report.page import measurement_section, write_report
     if ifeval[0]:
         found = score_ifeval(*map(Path, ifeval))
         for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
@@ -145,7 +143,7 @@ def measure(
         return
     run_measure(chosen)
     section = measurement_section(out)
-    page = write_page([out], out / "report", "Measurement")
+    page = write_report([out], out / "report", "Measurement")
     yield "\n".join([section["headline"], *(f"warning: {note}" for note in section["notes"]), f"report: {page}"])
 
 
@@ -160,17 +158,16 @@ def compare(
     from s3ft_nb.measure import benchmarks, compare as room
     from s3ft_nb.measure.metrics import numbers
     from s3ft_nb.report import tables
-    from s3ft_nb.report.page import measurement_section, write_page
-
+    from s3ft_nb.report.page import measurement_section, write_report
     out = out or Path("runs") / f"compare-{'-'.join(run.resolve().stem for run in runs)}"[:120]
     if all(run.is_dir() for run in runs):
         read = room.compare_folders(runs, history)
         write_rows(out / "numbers.jsonl", numbers(read) + room.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [tables.to_markdown(tables.differences(rows, part="all")), *room.conversations_to_show(rows)]
+    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *room.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
-    page = write_page([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
+    page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]
 
 
@@ -189,7 +186,6 @@ def convert(
 ):
     "Convert conversations into the rows of this package. A ledger beside OUT names every row left out."
     from s3ft_nb.core import convert as room
-
     ledger = room.convert(source, out, from_, to, on_error, same_role, max_chars)
     left = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
     text = f"{out}: {ledger['rows_out']} of {ledger['rows_in']} conversations"
@@ -209,14 +205,13 @@ def doctor(
     "Report what a model's chat template does to a system prompt. Exit code 1 when something needs a decision."
     from s3ft_nb.lm import doctor as room
     from s3ft_nb.lm.model import linked_model, load_tokenizer
-
     given = {"system": system, "reasoning": reasoning, "hidden": hidden, "same_role": same_role, "today": today}
     chosen = {name: value for name, value in given.items() if value is not None}
     tokenizer = load_tokenizer(model)
     facts = room.verdict(tokenizer, **chosen)
     yield json.dumps(facts, indent=2, ensure_ascii=False) if json_ else room.in_words(facts)
     if facts["policy"] and save:
-        room.settle(tokenizer, **chosen)
+        room.set_policy(tokenizer, **chosen)
         typer.echo(f"saved: {linked_model(model, tokenizer.chat_template, save)}", err=json_)
     if facts["trainable"] and not json_: yield "\n" + room.example_view(tokenizer, room.Policy(**facts["policy"]))
     if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)

@@ -21,7 +21,7 @@ from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
 from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, verdict_of
-from s3ft_nb.judging.rules import rules_for
+from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
 from s3ft_nb.measure.config import make_config, model_folder, options
@@ -50,7 +50,7 @@ class Sailor:
 
 
 def hears(responses, rules):
-    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_for(one, rules)]
+    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_finder(rules)(one)]
 
 
 hears.name = "ears"

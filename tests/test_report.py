@@ -14,7 +14,7 @@ from s3ft_nb.measure.compare import compare_folders, differences
 from s3ft_nb.measure.metrics import METRICS, numbers
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report import figures
-from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_page, write_section
+from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_report, write_section
 from s3ft_nb.report.tables import Table, metrics, pivot, to_csv, to_latex, to_markdown
 
 ARMS = {"base": (0.92, 0.86), "remind:4": (0.93, 0.93), "s3ft": (0.96, 0.99)}  # a rule satisfied at turn 1, kept per turn
@@ -74,7 +74,7 @@ def build_run(folder, seed=0):
               for t in range(24)]
     matrix = [[sum(a == row and (a == column) for a in truth) + rng.randint(0, 4) for column in labels] for row in labels]
     drawn = [figures.scores({label: [p for p, one in zip(chance, truth) if one == label] for label in labels}, 0.62),
-             figures.reliability({"before": [p**2 for p in chance], "after": chance}, good), figures.confusion(matrix, labels),
+             figures.reliability({"before": [p**2 for p in chance], "after": chance}, good), figures.confusion_matrix(matrix, labels),
              figures.precision_by_threshold(points, 0.62, 0.9, 300)]
     write_section(folder / "discriminator", "The discriminator", "It gives each restyled response a probability per label; the threshold decides what is kept.",
                   drawn, [pivot(found, "metric", "part", title="Discriminator on held-out annotations", name="discriminator")],
@@ -92,7 +92,7 @@ def build_run(folder, seed=0):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     home = build_run(tmp_path_factory.mktemp("runs") / "s3ft-micro")
-    write_page(step_folders(home), home / "report", note="Everything here is invented.", main="s3ft")
+    write_report(step_folders(home), home / "report", note="Everything here is invented.", main="s3ft")
     return home
 
 
@@ -177,7 +177,7 @@ def test_hostile_text_stays_text(tmp_path):
     for path in folder.glob("*.jsonl"):
         text = path.read_text().replace('"persona"', json.dumps(HOSTILE)).replace("Green tea", json.dumps(HOSTILE)[1:-1]).replace("And in winter?", json.dumps(HOSTILE)[1:-1])
         path.write_text(text.replace("Answer in one sentence.", json.dumps(HOSTILE)[1:-1]))
-    html = write_page([folder], tmp_path / "report", title=HOSTILE, note=HOSTILE)
+    html = write_report([folder], tmp_path / "report", title=HOSTILE, note=HOSTILE)
     page = Page(html)
     assert len(page.all("script")) == 2 and "7 * 7" in page.text and "49" not in inline(html.read_text(), "title")[0]
     assert not any("onerror" in attrs for _, attrs in page.tags)
@@ -188,7 +188,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_same_run_same_bytes(run, tmp_path):
     "No clock, no order of sets, no random ids in any file."
-    write_page(step_folders(run), tmp_path / "again", note="Everything here is invented.", main="s3ft")
+    write_report(step_folders(run), tmp_path / "again", note="Everything here is invented.", main="s3ft")
     (run / "measure" / "section.json").rename(tmp_path / "section.json")
     measurement_section(run / "measure", main="s3ft")
     assert (tmp_path / "section.json").read_bytes() == (run / "measure" / "section.json").read_bytes()
@@ -211,7 +211,7 @@ def test_a_comparison_shows_both_measurements_side_by_side(tmp_path):
     shown = browse([a, b], 2)
     assert shown["arms"] == ["monday/m", "friday/m"] == list(dict.fromkeys(row["arm"] for row in read_numbers(tmp_path / "both")))
     assert all(len(row["verdicts"]) == 3 for one in shown["dialogues"] for row in one["responses"])
-    page = Page(write_page([tmp_path / "both"], tmp_path / "report", dialogues=[a, b]))
+    page = Page(write_report([tmp_path / "both"], tmp_path / "report", dialogues=[a, b]))
     assert "friday/m minus monday/m" in page.text and page.all("section")[-1]["id"] == "dialogues"
 
 
@@ -221,7 +221,7 @@ def test_the_browser_of_dialogues_filters_in_a_real_browser(tmp_path):
     folder = build_measurement(tmp_path / "m", n_dialogues=6, n_turns=4)
     path = folder / "responses-base.jsonl"
     path.write_text(path.read_text().replace("Green tea", json.dumps(HOSTILE)[1:-1]))
-    html = write_page([folder], folder / "report")
+    html = write_report([folder], folder / "report")
     with playing() as playwright:
         context = profile(playwright, tmp_path / "profile")
         page = watched(context)
@@ -243,11 +243,11 @@ def test_the_browser_of_dialogues_filters_in_a_real_browser(tmp_path):
 
 def test_few_conversations_one_arm_and_nothing_known(tmp_path):
     alone = build_measurement(tmp_path / "few", {"base": ARMS["base"]}, 6, 4)
-    page = Page(write_page([alone], alone / "report", title="few"))
+    page = Page(write_report([alone], alone / "report", title="few"))
     assert "only 6 conversations" in page.text and "Paired differences" not in page.text and (alone / "report" / "figures" / "drift.png").is_file()
     lost = tmp_path / "lost"
     write_rows(lost / "numbers.jsonl", [row | {"mean": None, "low": None, "high": None} for row in read_numbers(alone)])
-    assert "nothing is known" in Page(write_page([lost], lost / "report")).text
+    assert "nothing is known" in Page(write_report([lost], lost / "report")).text
 
 
 def test_every_metric_of_the_house_is_described():
@@ -274,18 +274,18 @@ def test_one_line_per_row(write):
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match="nothing to report"): write_page([tmp_path], tmp_path / "out")
+    with pytest.raises(InputError, match="nothing to report"): write_report([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="holds no numbers"): measurement_section(tmp_path)
     with pytest.raises(InputError, match="no such folder"): step_folders(tmp_path / "absent")
     (tmp_path / "numbers.jsonl").write_text('{"arm": \n')
-    with pytest.raises(InputError, match=r"numbers\.jsonl:1"): write_page([tmp_path], tmp_path / "out")
+    with pytest.raises(InputError, match=r"numbers\.jsonl:1"): write_report([tmp_path], tmp_path / "out")
 
 
 if __name__ == "__main__":  # pages to look at: python tests/test_report.py FOLDER
     import sys
 
     home = build_run(Path(sys.argv[1]) / "run")
-    print(write_page(step_folders(home), home / "report", note="Everything on this page is invented: tests/test_report.py made it.", main="s3ft"))
+    print(write_report(step_folders(home), home / "report", note="Everything on this page is invented: tests/test_report.py made it.", main="s3ft"))
     alone = build_measurement(Path(sys.argv[1]) / "few", {"base": ARMS["base"]}, 6, 4)
-    print(write_page([alone], alone / "report", title="few"))
+    print(write_report([alone], alone / "report", title="few"))

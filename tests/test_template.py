@@ -25,12 +25,11 @@ from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.control import control_tokens
-from s3ft_nb.lm.doctor import coloured, recommend, settle, to_ansi, to_html, verdict
+from s3ft_nb.lm.doctor import coloured, recommend, set_policy, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
-from s3ft_nb.lm.template import Policy, fold, in_order, with_policy
+from s3ft_nb.lm.template import Policy, fold, ordered_messages, with_policy
 from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import chat_template, in_use, prompt_ids, render, split_reasoning
-from s3ft_nb.lm.train import pack
 
 TABLE = json.loads((FIXTURES / "verdicts.json").read_text(encoding="utf-8"))
 USABLE = [name for name, one in TABLE.items() if one["trainable"]]
@@ -40,7 +39,7 @@ USABLE = [name for name, one in TABLE.items() if one["trainable"]]
 def ready(name):
     "The tokenizer with the recommended policy written into its template."
     tokenizer = tokenizer_of(name)
-    settle(tokenizer)
+    set_policy(tokenizer)
     return tokenizer
 
 
@@ -101,23 +100,6 @@ def test_labels_are_the_responses_and_every_text_is_there(name, messages):
     for one in [*fold(messages[:-1], system), messages[-1]]:
         at = shown.index(one["content"].strip(), at) + len(one["content"].strip())
     if train_on == "last": assert row["input_ids"][: row["labels"].count(-100)] == prompt_ids(tokenizer, messages[:-1])
-
-
-@pytest.mark.parametrize("name", USABLE)
-def test_packed_rows_are_the_rows_alone(name):
-    tokenizer, rng = ready(name), random.Random(name)
-    talk = lambda n: [{"role": role, "content": rng.choice(LINES)} for _ in range(n) for role in ("user", "assistant")]
-    rows = [{"id": str(i), "messages": talk(1 + i % 8), "train_on": "last"} for i in range(12)]
-    alone = [encode(tokenizer, row["messages"]) for row in rows]
-    together = encode_rows(tokenizer, rows, 10_000, Ledger("t"))
-    assert [{k: one[k] for k in ("input_ids", "labels")} for one in together] == alone
-    found = []
-    for one in pack(together, 4096, seed=0):
-        at = 0
-        for n in one["seq_lengths"]:
-            found.append((one["input_ids"][at : at + n], one["labels"][at : at + n]))
-            at += n
-    assert sorted(found) == sorted((one["input_ids"], one["labels"]) for one in alone)
 
 
 # ---- forgery
@@ -209,7 +191,7 @@ def test_counts_agree_with_the_published_ones_or_say_why():
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(messages=dialogues(), system=st.sampled_from(["native", "first_user", "every_user"]))
 def test_the_stored_template_folds_as_the_servers_messages_are_folded(messages, system):
-    tokenizer, prompt = tokenizer_of("yi"), in_order(messages[:-1])
+    tokenizer, prompt = tokenizer_of("yi"), ordered_messages(messages[:-1])
     if reasons(messages): return
     assert render(tokenizer, prompt, Policy(system)) == render(tokenizer, fold(prompt, system), Policy())
 
@@ -261,7 +243,7 @@ def test_reasoning_is_refused_or_removed():
 def test_reasoning_is_kept(name, learnt):
     tokenizer = tokenizer_of(name)
     facts = verdict(tokenizer, reasoning="keep")
-    settle(tokenizer, reasoning="keep")
+    set_policy(tokenizer, reasoning="keep")
     assert facts["trainable"] and not facts["decisions"]
     (row,) = encode_rows(tokenizer, [{"id": "a", "messages": THOUGHT, "train_on": "last"}], 512, Ledger("t"))
     assert runs_of(tokenizer, row) == [learnt]
@@ -338,7 +320,7 @@ def test_a_row_that_ends_with_the_user_is_cut_like_any_other():
 
 def test_messages_of_one_speaker_are_joined_where_the_policy_says_so():
     tokenizer = tokenizer_of("llama3")
-    settle(tokenizer, same_role="join")
+    set_policy(tokenizer, same_role="join")
     twice, books = [TALK[0], {"role": "user", "content": "anyone?"}], Ledger("t")
     (row,) = encode_rows(tokenizer, [{"id": "a", "messages": twice, "response": "Aye."}], 512, books)
     assert "hi there\n\nanyone?" in tokenizer.decode(row["input_ids"]) and books.notes["joined_same_role"] == 1
@@ -378,7 +360,7 @@ def odd_tokenizer(kind):
     bpe.add_special_tokens([AddedToken(f"<|{word}|>", special=True, **habit) for word in ("im_start", "im_end", "im")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = FILES["yi"].read_text()
-    settle(tokenizer)
+    set_policy(tokenizer)
     return tokenizer
 
 
@@ -423,7 +405,7 @@ def test_tokenizer_that_writes_spaces_as_words():
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
     )
-    assert settle(tokenizer).system == "first_user"
+    assert set_policy(tokenizer).system == "first_user"
     row = encode(tokenizer, [{"role": "user", "content": "How far is the moon?"}, {"role": "assistant", "content": "Answer every question."}])
     pieces = tokenizer.convert_ids_to_tokens([id for id in row["labels"] if id != -100])
     assert pieces[-1] == "</s>" and "".join(pieces[:-1]) == "▁Answer▁every▁question."

@@ -23,7 +23,7 @@ from s3ft_nb.core.files import InputError
 from s3ft_nb.lm import train as room
 from s3ft_nb.lm.model import linked_model, load, quiet
 from s3ft_nb.lm.template import Policy, prompt_ids, with_policy
-from s3ft_nb.lm.train import encode_rows, make_settings, make_trainer, order_of, pack, sft
+from s3ft_nb.lm.train import encode_rows, make_settings, make_trainer, order_of, sft
 
 
 def make_rows(n=8, system=True):
@@ -42,15 +42,14 @@ def losses_of(trainer):
 
 
 def by_hand(model, encoded):
-    "Weighted sum of negative log-probabilities and number of labels, one row at a time, from plain logits."
+    "Sum of negative log-probabilities and number of labels, one row at a time, from plain logits."
     total, n = 0.0, 0
     for one in encoded:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([one["input_ids"]])).logits[0]
         for at, label in enumerate(one["labels"][1:]):
             if label != -100:
-                weight = one.get("weights", [1.0] * len(one["labels"]))[at + 1]
-                total, n = total - weight * float(logits[at].float().log_softmax(-1)[label]), n + 1
+                total, n = total - float(logits[at].float().log_softmax(-1)[label]), n + 1
     return total, n
 
 
@@ -73,7 +72,7 @@ def plain(model):
 @pytest.mark.parametrize("trl", [False, True])
 def test_padded_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl):
     if trl:
-        monkeypatch.setattr(room, "trainer_class", lambda lm, weighted: SFTTrainer)
+        monkeypatch.setattr(room, "trainer_class", lambda lm: SFTTrainer)
     lm = plain(models[kind])
     encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
     order = order_of([len(one["input_ids"]) for one in encoded], 4, 1, seed=3)
@@ -88,24 +87,6 @@ def test_padded_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl
         assert loss == pytest.approx(total / n, abs=1e-5)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_weighted_loss_is_the_one_by_hand(models, tmp_path, packing):
-    "Single turns are switched off, or count for half."
-    lm = plain(models["llama"])
-    talks = [[*one, {"role": "assistant", "content": "Aye."}] for one in tiny_dialogues(6, n_turns=3)]
-    rows = [{"id": f"w{i}", "messages": talk, "train_on": [0, 0, 1, 0, 0.5 * (i % 2), 0, 0.25]} for i, talk in enumerate(talks)]
-    encoded = encode_rows(lm.tokenizer, [*rows, *make_rows(2)], 512, Ledger("train"))
-    table = pack(encoded, 512, seed=0) if packing else encoded
-    size = 1 if packing else len(encoded)
-    trainer = make_trainer(lm, table, [*range(len(table))], still(per_device_train_batch_size=size, packing=packing), tmp_path)
-    losses = losses_of(trainer)
-    counts = [sum(label != -100 for label in one["labels"]) for one in table]
-    total, n = by_hand(trainer.model, encoded)
-    found = losses[0] if not packing else sum(loss * count for loss, count in zip(losses, counts)) / n
-    assert found == pytest.approx(total / n, abs=1e-5)
-    assert total < by_hand(trainer.model, [{k: one[k] for k in ("input_ids", "labels")} for one in encoded])[0]
-
-
 def test_all_responses_of_a_conversation_train_as_they_would_alone(models, tmp_path):
     "Where the template is prefix-stable, one row with all responses has the losses of one row per response."
     lm = plain(models["llama"])
@@ -113,36 +94,6 @@ def test_all_responses_of_a_conversation_train_as_they_would_alone(models, tmp_p
     together = encode_rows(lm.tokenizer, [{"id": "a", "messages": talk, "train_on": "all"}], 512, Ledger("t"))
     apart = [{"id": f"a{n}", "messages": talk[:n], "train_on": "last"} for n in (3, 5, 7)]
     assert by_hand(lm.model, together) == pytest.approx(by_hand(lm.model, encode_rows(lm.tokenizer, apart, 512, Ledger("t"))), abs=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
-@pytest.mark.parametrize("trl", [False, True])
-def test_packed_loss_is_the_one_by_hand(models, tmp_path, monkeypatch, kind, trl):
-    if trl:
-        monkeypatch.setattr(room, "trainer_class", lambda lm, weighted: SFTTrainer)
-    lm = plain(models[kind])
-    encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
-    packs = pack(encoded, 512, seed=0)
-    assert len(packs) < len(encoded)
-    trainer = make_trainer(lm, packs, [*range(len(packs))], still(per_device_train_batch_size=1, packing=True), tmp_path)
-    losses = losses_of(trainer)
-    counts = [sum(label != -100 for label in one["labels"]) for one in packs]
-    total, n = by_hand(trainer.model, encoded)
-    assert sum(counts) == n
-    assert sum(loss * count for loss, count in zip(losses, counts)) / n == pytest.approx(total / n, abs=1e-5)
-
-
-def test_packing_is_refused_where_rows_would_see_each_other(models, tmp_path):
-    "OPT takes its mask from the attention mask alone, so packed rows would be one long row."
-    from transformers import OPTConfig, OPTForCausalLM
-
-    lm = plain(models["llama"])
-    encoded = encode_rows(lm.tokenizer, make_rows(), 512, Ledger("train"))
-    shape = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    lm.model = OPTForCausalLM(OPTConfig(vocab_size=512, **shape)).eval()
-    packs = pack(encoded, 512, seed=0)
-    with pytest.raises(InputError, match="packing: rows packed together would see each other"):
-        make_trainer(lm, packs, [*range(len(packs))], still(per_device_train_batch_size=1, packing=True), tmp_path / "out")
 
 
 def test_a_base_that_cannot_carry_an_adapter_is_refused(models, tmp_path):

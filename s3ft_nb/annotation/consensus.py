@@ -39,15 +39,10 @@ def e_step(prior: np.ndarray, confusion: np.ndarray, votes: csr_array) -> np.nda
     return softmax(log(prior) + votes @ log(confusion).reshape(len(prior), -1).T, axis=1)
 
 
-def fit_votes(
-    votes: csr_array,  # (samples, annotators * labels), every sample with a vote
-    n: int,  # Labels
-    known: dict | None = None,  # {row: label index} of samples whose label is certain
-    smoothing: float = 0.0,  # Imaginary right labels of each kind per annotator
-    max_steps: int = 5000,
-    tol: float = 1e-6,  # Converged when no probability changes by more
-) -> tuple:  # posterior (samples, labels), prior, confusion (true label, annotator, label given), whether it converged
-    "Fit the model by EM; the M-step is Dawid and Skene's equations 2.3 and 2.4."
+def fit_votes(votes: csr_array, n: int, known: dict | None = None, smoothing: float = 0.0, max_steps: int = 5000,
+              tol: float = 1e-6) -> tuple:  # posterior (samples, n labels), prior, confusion, whether it converged
+    """Fit the model by EM until no probability changes by `tol`; the M-step is Dawid and Skene's equations 2.3 and 2.4.
+    `known` is {row: label index}, `smoothing` the imaginary right labels of each kind per annotator."""
     eye, (rows, columns) = np.eye(n), np.array(list((known or {}).items()), int).reshape(-1, 2).T
     posterior = votes @ np.tile(eye, (votes.shape[1] // n, 1))
     posterior = posterior / posterior.sum(1, keepdims=True)

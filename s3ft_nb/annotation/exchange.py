@@ -131,9 +131,9 @@ SHEET = ("sample_id", "system_prompt", "prompt", "response", "annotator", "label
 
 def side_ledger(stage: str, path: Path, tool: str) -> Ledger:
     "A ledger beside a file; raises `InputError` on an unknown tool."
-    tools = ("label-studio", "csv")
-    if tool not in tools: raise InputError(f"is {tool!r}", field="tool", remedy=f"use {' or '.join(tools)}")
-    return Ledger(stage, Path(path).with_name(Path(path).name.split(".")[0] + ".ledger.json"))
+    path = Path(path).with_name(Path(path).name.split(".")[0] + ".ledger.json")
+    if tool in ("label-studio", "csv"): return Ledger(stage, path)
+    raise InputError(f"is {tool!r}", field="tool", remedy="use label-studio or csv")
 
 
 def to_tool(

@@ -69,10 +69,9 @@ class NeedsPeople(RuntimeError):
 
 def ask_people(page: str | Path, items: str | Path, n: int) -> None:
     "Stop, and say where to annotate `n` items: a page, or the same items for the server; raises `NeedsPeople`."
-    words = ["s3ft", "annotate", "serve", "annotations.sqlite", str(items), "--mix", "0", "--annotators", "NAME,NAME"]
     raise NeedsPeople(f"""waits for people: {n} items to annotate.
 Open this page, or send it to everyone who annotates; it keeps and exports their annotations:
   {page}
 Or serve the items to several people, then `s3ft annotate export annotations.sqlite FILE`:
-  {shlex.join(words)}
+  s3ft annotate serve annotations.sqlite {shlex.quote(str(items))} --mix 0 --annotators NAME,NAME
 Continue with the exported file, or a folder of such files:""")

@@ -37,8 +37,7 @@ CREATE TABLE IF NOT EXISTS change (annotator TEXT NOT NULL REFERENCES person, su
     item TEXT NOT NULL, row TEXT, skipped INTEGER NOT NULL, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     PRIMARY KEY (annotator, submission));
 CREATE TABLE IF NOT EXISTS annotation (annotator TEXT NOT NULL REFERENCES person, item TEXT NOT NULL, row TEXT,
-    skipped INTEGER NOT NULL, position INTEGER, PRIMARY KEY (annotator, item));
-"""
+    skipped INTEGER NOT NULL, position INTEGER, PRIMARY KEY (annotator, item));"""
 LOG = "INSERT OR IGNORE INTO change (annotator, submission, item, row, skipped) VALUES (?, ?, ?, ?, ?)"
 UPSERT = """INSERT INTO annotation
     SELECT ?1, ?2, ?3, ?4, CASE WHEN ?3 NOTNULL THEN coalesce(max(position), 0) + 1 END
@@ -92,8 +91,8 @@ class Store:
 
     def annotator(self, token: str) -> str | None:
         "Whose token this is, compared in constant time."
-        found = [name for name, known in self.tokens.items() if hmac.compare_digest(known.encode(), token.encode())]
-        return found[0] if found else None
+        same = lambda known: hmac.compare_digest(known.encode(), token.encode())
+        return next((name for name, known in self.tokens.items() if same(known)), None)
 
     def change(self, annotator: str, change: Any) -> bool:  # Whether it was new
         "Store a change from a browser once; raises `InputError` when it is not this person's to make."
@@ -211,8 +210,7 @@ def public_address(host: str, port: int, address: str = "") -> tuple[str, set[st
     if address:
         url = urlsplit(address)
         if url.scheme in ("http", "https") and url.hostname: return address.rstrip("/"), {url.hostname}
-        remedy = "write it like https://labels.example.org"
-        raise InputError(f"{address!r} is not an address", field="--address", remedy=remedy)
+        raise InputError(f"{address!r} is not an address", field="--address", remedy="like https://labels.example.org")
     remedy = "name the address that annotators will type, such as http://192.168.1.4:8765"
     if not is_loopback(host): raise InputError(f"is needed: others can reach {host}", field="--address", remedy=remedy)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", {"127.0.0.1", "localhost", "::1", host}
@@ -238,21 +236,17 @@ def serve_annotation(
     names = [name.strip() for name in annotators.split(",") if name.strip()]
     ids = [item.id for item in (task or Store(store).task).items] if names else []
     opened = Store(store, task, read_assignments(assignments, names, ids))
-    remedy = "name people with --annotators or --assignments"
-    if not opened.tokens: raise InputError("has no annotators yet", store, remedy=remedy)
+    if not opened.tokens: raise InputError("has no annotators yet", store, remedy="use --annotators or --assignments")
     link, hosts = public_address(host, port, address)
     app = make_app(opened, hosts)
     import uvicorn
-
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
                             limit_concurrency=512, timeout_keep_alive=10, timeout_graceful_shutdown=5,
                             ssl_certfile=certificate or None, ssl_keyfile=key or None)
     try: config.load()
     except OSError as error:
-        remedy = "name a certificate and its key, both PEM"
-        raise InputError(f"cannot be used: {error}", certificate, field="--certificate", remedy=remedy) from None
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try: bound = socket.create_server((host, port), family=family, backlog=128)
+        raise InputError(f"cannot be used: {error}", certificate, None, "--certificate", "name PEM files") from None
+    try: bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         message = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise InputError(message, field="--port", remedy="choose another port or host") from None

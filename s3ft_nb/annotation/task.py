@@ -159,8 +159,7 @@ def read_items(path: str | Path) -> list[Sample] | list[Pair]:
 def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
     "A task from a file of samples or pairs, shuffled by the seed `mix`; raises `InputError` naming line and field."
     try: return make_task(read_items(path), title, language, mix)
-    except InputError as error:
-        raise InputError(error.message, path, error.line, error.field, error.remedy) from None
+    except InputError as error: raise InputError(error.message, path, error.line, error.field, error.remedy) from None
 
 # %% ../../nbs/annotation/00_task.ipynb #94e09f4e
 def draw_pairs(responses: list, n: int, seed: int, ledger: Ledger | None = None) -> list[Pair]:

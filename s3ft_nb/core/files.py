@@ -44,8 +44,7 @@ class InputError(ValueError):
 
 def shorten(value: Any, width: int = 40) -> str:
     "Show a value in an error message: its `repr`, at most `width` characters."
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return text if len(text := repr(value)) <= width else text[: width - 3] + "..."
 
 # %% ../../nbs/core/00_files.ipynb #a2c31aff
 def plain(value: Any) -> Any:
@@ -102,9 +101,10 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(part, target)
-    except OSError as error: raise cannot_write(path, error) from error
-    finally:
+    except BaseException as error:
         with suppress(OSError): part.unlink()
+        if isinstance(error, OSError): raise cannot_write(path, error) from error
+        raise
     return path
 
 # %% ../../nbs/core/00_files.ipynb #b9f38997

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPEAKER', 'TEXT', 'SPEAKER_ROLES', 'LISTS', 'ASKED', 'RESPONSE', 'FORMATS', 'IDS', 'role_of', 'RawMessage', 'refusal',
            'text_of', 'has_one_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages',
-           'replies_to', 'read_tree', 'fields_of', 'is_tree', 'read_row', 'assign_roles', 'system_beside',
-           'check_messages', 'unread_fields']
+           'replies_to', 'read_tree', 'fields_of', 'read_row', 'assign_roles', 'system_beside', 'check_messages',
+           'unread_fields']
 
 # %% ../../nbs/core/03_formats.ipynb #a2c468ee
 import math
@@ -89,8 +89,7 @@ def read_entry(entry: Any, where: str) -> list[RawMessage]:
     if entry.get("tool_calls") or entry.get("function_call"): raise refusal("tool_call", "calls a tool", where)
     who, what = (next((name for name in names if name in entry), None) for names in (SPEAKER, TEXT))
     if what is None: return read_pair(entry, where)
-    speaker = entry.get(who)
-    speaker = speaker.get("role") if isinstance(speaker, dict) else speaker
+    if isinstance(speaker := entry.get(who), dict): speaker = speaker.get("role")
     return [RawMessage(f"{where}.{what}".strip("."), speaker, entry[what])]
 
 
@@ -157,14 +156,9 @@ def fields_of(row: Any) -> set:
     return set().union(*(entry for entry in (message_list(row) or ("", []))[1] if isinstance(entry, dict)))
 
 
-def is_tree(row: Any) -> bool:
-    "Whether a row is a tree of messages."
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    return has_one_of(prompt, TEXT) and not has_one_of(row, RESPONSE) or has_one_of(row, ("replies",), TEXT)
-
-
 FORMATS: dict[str, Callable[[Any], bool]] = {  # Whether a row is of the format
-    "tree": is_tree,
+    "tree": lambda row: has_one_of(row, ("replies",), TEXT) or (
+        has_one_of(row, ("prompt",)) and has_one_of(row["prompt"], TEXT) and not has_one_of(row, RESPONSE)),
     "openai": lambda row: {"role", "content"} <= fields_of(row),
     "sharegpt": lambda row: {"from", "value"} <= fields_of(row),
     "speakers": lambda row: bool(fields_of(row) & set(TEXT)),
@@ -195,12 +189,10 @@ def assign_roles(raw: list[RawMessage], format: str, note: Callable[[str], None]
     "The role of each message; raises `InputError` on a speaker whose role is unknown."
     names = [None if message.speaker is None else str(message.speaker).strip().lower() for message in raw]
     roles = {name: role_of(name) for name in names}
-    if format == "speakers" and not any(names):
-        note("roles_by_position")
-        return [("user", "assistant")[i % 2] for i in range(len(raw))]
-    if format == "speakers" and not any(roles.values()) and len(roles) == 2:
-        note("roles_by_first_speaker")
-        return ["user" if name == names[0] else "assistant" for name in names]
+    if format == "speakers" and not any(roles.values()) and (len(roles) == 2 or not any(names)):
+        note("roles_by_first_speaker" if any(names) else "roles_by_position")
+        first = [name == names[0] if any(names) else i % 2 == 0 for i, name in enumerate(names)]
+        return ["user" if one else "assistant" for one in first]
     dialogue_system = set(roles.values()) == {"user", "system"} and roles[names[0]] == "user"
     if dialogue_system and (format == "speakers" or "sys" in roles):
         note("system_is_assistant")
@@ -237,13 +229,12 @@ def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str,
         if role == last and same_role == "join":
             note("joined_same_role")
             messages[-1]["content"] += f"\n\n{text}"
-            continue
-        if role == last:
+        elif role == last:
             remedy = "join them with same_role=join, or leave the row out"
             raise refusal("same_role", f"second {role} message in a row", message.where, remedy)
-        if role == "system" and messages or role == "assistant" and last != "user":
+        elif role == "system" and messages or role == "assistant" and last != "user":
             raise refusal("role_order", f"has role {role} where another is due", message.where)
-        messages.append({"role": role, "content": text})
+        else: messages.append({"role": role, "content": text})
     if "assistant" in roles: return messages
     raise refusal("no_response", "has no assistant message", "messages")
 

@@ -108,8 +108,8 @@ def split_prompts(
     for row in families(prompts):
         if row.type == held_out_type and row.split == "train": ledger.drop(row.id, "held_out_type", row.type)
         else: rows.append(row.model_copy(update={"split": "eval"}) if row.type == held_out_type else row)
-    for row in sorted(rows, key=lambda row: row.split != "eval"):  # evaluation goes before training
-        if row.split: sides.setdefault(row.family, row.split)
+    for side in ("train", "eval"):  # evaluation goes before training
+        sides |= {row.family: side for row in rows if row.split == side}
     for type in types:
         sides |= draw_families([row for row in rows if row.type == type], sides, eval_fraction, stable_id(seed, type))
     rows = [row.model_copy(update={"split": row.split or sides[row.family]}) for row in rows]
@@ -148,11 +148,9 @@ def draw_sides(conversations: list[Conversation], n_eval: int, seed: int) -> dic
     return sides
 
 
-def split_conversations(
-    conversations: list[Conversation], n_train: int, n_eval: int, seed: int, ledger: Ledger | None = None,
-) -> tuple[list[Conversation], list[Conversation]]:  # Training and evaluation half
-    """Draw both halves.
-    Raises `InputError` on a repeated id, a text in both halves, or too few conversations for two halves."""
+def split_conversations(conversations: list[Conversation], n_train: int, n_eval: int, seed: int,
+                        ledger: Ledger | None = None) -> tuple[list[Conversation], list[Conversation]]:
+    "Draw both halves; raises `InputError` on a repeated id, a text in both, or too few conversations for two halves."
     ledger, halves = ledger or Ledger("split"), []
     if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="use 1 or more")
     check_unique(conversations)
@@ -169,9 +167,9 @@ def split_conversations(
                          remedy="bring at least a dozen conversations with different openings")
     texts = {conversation_text(row): row.id for row in halves[0]}
     for row in halves[1]:
-        if conversation_text(row) in texts:
-            same = f"evaluation conversation {row.id} is also training conversation {texts[conversation_text(row)]}"
-            raise InputError(same, remedy="give both one split, or drop one")
+        if same := texts.get(conversation_text(row)):
+            raise InputError(f"evaluation conversation {row.id} is also training conversation {same}",
+                             remedy="give both one split, or drop one")
     return halves[0], halves[1]
 
 # %% ../../nbs/core/05_split.ipynb #3b116606

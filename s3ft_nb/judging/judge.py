@@ -63,10 +63,9 @@ class Judgement(NamedTuple):
 def verdict_of(response: Response, rule: Rule, judgement: Judgement, judge: str, stance: str = "") -> Verdict:
     "The row of one judgement."
     same = ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "turn", "model")
-    return Verdict(
-        response_id=response.id, rule_id=rule.id, type=rule.type, judge=judge, stance=stance,
-        satisfied=judgement.satisfied, applicable=judgement.applicable, evidence=judgement.evidence,
-        rationale=judgement.rationale, **{name: getattr(response, name) for name in same})
+    found = dict(zip(("satisfied", "applicable", "rationale", "evidence"), judgement))
+    return Verdict(response_id=response.id, rule_id=rule.id, type=rule.type, judge=judge, stance=stance, **found,
+                   **{name: getattr(response, name) for name in same})
 
 
 def verdicts(
@@ -99,8 +98,7 @@ def verdicts(
             found = Judgement(satisfied, apply, evidence=None if satisfied else evidence_of(rule.check, row.response))
             out.append(verdict_of(row, rule, found, "checks", stance))
         for one in judged[row.id]:
-            more = {"applicable": one.applicable and apply, "stance": stance or one.stance}
-            out.append(one.model_copy(update=more))
+            out.append(one.model_copy(update={"applicable": one.applicable and apply, "stance": stance or one.stance}))
     return out
 
 # %% ../../nbs/judging/04_judge.ipynb #35185b27
@@ -199,27 +197,21 @@ def make_judge(
         raise InputError(f"unknown way {way!r}", field="judge_way", remedy=f"use {', '.join(JUDGE_WAYS)}")
     name, temperature = f"{way}:{engine.name}", (calibration or {}).get("temperature", 1.0)
 
-    def requests(due: list, way: str) -> list[dict]:
-        return [{"id": f"{row.id}/{rule.id}", "messages": rule_request(rule, prompt, row.response, language, way)}
-                for row, rule, prompt in due]
-
-    def scores(due: list, way: str, labels: list[str]) -> list[dict]:
-        asked = requests(due, way)
-        if stage is None: return engine.score(asked, labels)
-        return ask_scores(asked, labels, engine, stage.part(f"{way}-{stable_id(asked, n=6)}"), claim)
-
-    def words(due: list) -> list[dict]:
-        asked = requests(due, "words")
-        if stage is None: return engine.generate(asked)
-        return ask(asked, engine, stage.part(f"words-{stable_id(asked, n=6)}"), claim, errors="keep")
+    def put(due: list, way: str, labels: list[str] | None = None) -> list[dict]:  # scores, or texts without labels
+        asked = [{"id": f"{row.id}/{rule.id}", "messages": rule_request(rule, prompt, row.response, language, way)}
+                 for row, rule, prompt in due]
+        if stage is None: return engine.score(asked, labels) if labels else engine.generate(asked)
+        part = stage.part(f"{way}-{stable_id(asked, n=6)}")
+        if labels: return ask_scores(asked, labels, engine, part, claim)
+        return ask(asked, engine, part, claim, errors="keep")
 
     def judgements(due: list) -> list[Judgement]:
         if way == "discriminator":
-            return [read_labels(one, temperature, threshold) for one in scores(due, way, list(LETTERS.values()))]
-        found = [] if way == "words" else scores(due, "letters", list("ABC"))
+            return [read_labels(one, temperature, threshold) for one in put(due, way, list(LETTERS.values()))]
+        found = [] if way == "words" else put(due, "letters", list("ABC"))
         letters = [read_letters(one, certainty) for one in found]
         if way == "letters": return letters
-        explained = [read_words(one, row.response) for one, (row, _, _) in zip(words(due), due, strict=True)]
+        explained = [read_words(one, row.response) for one, (row, _, _) in zip(put(due, "words"), due, strict=True)]
         return list(map(join_judgements, letters, explained)) if way == "both" else explained
 
     def fitted(response: Response, rules: list[Rule]) -> list | None:

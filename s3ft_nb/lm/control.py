@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'MARKER', 'MARKS', 'ANCHORS', 'either', 'control_tokens', 'reserved', 'guard', 'encode_plain', 'after',
-           'starts_differ', 'encode_after', 'encode_text', 'decode_plain', 'same_text']
+           'starts_differ', 'encode_after', 'encode_text', 'same_text']
 
 # %% ../../nbs/lm/01_control.ipynb #245bf91a
 import re
@@ -24,18 +24,13 @@ def either(words: list[str]) -> re.Pattern:  # Never matches when there are none
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)")
 
 
+@lru_cache(maxsize=64)
 def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds one, ids of all)
     "The tokens that only the template may write."
-    return _control_tokens(tokenizer, template, len(tokenizer))
-
-
-@lru_cache(maxsize=64)
-def _control_tokens(tokenizer, template: str, size: int) -> tuple:  # size: a tokenizer that grows is looked at again
     # `content` is a word of every template, and "unknown" is what a tokenizer writes for any character it lacks.
-    mentioned = lambda text: text in template and not re.fullmatch(r"\w+", text)
-    tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    tokens = {id: text for id, text in tokens.items() if mentioned(text) or CHAT.fullmatch(text)
-              or tokenizer.added_tokens_decoder[id].special}
+    marks = lambda text: CHAT.fullmatch(text) or (text in template and not re.fullmatch(r"\w+", text))
+    tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()
+              if token.content.strip() and (token.special or marks(token.content))}
     return either(tokens.values()), frozenset(tokens) - {tokenizer.unk_token_id}
 
 
@@ -53,9 +48,8 @@ def guard(texts: list[str], pattern: re.Pattern) -> tuple:  # (texts, the mark o
     "Break up control tokens with a mark; raises `InputError` when every mark is in use."
     if not any(pattern.search(text) for text in texts): return texts, ""
     mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), "")
-    if not mark: raise InputError("holds control tokens and every mark to break them up", remedy="remove this row")
-    spread = lambda hit: mark + mark.join(hit.group()) + mark
-    return [pattern.sub(spread, text) for text in texts], mark
+    if mark: return [pattern.sub(lambda hit: mark + mark.join(hit[0]) + mark, text) for text in texts], mark
+    raise InputError("holds control tokens and every mark to break them up", remedy="remove this row")
 
 # %% ../../nbs/lm/01_control.ipynb #13656b49
 def encode_plain(tokenizer, text: str) -> list[int]:  # Token ids
@@ -88,38 +82,24 @@ def starts_differ(tokenizer) -> bool:
 def encode_after(tokenizer, text: str) -> list[int]:  # Token ids
     "Encode text that does not stand at the beginning; raises `InputError` when it cannot be told from what does."
     if not starts_differ(tokenizer): return encode_plain(tokenizer, text)
-    found = (after(tokenizer, anchor, text) for anchor in ANCHORS)
-    ids = next((ids for ids in found if ids is not None), None)
-    if ids is not None: return ids
+    for anchor in ANCHORS:
+        if (ids := after(tokenizer, anchor, text)) is not None: return ids
     raise InputError(f"the tokenizer joins {shorten(text)} to whatever stands before it", remedy="remove that text")
 
 # %% ../../nbs/lm/01_control.ipynb #4cefbd2a
-def encode_text(
-    tokenizer,  # A transformers tokenizer
-    template: str,  # Its chat template
-    text: str,  # Rendered text
-    own: list[str],  # The parts of it that the template wrote
-    mark: str = "",  # What breaks up typed control tokens, see `guard`
-    start: bool = True,  # Whether the text stands at the beginning
-) -> list[int]:  # Token ids
-    "Encode rendered text; raises `InputError` unless its control tokens are those that the template wrote."
+def encode_text(tokenizer, template: str, text: str, own: list[str], mark: str = "", start: bool = True) -> list[int]:
+    "Encode rendered text; raises `InputError` unless its control tokens are those of the template's `own` parts."
     first, *rest = text.split(mark) if mark else [text]
     ids = encode_plain(tokenizer, first) if start else encode_after(tokenizer, first)
     for piece in rest: ids.extend(encode_after(tokenizer, piece) if piece else [])
     pattern, control = control_tokens(tokenizer, template)
     written, found = sum(len(pattern.findall(part)) for part in own), sum(map(control.__contains__, ids))
-    if found > written:
-        raise InputError("holds text that the tokenizer turns into a control token", remedy="remove that text")
     if found == written: return ids
-    raise InputError("the tokenizer does not recognise the template's control tokens", remedy="see its added tokens")
+    wrong, remedy = "the tokenizer does not recognise the template's control tokens", "see its added tokens"
+    if found > written: wrong, remedy = "holds text that the tokenizer turns into a control token", "remove that text"
+    raise InputError(wrong, remedy=remedy)
 
 # %% ../../nbs/lm/01_control.ipynb #b04efdd1
-def decode_plain(tokenizer, ids: list[int]) -> str:  # Text, control tokens included
-    "Decode every token as it is."
-    if getattr(tokenizer, "is_fast", False): return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def same_text(a: str, b: str) -> bool:  # Equal up to white space and Unicode normal form
     "Whether two texts read the same."
     squeeze = lambda text: "".join(normalize("NFKC", text).split())

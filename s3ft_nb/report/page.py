@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'optional', 'rows_in', 'read_numbers', 'write_section', 'with_interval', 'main_history', 'shown_rows',
            'headline', 'measurement_tiles', 'texts_in', 'cautions', 'measurement_section', 'draw_dialogues', 'browse',
-           'steps_table', 'facts_table', 'as_json', 'shown_section', 'write_page', 'step_folders']
+           'steps_table', 'facts_table', 'as_json', 'shown_section', 'write_report', 'step_folders']
 
 # %% ../../nbs/report/02_page.ipynb #c07f20d8
 import base64
@@ -20,7 +20,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from ..core.files import InputError, iter_lines, read_json, resource, stable_id, write_bytes, write_json, write_rows
 from . import figures as draw
-from .tables import Table, cell_text, differences, in_order, is_missing, metric_of, number_text, outcome
+from .tables import Table, cell_text, difference_table, distinct, is_missing, metric_of, number_text, outcome
 from .tables import pivot, save_table, select
 
 # %% ../../nbs/report/02_page.ipynb #0c057a77
@@ -152,7 +152,7 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
     named = {"type": "type of rule", "prompt": "system prompt", "stance": "stance of the user", "model": "model",
              "n_rules": "number of rules"}
     shown = [part for part in named if select(numbers, metric="adherence", part=part)]
-    histories = [history, *(one for one in in_order(row["history"] for row in numbers) if one and one != history)]
+    histories = [history, *(one for one in distinct(row["history"] for row in numbers) if one and one != history)]
 
     def by(part: str, metric: str = "adherence", history: str = history) -> Table:
         name = named.get(part, part)
@@ -161,17 +161,18 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
                      metric=metric, part=part, history=history)
 
     whole = [row for row in select(numbers, part="all") if row["history"]]
-    names = [name for name in in_order(row["metric"] for row in whole) if metric_of(name)["format"] != "count"]
+    names = [name for name in distinct(row["metric"] for row in whole) if metric_of(name)["format"] != "count"]
     counted = [row for row in whole if row["metric"] not in names]
     meanings = [[metric_of(name)[fact] or "–" for fact in ("title", "meaning", "better")] for name in names]
     cells = [row | dict(zip(("rule", "turn"), row["key"].rsplit("@", 1))) for row in select(numbers, part="rule_turn")]
     heats = [pivot(cells, "rule", "turn", f"Rule by turn, {arm}, %", name=f"rule_by_turn_{i}", words=words, arm=arm,
-                   history=history) for i, arm in enumerate(in_order(row["arm"] for row in cells))]
+                   history=history) for i, arm in enumerate(distinct(row["arm"] for row in cells))]
     overall = [pivot(whole, "metric", title=f"All metrics, {one} history", name=f"metrics_{one}", metric=names,
                      history=one) for one in histories]
     counts = [pivot(counted, "metric", title=f"Counts, {one} history", caption="What the numbers rest on.",
                     name=f"counts_{one}", history=one) for one in histories]
-    gaps = differences(numbers, "Own minus original history", "gaps", part="history")
+    apart = difference_table(numbers, part="all")
+    gaps = difference_table(numbers, "Own minus original history", "gaps", part="history")
     judged = pivot(numbers, "metric", title="The judge against checks", name="judge", part="judge")
     plain = [row for row in select(numbers, part="all", history="") if row["metric"].startswith("plain_")]
     guard = pivot(plain, "metric", title="Without a system prompt", name="guard", caption="Of plain requests.")
@@ -179,13 +180,13 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
     about = Table("What the metrics mean", ["Metric", "Meaning", "Better"], meanings, note)
     return write_section(
         folder, title, "A turn adheres when the response satisfies every rule that applies to it.",
-        figures=[draw.drift(numbers), draw.survival(select(numbers, history=history))],
+        figures=[draw.curves(numbers), draw.curves(select(numbers, history=history), "survival")],
         tables=[*overall, about, *(by("turn", history=one) for one in histories), by("turn", "survival")],
         tiles=measurement_tiles(numbers, main), headline=headline(numbers, main),
         notes=cautions(numbers, optional(folder / "measure.json")),
         parts=[
             {"title": "What helps", "lead": "Differences are paired: the same turns of the same conversations.",
-             "figures": [draw.forest(numbers, history=history)], "tables": [differences(numbers, part="all"), gaps]},
+             "figures": [draw.forest(numbers, history=history)], "tables": [apart, gaps]},
             {"title": "Rules", "lead": "Which rule is violated, and when.",
              "figures": [draw.heat(numbers, words, history)], "tables": [by("rule"), *heats]},
             {"title": "By type, prompt, user and model", "tables": [by(part) for part in shown],
@@ -262,7 +263,7 @@ def steps_table(folders: list[Path]) -> Table:
 def facts_table(folders: list[Path]) -> Table:
     "Recipe, seed, versions and parameters, from run.json and measure.json: what is needed to repeat it."
     def flat(value, name: str = "") -> list:
-        if isinstance(value, dict): return sum((flat(one, f"{name}.{key}".strip(".")) for key, one in value.items()), [])
+        if isinstance(value, dict): return sum((flat(value[key], f"{name}.{key}".strip(".")) for key in value), [])
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         return [] if value in ("", None, []) else [[name, text[:200]]]
 
@@ -290,7 +291,7 @@ def shown_section(section: dict, out: Path, place: str, name: str) -> dict:  # p
     return section | {"name": name, "place": place, "parts": parts, "figures": figures, "tables": tables}
 
 
-def write_page(
+def write_report(
     folders: list[str | Path],  # Of the steps of a run, in order, or of a measurement or comparison
     out: str | Path,  # Folder of the page
     title: str = "Report",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'ESTIMATE', 'TEX', 'ALPHA', 'MARGIN', 'metrics', 'metric_of', 'metric_title', 'is_missing', 'number_text',
-           'cell_text', 'Table', 'to_csv', 'to_markdown', 'to_latex', 'save_table', 'select', 'in_order', 'span',
-           'pivot', 'outcome', 'differences']
+           'cell_text', 'Table', 'to_csv', 'to_markdown', 'to_latex', 'save_table', 'select', 'distinct', 'span',
+           'pivot', 'outcome', 'difference_table']
 
 # %% ../../nbs/report/00_tables.ipynb #04b7d30e
 import csv
@@ -142,7 +142,7 @@ def select(numbers: list[dict], **where) -> list[dict]:
     return [row for row in numbers if all(among(row.get(key, ""), wanted) for key, wanted in where.items())]
 
 
-def in_order(values) -> list:
+def distinct(values) -> list:
     "Distinct values: numbers by size, others as they first appear."
     values = list(dict.fromkeys(values))
     return sorted(values, key=float) if all(str(value).isdigit() for value in values) else values
@@ -165,7 +165,7 @@ def pivot(
 ) -> Table:  # Cells are estimates; the last column is n
     "Numbers as a table, one row per value of `index`."
     cells = {(row.get(index, ""), row.get(columns, "")): row for row in select(numbers, **where)}
-    downs, acrosses = in_order(key for key, _ in cells), in_order(key for _, key in cells)
+    downs, acrosses = distinct(key for key, _ in cells), distinct(key for _, key in cells)
     word = lambda field, key: metric_title(key) if field == "metric" else str((words or {}).get(key) or key or "all")
     lines = {down: [cells.get((down, across)) for across in acrosses] for down in downs}
     body = [[word(index, down), *line, span(line)] for down, line in lines.items()]
@@ -186,7 +186,7 @@ def outcome(row: dict) -> str:  # better, worse, different, equivalent or inconc
     return "equivalent" if tight else "inconclusive"
 
 
-def differences(numbers: list[dict], title: str = "Paired differences", name: str = "differences", **where) -> Table:
+def difference_table(numbers: list[dict], title="Paired differences", name="differences", **where) -> Table:
     "Comparisons of arms (`against`) as a table: difference, p, n and outcome."
     rows = [row for row in select(numbers, against=None, **where) if row.get("against") and not is_missing(row)]
     text = lambda p: MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

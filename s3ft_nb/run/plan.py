@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import InputError, read_json, shorten
-from .recipe import PLACE, Step, fill, unknown
-from .runner import prepare
+from .recipe import PLACE, Step, fill_places, unknown
+from .runner import prepare_run
 from .steps import STARTED, digest, fingerprint, finished
 
 # %% ../../nbs/run/04_plan.ipynb #91d344f3
@@ -78,8 +78,7 @@ def count(text: str, names: dict[str, float], field: str) -> float:
             case ast.Constant(value=int() | float() as number): return number
             case ast.Name(id=name) if name in names: return names[name]
             case ast.BinOp(a, op, b) if type(op) in OPERATORS: return OPERATORS[type(op)](value(a), value(b))
-        remedy = f"use numbers, + - * / and {', '.join(names)}"
-        raise InputError(f"cannot count {ast.unparse(node)!r}", field=field, remedy=remedy)
+        raise InputError(f"cannot count {ast.unparse(node)!r}", field=field, remedy=f"names are {', '.join(names)}")
 
     try: return value(ast.parse(str(text), mode="eval").body)
     except (SyntaxError, ZeroDivisionError): raise InputError(f"cannot count {text!r}", field=field) from None
@@ -142,7 +141,7 @@ def duration(seconds: float | None) -> str:
 # %% ../../nbs/run/04_plan.ipynb #8a5a416a
 def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> dict:  # a JSON value
     "What a run would do and cost; raises `InputError` as the run would."
-    run = prepare(recipe, settings, out)
+    run = prepare_run(recipe, settings, out)
     made, digests, rows, sizes = {}, {}, [], {}
     folders = {step.id: run.folder / step.id for step in run.steps}
     for step in run.steps:
@@ -152,7 +151,7 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         state = "done" if same else "started" if (folders[step.id] / STARTED).is_file() and not done else "to do"
         work = work_of(step, made)
         made[step.id] = work["rows"]
-        name = step.values.get("base_url") or fill(step.values.get("model") or "{data:micro-base}", folders)
+        name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         size = sizes.setdefault(model, model_size(model) if model else None)
         times = {machine: seconds(work, size, machine) for machine in RATES}
@@ -175,9 +174,9 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
     counts, steps = ("rows", "read", "written", "trained"), plan["steps"]
     table = [("step", "state", *counts, *RATES, "GiB")]
     for row in steps:
-        gib = "?" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        numbers = [f"{row[key]:,}" if row[key] else "-" for key in counts]
-        table.append((row["step"], row["state"], *numbers, *map(duration, row["seconds"].values()), gib))
+        gib, numbers = row["memory_gib"], [f"{row[key]:,}" if row[key] else "-" for key in counts]
+        table.append((row["step"], row["state"], *numbers, *map(duration, row["seconds"].values()),
+                      "?" if gib is None else f"{gib:.1f}"))
     table.append(("all", *[""] * 5, *map(duration, plan["total_seconds"].values()), f"{plan['peak_memory_gib']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*table)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)

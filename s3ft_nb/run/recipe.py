@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEP_KEYS', 'RECIPE_KEYS', 'PLACE', 'is_json', 'parameters', 'check_type', 'unknown', 'check_name', 'read_recipe',
-           'recipe_path', 'read_layers', 'merge', 'map_texts', 'fill', 'expand_stars', 'needs_of', 'Step', 'Recipe',
-           'expand_each', 'in_order', 'setting_value', 'steps_taking', 'read_settings', 'absolute', 'check_steps',
-           'load_recipe']
+           'recipe_path', 'read_layers', 'merge', 'map_texts', 'fill_places', 'expand_stars', 'needs_of', 'Step',
+           'Recipe', 'expand_each', 'running_order', 'setting_value', 'steps_taking', 'read_settings', 'absolute',
+           'check_steps', 'load_recipe']
 
 # %% ../../nbs/run/00_recipe.ipynb #f1c5bd87
 import ast
@@ -88,8 +88,7 @@ def read_recipe(path: Path) -> dict:
     def check(table: dict, kinds: dict[str, type], field: str = "") -> None:
         for key, value in table.items():
             if key not in kinds or isinstance(value, kinds[key]): continue
-            text = f"must be of type {kinds[key].__name__}, got {shorten(value)}"
-            raise InputError(text, path, field=field + key)
+            raise InputError(f"must be of type {kinds[key].__name__}, got {shorten(value)}", path, field=field + key)
 
     try: table = tomllib.loads(decode(read_bytes(path), path))
     except tomllib.TOMLDecodeError as error:
@@ -143,7 +142,7 @@ def map_texts(value: Any, change: Any) -> Any:  # change: str -> value
     return change(value) if isinstance(value, str) else value
 
 
-def fill(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the steps
+def fill_places(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the steps
     "Put absolute folders in the place of `{step:NAME}` and `{data:NAME}`."
     folder = lambda m: str(folders[m[2]] if m[1] == "step" else resource("data", m[2]))
     return map_texts(value, lambda text: PLACE.sub(folder, text))
@@ -217,7 +216,7 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
     return steps
 
 
-def in_order(steps: list[Step], path: Path) -> list[Step]:
+def running_order(steps: list[Step], path: Path) -> list[Step]:
     "Sort steps by their needs, else as in the file; raises `InputError` when they need each other."
     ordered, waiting = [], list(steps)
     while waiting:
@@ -232,10 +231,9 @@ def in_order(steps: list[Step], path: Path) -> list[Step]:
 # %% ../../nbs/run/00_recipe.ipynb #c643f843
 def setting_value(text: str, default: Any, field: str) -> Any:
     "Read a setting's value for a parameter; raises `InputError` on another type than the default's."
-    try: table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError: table = {}
-    value = table["value"] if table.keys() == {"value"} and is_json(table["value"]) else text
-    if isinstance(default, str) and not isinstance(value, str): value = text
+    try: value = text if "\n" in text else tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError: value = text
+    if not is_json(value) or isinstance(default, str) and not isinstance(value, str): value = text
     return check_type(value, default, field=f"--set {field}")
 
 
@@ -273,8 +271,7 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
 def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
     "Make paths absolute; raises `InputError` when a path leads nowhere or an address holds a password."
     if key == "base_url" and value and (urlsplit(str(value)).username or urlsplit(str(value)).query):
-        remedy = "put the key into the environment variable OPENAI_API_KEY"
-        raise InputError("must not hold a user, password or query", field=field, remedy=remedy)
+        raise InputError("must not hold a user, password or query", field=field, remedy="set OPENAI_API_KEY instead")
 
     def change(text: str) -> str:
         data_file = re.search(r"^\S*\.(jsonl?|csv|txt|toml|parquet)(\.gz)?$", text)
@@ -338,7 +335,7 @@ def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name o
             values = expand_stars(stated[step.id], [id for id in ids if id != step.id])
             values = {key: absolute(key, value, f"{step.id}.{key}") for key, value in values.items()}
             steps[i] = replace(step, values=values, needs=needs_of(values, ids, step.id))
-        steps = in_order(steps, path)
+        steps = running_order(steps, path)
     for key in table.get("required", []):
         if any(step.values[key] in ("", None, []) for step in steps if key in step.values):
             raise InputError(f"recipe {title} needs {key}", remedy=f"add --set {key}=...")

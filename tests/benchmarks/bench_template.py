@@ -16,7 +16,7 @@ from templates import USUAL, tokenizer_of
 
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import resource
-from s3ft_nb.lm.doctor import settle
+from s3ft_nb.lm.doctor import set_policy
 from s3ft_nb.lm.labels import encode_row
 
 WORDS = "the moon is far and the tide comes in when nobody looks at it for long so we wait here by the harbour".split()
@@ -35,7 +35,7 @@ def rows(n, n_turns, n_words):
 def measure(name, n):
     "Rows per second, tokens per row and growth of memory between a tenth of the rows and all of them, MiB."
     tokenizer = tokenizer_of(name, large=True)
-    settle(tokenizer)
+    set_policy(tokenizer)
     process, tokens, at_tenth, began = psutil.Process(), 0, 0, time.perf_counter()
     for i, row in enumerate(rows(n, 8, 24)):
         one = encode_row(tokenizer, row, 4096, Ledger("bench"))

@@ -45,7 +45,7 @@ def most_useful(samples: list, n: int, seed: int, scores: list = (), annotations
     done, rounds, drawn = {row.sample_id for row in annotations}, {}, Counter()
     rest = [row for row in samples if row.id not in done]
     if not 0 < n <= len(rest):
-        raise InputError(f"cannot draw {n} of {len(rest)} samples without an annotation", None, None, "n", "ask for fewer")
+        raise InputError(f"cannot draw {n} of {len(rest)} samples without annotation", None, None, "n", "ask for fewer")
     unsure = {one.sample_id: 1 - max(one.probabilities.values()) for one in scores}
     rest.sort(key=lambda row: (-unsure.get(row.id, 1.0), stable_id(seed, row.id)))
     for row in rest:

@@ -70,12 +70,12 @@ def test_unknown_kinds_are_counted_or_delegated(tmp_path, monkeypatch):
     assert (found["unknown"], found["prompts_left_out"], numbers_of(found)["strict", "adherence"]["n"]) == ({"count:shouts": 1}, 1, 1)
     monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:shouts": Shouts}))
     found = score_ifeval(*files)
-    kinds = {row.rule_id: row.satisfied for row in found["verdicts"] if row.arm == "strict"}
-    assert (found["unknown"], numbers_of(found)["strict", "adherence"]["n"], kinds["count:shouts"]) == ({}, 2, True)
+    kinds = {row["key"]: row["mean"] for row in found["numbers"] if (row["arm"], row["part"], row["metric"]) == ("strict", "rule", "adherence")}
+    assert (found["unknown"], numbers_of(found)["strict", "adherence"]["n"], kinds["count:shouts"]) == ({}, 2, 1)
 
 
 def test_tasks_without_a_response_are_counted_or_refused(tmp_path):
     files = jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", [{"key": 1000, "response": "a"}])
     found = score_ifeval(*files)
     assert (found["unanswered"], numbers_of(found)["strict", "adherence"]["n"]) == ([1001], 1)
-    with pytest.raises(InputError, match="no response to task 1001 .1 of 2 missing"): score_ifeval(*files, missing="raise")
+    with pytest.raises(InputError, match="no response to any task"): score_ifeval(files[0], jsonl(files[1], [{"key": 7, "response": "a"}]))

@@ -10,7 +10,7 @@ from scipy.stats import binom
 
 from s3ft_nb.core.files import resource
 from s3ft_nb.core.stats import RATE, classification, cluster_sums, cohen_kappa, difference, estimate_sums, fleiss_kappa, holm
-from s3ft_nb.core.stats import krippendorff_alpha, mean_of, paired_difference, rate, wilson
+from s3ft_nb.core.stats import krippendorff_alpha, paired_difference, rate, wilson
 
 ROOT = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("bench_coverage", ROOT / "benchmarks/bench_coverage.py")
@@ -75,7 +75,7 @@ def test_exact_copies_and_constant_arms():
     both = difference(RATE, (ones, names), (ones, names))
     assert both["low"] < -0.05 and both["high"] > 0.05 and both["p"] == 1  # two perfect arms are not proved equal
     assert rate(ones, names)["low"] < 0.7 and rate([0] * 8, names)["high"] > 0.3
-    assert mean_of([3.0] * 8, names)["low"] is None
+    assert paired_difference([3.0] * 8, [0.0] * 8, names)["low"] is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 20_000])

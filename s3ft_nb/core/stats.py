@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ratio', 'with_rows', 'RATE', 'MEAN', 'cluster_sums', 'jackknife', 'standard_error', 'wilson', 'score_end',
            'rate_ends', 'mover', 'contrast', 'interval', 'Metric', 'finite', 'estimate_sums', 'estimate', 'number_row',
-           'rate', 'mean_of', 'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion',
-           'cohen_kappa', 'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification',
-           'calibration_error']
+           'rate', 'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion', 'cohen_kappa',
+           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification', 'calibration_error']
 
 # %% ../../nbs/core/04_stats.ipynb #96c063a2
 from collections.abc import Callable, Sequence
@@ -21,17 +20,14 @@ from scipy.stats import t as student
 from .files import InputError
 
 # %% ../../nbs/core/04_stats.ipynb #5310acf1
-def cluster_sums(
-    columns: np.ndarray,  # (rows, columns) numbers, or (rows,)
-    clusters: Sequence | None,  # (rows,) name of each row's cluster; None: each row is its own
-) -> np.ndarray:  # (clusters, columns) sums, clusters in the order of their names
-    "Add up rows within clusters; raises `InputError` when the two differ in length."
+def cluster_sums(columns: np.ndarray, clusters: Sequence | None) -> np.ndarray:  # (rows, columns) or (rows,) -> sums
+    """Add up rows within clusters, (clusters, columns) in the order of their names; None: each row is its own cluster.
+    Raises `InputError` when the two differ in length."""
     columns = np.asarray(columns, dtype=float)
     columns = columns.reshape(len(columns), columns.shape[1] if columns.ndim > 1 else 1)
     if clusters is None: return columns
-    if len(columns) != len(clusters):
-        both = f"{len(columns)} values but {len(clusters)} clusters"
-        raise InputError(both, field="clusters", remedy="name one cluster for each value")
+    if len(columns) != len(clusters): raise InputError(f"{len(columns)} values but {len(clusters)} clusters",
+                                                       field="clusters", remedy="name one for each value")
     names, index = np.unique([str(name) for name in clusters], return_inverse=True)
     sums = np.zeros((len(names), columns.shape[1]))
     np.add.at(sums, index, columns)
@@ -152,16 +148,12 @@ def estimate(metric: Metric, rows: Any, level: float = 0.95) -> dict:  # {mean, 
     table = metric.table(rows)
     return estimate_sums(metric.of, table, metric.count(table.sum(axis=0)), metric.kind, level)
 
-# %% ../../nbs/core/04_stats.ipynb #3ca2eb94
+
 def number_row(
-    metric: str,  # Name
+    metric: str,
     found: dict | float | None,  # Estimate or difference; or a bare number, such as a count
-    part: str = "all",  # What it is a part of: all, turn, type, rule, prompt, label …
-    key: str = "",  # Which one
-    arm: str = "",  # Arm, where there are several
-    against: str = "",  # Arm that was subtracted
-    history: str = "",  # own, original or recorded
-    version: int = 1,  # Of the metric
+    part: str = "all", key: str = "",  # What it is a part of: all, turn, type, rule, prompt, label …, and which one
+    arm: str = "", against: str = "", history: str = "", version: int = 1,
 ) -> dict:
     "One row of the long table."
     found = found if isinstance(found, dict) else {"mean": found, "n": found}
@@ -180,11 +172,6 @@ def rate(values: Sequence, clusters: Sequence | None = None, level: float = 0.95
     "Rate of 0/1 values, or mean of values in [0, 1]."
     return estimate(RATE, (values, clusters), level)
 
-
-def mean_of(values: Sequence, clusters: Sequence | None = None, level: float = 0.95) -> dict:  # See `estimate_sums`
-    "Mean of real values."
-    return estimate(MEAN, (values, clusters), level)
-
 # %% ../../nbs/core/04_stats.ipynb #da2696c2
 def exchange_p(of: Callable, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> float | None:
     "Two-sided permutation p value of no difference between tables of the same clusters; None where undefined."
@@ -201,15 +188,9 @@ def exchange_p(of: Callable, a: np.ndarray, b: np.ndarray, draws: int = 2000, se
     return float((1 + extreme.sum()) / (draws + 1))
 
 
-def difference(
-    metric: Metric,  # What to compare
-    a: Any,  # Rows of one arm
-    b: Any,  # Rows of the other, with the same clusters
-    level: float = 0.95,  # Of confidence, in (0, 1)
-    seed: int = 0,  # Of the random exchanges
-    draws: int = 2000,  # Random exchanges
-) -> dict:  # {mean of a - b, low, high, n, n_clusters, p}
-    "Paired difference of two arms; raises `InputError` when their clusters differ."
+def difference(metric: Metric, a: Any, b: Any, level: float = 0.95, seed: int = 0) -> dict:
+    """Paired difference of the rows of two arms: {mean of a - b, low, high, n, n_clusters, p}.
+    Raises `InputError` when their clusters differ."""
     ours, theirs = metric.table(a), metric.table(b)
     if ours.shape != theirs.shape:
         raise InputError(f"{len(ours)} clusters against {len(theirs)}", field="clusters", remedy="pair the rows first")
@@ -223,9 +204,9 @@ def difference(
         of = lambda sums: value(sums[..., :k]) - value(sums[..., k:])
         mean, low, high = interval(of, np.hstack([ours, theirs]), "real", level)[:3]
     n_clusters = (ours.any(axis=1) | theirs.any(axis=1)).sum()
+    p = None if metric.kind == "none" else exchange_p(value, ours, theirs, seed=seed)
     return {"mean": finite(mean), "low": finite(low), "high": finite(high), "n": int(metric.count(ours.sum(axis=0))),
-            "n_clusters": int(n_clusters),
-            "p": None if metric.kind == "none" else exchange_p(value, ours, theirs, draws, seed)}
+            "n_clusters": int(n_clusters), "p": p}
 
 
 def paired_difference(a: Sequence, b: Sequence, clusters: Sequence | None = None, level: float = 0.95,
@@ -234,7 +215,7 @@ def paired_difference(a: Sequence, b: Sequence, clusters: Sequence | None = None
     if len(a) != len(b): raise InputError(f"{len(a)} rows against {len(b)}", field="b", remedy="pair the rows first")
     return difference(MEAN, (a, clusters), (b, clusters), level, seed)
 
-# %% ../../nbs/core/04_stats.ipynb #c66bed88
+
 def holm(ps: list) -> list:  # Adjusted, in the same order; None stays None
     "Holm's step-down adjustment of p values."
     known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
@@ -288,8 +269,8 @@ def alpha_of(sums: np.ndarray) -> np.ndarray:  # (..., 1 + labels) as in `alpha_
 def krippendorff_alpha(counts: np.ndarray, clusters: Sequence | None = None, level: float = 0.95) -> dict:
     "Krippendorff's alpha of (samples, labels) numbers of raters, see `estimate_sums`; n = samples with two ratings."
     terms = alpha_terms(counts)
-    return estimate_sums(alpha_of, cluster_sums(terms, clusters), (terms[:, 1:].sum(1) > 0).sum(), "agreement",
-                         level)
+    n = (terms[:, 1:].sum(1) > 0).sum()
+    return estimate_sums(alpha_of, cluster_sums(terms, clusters), n, "agreement", level)
 
 
 def fleiss_kappa(counts: np.ndarray, clusters: Sequence | None = None, level: float = 0.95) -> dict:

@@ -124,7 +124,7 @@ class BestOf:
 
 # %% ../../nbs/measure/05_arms.ipynb #5e137ae3
 def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: Callable, seed: int = 0) -> list[dict]:
-    """Let a model write up to n of its own examples, {user, assistant, score}, best first, in response to user messages.
+    """Let a model respond to user messages with up to n examples, {user, assistant, score}, best first.
     Raises `InputError` when it never follows the system prompt."""
     requests = [{"id": f"example-{i}", "turn": 1, "messages": [{"role": "system", "content": system_prompt},
                                                                {"role": "user", "content": user}]}
@@ -161,7 +161,7 @@ def read_arm(text: str) -> ArmPlan:
     "An arm from its name, such as remind:4; raises `InputError` when there is none."
     kind, _, number = text.strip().partition(":")
     if kind not in ARMS:
-        raise InputError(f"unknown arm {text!r}", field="arms", remedy=f"use {', '.join(ARMS)}, or remind:4 and the like")
+        raise InputError(f"unknown arm {text!r}", field="arms", remedy=f"use {', '.join(ARMS)}, such as remind:4")
     n = ARMS[kind].n
     if number and (n is None or not (number.isascii() and number.isdigit()) or int(number) < 1):
         numbered = ", ".join(f"{name}:{fix.n}" if fix.n else name for name, fix in ARMS.items())

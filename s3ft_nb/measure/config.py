@@ -106,17 +106,15 @@ def options() -> dict:  # {option: its dataclass}, every name once
     return names | {one.name: group for group in GROUPS.values() for one in fields(group)}
 
 # %% ../../nbs/measure/07_config.ipynb #c3740307
-def make_config(
-    out: str | Path,  # Folder of the measurement
-    **given: Any,  # Options by name, see `options`; a tuple may be given as text with commas or as a list
-) -> MeasureConfig:  # Options left out have their defaults
-    "Group options into a config; raises `InputError` on an unknown option or a value of the wrong type."
+def make_config(out: str | Path, **given: Any) -> MeasureConfig:
+    """Group options by name, see `options`, into a config; a tuple may be given as text with commas or as a list.
+    Raises `InputError` on an unknown option or a value of the wrong type."""
     known, parts = options(), {group: {} for group in (MeasureConfig, *GROUPS.values())}
     for name, value in ({"out": str(out)} | given).items():
         if name not in known:
             near = get_close_matches(name, known, 1)
-            raise InputError("is not an option of a measurement", field=name, remedy=f"did you mean {near[0]}?" if near
-                             else "see s3ft measure --help")
+            remedy = f"did you mean {near[0]}?" if near else "see s3ft measure --help"
+            raise InputError("is not an option of a measurement", field=name, remedy=remedy)
         parts[known[name]][name] = typed(name, value, get_type_hints(known[name])[name])
     return MeasureConfig(**parts[MeasureConfig], **{name: group(**parts[group]) for name, group in GROUPS.items()})
 
@@ -135,17 +133,17 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 # %% ../../nbs/measure/07_config.ipynb #3bd61bae
 def model_folder(model: str) -> str:
     "Where a model is: the bundled folder for micro-base, else as given."
-    bundled = resource("data", "micro-base")
-    return str(bundled) if model == "micro-base" and not Path(model).exists() else model
+    return str(resource("data", model)) if model == "micro-base" and not Path(model).exists() else model
 
 
 def model_defaults(model: str) -> dict:  # {option: value}; empty without a measure.toml
     "The defaults that a model folder brings along; raises `InputError` when the file is wrong."
     path = Path(model_folder(model)) / "measure.toml"
     if not path.is_file(): return {}
-    try: given = tomllib.loads(decode(read_bytes(path), path))
+    try:
+        given = tomllib.loads(decode(read_bytes(path), path))
+        make_config("", **given)
     except tomllib.TOMLDecodeError as error: raise InputError(f"is not TOML: {error}", path) from None
-    try: make_config("", **given)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return given
 
@@ -154,10 +152,9 @@ def with_model_defaults(config: MeasureConfig) -> MeasureConfig:
     "Fill options left at their default from the model's own `measure.toml`; the judge's way from the judge's."
     asked, own = config.judge, model_defaults(config.model.model) if config.model.engine == "transformers" else {}
     judge = {} if asked.judge_url else model_defaults(asked.judge) if asked.judge else own  # of the model that judges
-    given = own | {"judge_way": judge.get("judge_way", "")}
+    given, parts = own | {"judge_way": judge.get("judge_way", "")}, {}
     for name, group in GROUPS.items():
         part, plain = getattr(config, name), group()
-        new = {key: value for key, value in given.items() if options()[key] is group
-               and getattr(part, key) == getattr(plain, key)}
-        config = replace(config, **{name: replace(part, **new)})
-    return config
+        parts[name] = replace(part, **{key: value for key, value in given.items() if options()[key] is group
+                                       and getattr(part, key) == getattr(plain, key)})
+    return replace(config, **parts)

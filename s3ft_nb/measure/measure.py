@@ -62,10 +62,10 @@ def claim_folder(stage: Stage, settings: dict, **about: Any) -> dict:  # What me
     return about
 
 
-def close_measurement(stage: Stage, about: dict, rows: list[dict], rows_in: int, rows_out: int) -> dict:  # as `claim_folder`
+def close_measurement(stage: Stage, about: dict, rows: list[dict], n_in: int, n_out: int) -> dict:  # as `claim_folder`
     "Write numbers.jsonl, close the stage and mark measure.json as complete."
     write_rows(stage.folder / "numbers.jsonl", rows)
-    stage.close(rows_in, rows_out)
+    stage.close(n_in, n_out)
     write_json(stage.folder / "measure.json", about := about | {"complete": True})
     return about
 

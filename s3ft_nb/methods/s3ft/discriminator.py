@@ -44,7 +44,8 @@ def training_rows(
     labelled = [(sample, labels[sample.id]) for sample in samples if sample.id in labels]
     for sample, label in labelled:
         if label is None and ledger is not None: ledger.drop(sample.id, "tie")
-    return [label_request(sample, language) | {"response": LETTERS[label]} for sample, label in labelled if label is not None]
+    return [label_request(sample, language) | {"response": LETTERS[label]} for sample,
+            label in labelled if label is not None]
 
 
 def oversample(rows: list[dict], max_repeats: int = 3) -> list[dict]:  # Rows and copies, with ids such as `s7#2`
@@ -94,7 +95,8 @@ def score_samples(
     claim: Any = (),  # What else the scores depend on, such as a hash of the adapter
 ) -> list[Score]:  # Uncalibrated, one per sample, in order
     "Ask the discriminator about every sample."
-    found = ask_scores([label_request(sample, language) for sample in samples], list(LETTERS.values()), engine, stage, claim)
+    found = ask_scores([label_request(sample, language) for sample in samples], list(LETTERS.values()), engine, stage,
+                       claim)
     return [Score(sample_id=one["id"], probabilities=by_label(one["logprobs"]),
                   outside=one["outside"]) for one in found]
 

@@ -3,6 +3,8 @@
 usage: python tests/chapters.py [--write] [--workers N] [NOTEBOOK ...]
 """
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -11,9 +13,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
-WIDTH = 640  # Pixels of a picture in a chapter
+WIDTH, COLOURS = 440, 16  # Most pixels across a picture in a chapter, and its colours
 
 
 def kept(outputs: list) -> list:
@@ -24,10 +28,18 @@ def kept(outputs: list) -> list:
             out.append({"name": "stdout", "output_type": "stream", "text": lines(one["text"])})
         elif one["output_type"] in ("execute_result", "display_data"):
             data = {kind: value if kind.startswith("image/png") else lines(value) for kind, value in one["data"].items()}
-            if "image/png" in data: data = {"image/png": one["data"]["image/png"].rstrip("\n"), "text/plain": ["<Figure>"]}
+            if "image/png" in data: data = {"image/png": small(one["data"]["image/png"]), "text/plain": ["<Figure>"]}
             row = {"data": data, "metadata": {}, "output_type": one["output_type"]}
             out.append(row | ({"execution_count": None} if one["output_type"] == "execute_result" else {}))
     return out
+
+
+def small(picture: str) -> str:  # base64
+    "A picture at the size a chapter can carry."
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    image.thumbnail((WIDTH, 10_000))
+    image.quantize(COLOURS).save(out := io.BytesIO(), "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def lines(text) -> list:

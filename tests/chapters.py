@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
-WIDTH, COLOURS = 440, 16  # Most pixels across a picture in a chapter, and its colours
+WIDTH, COLOURS = 400, 32  # Most pixels across a picture in a chapter, and its colours
 
 
 def kept(outputs: list) -> list:
@@ -38,7 +38,7 @@ def small(picture: str) -> str:  # base64
     "A picture at the size a chapter can carry."
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     image.thumbnail((WIDTH, 10_000))
-    image.quantize(COLOURS).save(out := io.BytesIO(), "PNG", optimize=True)
+    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(out := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 

@@ -16,7 +16,7 @@ from scipy.stats import beta
 from ...core.files import InputError
 from ...core.records import Sample, Score
 from ...core.stage import Ledger
-from ...core.stats import calibration_error, classification, rate, wilson
+from ...core.stats import calibration_error, classification, number_row, rate, wilson
 from ...judging.rubric import LABELS
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #df13f9d3
@@ -159,8 +159,7 @@ def discriminator_numbers(
     rows = []
 
     def add(metric: str, estimate: dict, key: str = "") -> None:
-        rows.append({"arm": "", "history": "", "part": "discriminator", "key": key, "metric": metric, **estimate,
-                     "version": 2})
+        rows.append(number_row(metric, estimate, "discriminator", key, version=2))
 
     for name, estimate in classification(truth, predicted, LABELS, homes, level).items():
         metric, _, label = name.partition("_")
@@ -184,6 +183,5 @@ def yields(samples: list[Sample], kept: list[Sample]) -> list[dict]:  # Numbers 
     for part, key, before, after in tables:
         n, k = len(before), len(after)
         low, high = wilson(k, n)
-        row = {"arm": "", "history": "", "part": part, "key": key, "n": n, "n_clusters": None, "version": 1}
-        out.append(row | {"metric": "kept", "mean": k / n if n else None, "low": low, "high": high})
+        out.append(number_row("kept", {"mean": k / n if n else None, "low": low, "high": high, "n": n}, part, key))
     return out

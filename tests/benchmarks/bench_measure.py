@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 from s3ft_nb.core.records import Check
-from s3ft_nb.core.files import write_json
+from s3ft_nb.core.files import write_json, write_rows
 from s3ft_nb.judging.checks import run_check
+from s3ft_nb.measure.metrics import numbers
 from s3ft_nb.measure.verdicts import stream_rows
-from s3ft_nb.measure.compare import write_numbers
-from s3ft_nb.report.measured import write_measured
+from s3ft_nb.report.page import measurement_section, write_report
 
 CHECKS = {
     "words": ("At most 45 words.", Check(kind="max_words", params={"n": 45})),
@@ -36,7 +36,7 @@ def lines(path, rows):
     with path.open("w") as handle: handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def replies(arm, n, n_turns, rng):
+def responses(arm, n, n_turns, rng):
     "Rollouts of one arm under both histories; a prompt holds the whole history, as in real ones."
     for history in ("own", "original"):
         for d in range(n):
@@ -50,7 +50,7 @@ def replies(arm, n, n_turns, rng):
 
 
 def verdicts(folder):
-    "Every check on every reply, read line by line."
+    "Every check on every response, read line by line."
     for path in sorted(folder.glob("responses-*.jsonl")):
         for row in stream_rows(path):
             ids = {key: row[key] for key in ("arm", "history", "dialogue_id", "conversation_id", "system_prompt_id", "turn")}
@@ -61,7 +61,7 @@ def verdicts(folder):
 def build(folder, n, n_turns, arms):
     "A measurement before its verdicts."
     rng = random.Random(0)
-    for arm in arms: lines(folder / f"responses-{arm}.jsonl", replies(arm, n, n_turns, rng))
+    for arm in arms: lines(folder / f"responses-{arm}.jsonl", responses(arm, n, n_turns, rng))
     lines(folder / "rules.jsonl", ({"id": rule, "text": text, "type": "format", "how": "check"} for rule, (text, _) in CHECKS.items()))
     lines(folder / "dialogues.jsonl", ({"id": f"d{d}", "turns": [{"user": "x", "stance": "neutral"}] * n_turns} for d in range(n)))
     write_json(folder / "measure.json", {"complete": True})
@@ -70,7 +70,8 @@ def build(folder, n, n_turns, arms):
 def stage(name, folder):
     "Run one stage in this process: seconds and peak memory in MiB."
     began = time.perf_counter()
-    {"judge": lambda: lines(folder / "verdicts.jsonl", verdicts(folder)), "numbers": lambda: write_numbers(folder), "report": lambda: write_measured(folder), "nothing": lambda: None}[name]()
+    {"judge": lambda: lines(folder / "verdicts.jsonl", verdicts(folder)), "numbers": lambda: write_rows(folder / "numbers.jsonl", numbers(folder / "verdicts.jsonl")),
+     "report": lambda: (measurement_section(folder), write_report([folder], folder / "report", "Measurement")), "nothing": lambda: None}[name]()
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -91,4 +92,4 @@ if __name__ == "__main__":
                 found = subprocess.run([sys.executable, __file__, "--stage", name, "--folder", folder], capture_output=True, text=True, check=True)
                 seconds, peak = map(float, found.stdout.split())
                 print(f"{n:5} conversations x {given.turns} turns x {given.arms} arms x 2 histories, {name:8} {seconds:6.1f} s, peak {peak:6.0f} MiB", flush=True)
-            print(f"{n:5} conversations: replies {size('responses-*'):.0f} MiB, verdicts {size('verdicts*'):.0f} MiB on disk")
+            print(f"{n:5} conversations: responses {size('responses-*'):.0f} MiB, verdicts {size('verdicts*'):.0f} MiB on disk")

@@ -16,12 +16,13 @@ import numpy as np
 from s3ft_nb.annotation.consensus import settle_labels
 from s3ft_nb.annotation.sampling import most_useful, stratified_sample
 from s3ft_nb.annotation.task import simulate
-from s3ft_nb.core.stage import rows_hash
+from s3ft_nb.core.stage import rows_hash, Stage
 from s3ft_nb.core.records import Sample
 from s3ft_nb.core.files import read_json, read_rows, write_json
 from s3ft_nb.core.files import resource
 from s3ft_nb.lm.engine import make_engine
-from s3ft_nb.methods.s3ft.discriminator import report, score_samples, train
+from s3ft_nb.methods.s3ft.discriminator import score_samples, train
+from s3ft_nb.methods.s3ft.select import discriminator_numbers
 from s3ft_nb.micro.world import read_truth, sample_label
 
 RATES = (0.03, 0.06, 0.1)  # of the three annotators of recipes/s3ft-micro.toml
@@ -51,7 +52,7 @@ def fitted(pool, annotations, folder, seed, epochs):
 
 
 def scored(samples, engine, folder, name):
-    return score_samples(samples, engine, folder / name, fingerprint=name)
+    return score_samples(samples, engine, Stage(folder / name), claim=name)
 
 
 def one_arm(arm, run, seed, sizes, n_pool, epochs, out):
@@ -68,9 +69,8 @@ def one_arm(arm, run, seed, sizes, n_pool, epochs, out):
         kept = folder / "point.json"
         if not kept.exists():
             engine = fitted(pool, annotations, folder, seed, epochs)
-            found = report(scored(test, engine, folder, "test"), right, 0.5, {one.id: one.conversation_id for one in test})
-            wanted = ("macro_f1", "accuracy", "intervals", "per_label")
-            write_json(kept, {"n": n, **{key: found[key] for key in wanted}})
+            rows = discriminator_numbers(scored(test, engine, folder, "test"), right, 0.5, {one.id: one.conversation_id for one in test})
+            write_json(kept, {"n": n, **{row["metric"]: row["mean"] for row in rows if row["metric"] in ("macro_f1", "accuracy")}})
             if arm == "useful" and n < sizes[-1]: scores = scored(pool, engine, folder, "pool")
         elif arm == "useful" and n < sizes[-1]:
             engine = make_engine("transformers", BASE, adapter=str(folder / "adapter"), quantization="nf4", batch_size=64)

@@ -29,7 +29,7 @@ from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL
-from ..judging.pairs import judge_pairs, pair_summary
+from ..judging.judge import judge_pairs, pair_summary
 from ..lm.engine import ask
 from .metrics import differences, numbers
 from .verdicts import verdict_table
@@ -239,7 +239,7 @@ def guard_numbers(
     users: list[str],  # The messages
     before: list[dict],  # Replies of the base model, see `guard_responses`
     after: list[dict],  # Replies of the arm
-    judge: Any = None,  # Engine that says which response helps more, see `judging.pairs`
+    judge: Any = None,  # Engine that says which response helps more, see `judge_pairs`
     language: str = "en",  # en or zh
 ) -> list[dict]:  # Number rows; helpfulness: rate of messages at which the arm's response is preferred, ties half
     "What changed where there is no system prompt; raises `InputError` when the replies do not match."

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from ..core.files import InputError, resource, shorten
-from .control import control_tokens, reserved, same_text
 from .labels import THINKS, closing, encode, layout, openers_of, learnt_responses
-from .template import OPENS, REASONING_TAGS, Policy, apply, chat_template, checked_messages, frame, in_use
-from .template import policy_of, prompt_ids, roles_of, sentinels, with_policy
+from .template import (OPENS, REASONING_TAGS, Policy, apply, chat_template, checked_messages, control_tokens,
+                                 frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels,
+                                 with_policy)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on

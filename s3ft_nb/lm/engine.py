@@ -20,9 +20,8 @@ from ..core.stage import Progress, Stage, spend
 from ..core.files import InputError
 from .http import EngineError, HttpEngine, check_requests
 from .model import LM, load
-from .control import control_tokens
 from .labels import closing_ids, encode, stop_ids
-from .template import REASONING_TAGS, in_use, last_thought, prompt_ids
+from .template import REASONING_TAGS, control_tokens, in_use, last_thought, prompt_ids
 
 # %% ../../nbs/lm/06_engine.ipynb #162fb3d0
 class Engine(Protocol):

@@ -16,9 +16,9 @@ from functools import lru_cache
 from ..core.files import InputError, row_of, shorten
 from ..core.records import Message
 from ..core.stage import Ledger
-from .control import control_tokens, encode_after, encode_text, reserved, same_text
-from .template import CLOSES, NO_NOTE, OPENS, REASONING_TAGS, Policy, checked_messages, ordered_messages
-from .template import apply, fill_frame, frame, guard_messages, in_use, policy_of, require_same, roles_of
+from .template import (CLOSES, NO_NOTE, OPENS, REASONING_TAGS, Policy, apply, checked_messages,
+                                 control_tokens, encode_after, encode_text, fill_frame, frame, guard_messages, in_use,
+                                 ordered_messages, policy_of, require_same, reserved, roles_of, same_text)
 
 # %% ../../nbs/lm/02_labels.ipynb #b368bd8b
 REMEDY = "this template cannot be trained on as it is; s3ft doctor says what can be done"

@@ -28,10 +28,9 @@ from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import make_arm, make_examples, read_arm, rule_scorer
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
-from .compare import differences
 from .config import GROUPS, MeasureConfig, ModelConfig, model_folder, with_model_defaults
 from .dialogues import assert_choice, simulated_user
-from .metrics import numbers
+from .metrics import differences, numbers
 from .prepare import Prepared, folder_rules, named_adapters, prepare, rules_by_prompt, stage_of, systems
 from .rollout import PLAY, make_fit, recorded_responses, rollout, turn_messages, with_originals
 from .verdicts import verdict_table

@@ -92,7 +92,7 @@ def draw_families(prompts: list[SystemPrompt], sides: dict[str, str], eval_fract
 
 def split_prompts(prompts: list[SystemPrompt], seed: int, eval_fraction: float = 0.1, held_out_type: str | None = None,
                   ledger: Ledger | None = None) -> tuple[list[SystemPrompt], list[SystemPrompt]]:
-    """Split prompts per type by family, `eval_fraction` in (0, 1) of each type and all of `held_out_type` for evaluation.
+    """Split prompts by family: `eval_fraction`, in (0, 1), of each type and all of `held_out_type` are for evaluation.
     Raises `InputError` on a repeated id, an unknown type or a wrong fraction."""
     types, ledger = sorted({row.type for row in prompts}), ledger or Ledger("split")
     if not 0 < eval_fraction < 1:

@@ -176,7 +176,7 @@ class Stage:
 
     def map(self, rows: list, work: Callable[[list, int], list], claim: Any = (), unit: str = "rows",
             title: str = "") -> list[dict]:  # What `work` gave for all shards, in order, as read from disk
-        """Shard by shard, `work(rows, seed) -> rows`, which may use `ledger` and `progress` (counts `unit`, has a `title`).
+        """Do `work(rows, seed) -> rows` shard by shard; it may use `ledger` and `progress`, which counts `unit`.
         `claim`: JSON values on which the result depends besides the rows, such as engine and parameters.
         Raises `InputError` when the folder holds shards of other rows or parameters."""
         folder, step, done = self.folder / "shards", self.shard_size, []

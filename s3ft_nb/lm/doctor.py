@@ -206,8 +206,7 @@ def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: P
 def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal are removed from the texts."
     clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
-    paint = lambda text, code: re.sub(r"[^\n]+", lambda line: f"\x1b[{code}m{line[0]}\x1b[0m", clean(text))
-    return "".join(paint(text, COLOURS[kind][0]) for text, kind in pieces)
+    return "".join(re.sub("(.+)", f"\x1b[{COLOURS[kind][0]}m\\1\x1b[0m", clean(text)) for text, kind in pieces)
 
 
 def to_html(pieces: list) -> str:  # For a notebook

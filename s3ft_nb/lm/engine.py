@@ -241,8 +241,8 @@ class TransformersEngine:
             for i, row in zip(batch, found): rows[i] = {"id": requests[i]["id"]} | row
             spend(requests=len(batch), cached=sum(row.get("cached_tokens", 0) for row in found))
             for kind, name in zip(kinds, ("prompt_tokens", "tokens")): spend(**{kind: sum(row[name] for row in found)})
-            n = sum(row.get("tokens", row["prompt_tokens"]) for row in found)
-            if progress: progress.update(len(batch), tokens=n)
+            if not progress: continue
+            progress.update(len(batch), tokens=sum(row.get("tokens", row["prompt_tokens"]) for row in found))
         return rows
 
 # %% ../../nbs/lm/06_engine.ipynb #e1a1f0a3

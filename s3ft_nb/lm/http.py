@@ -61,9 +61,6 @@ class Unreadable(Exception):
     "The server returned something else than was asked for; the same request may succeed later."
 
 
-
-
-
 def first_choice(completion: Any) -> tuple:  # (choice, tokens: None where the server does not say)
     "What counts of a chat completion; raises `Unreadable` when it is none."
     if not isinstance(completion, ChatCompletion): raise Unreadable("response is no chat completion")
@@ -93,8 +90,7 @@ def read_scores(completion: Any, labels: list[str]) -> dict:  # `logprobs`, `out
     mass = [sum(math.exp(one.logprob) for one in listed if one.token.strip() == label) for label in labels]
     if not 0 <= sum(mass) <= 1.01: raise Unreadable("log-probabilities do not add up")
     logprobs = [math.log(max(p, math.exp(-20))) for p in mass]  # -20 where the server does not list a label
-    outside, n = min(max(1.0 - sum(mass), 0.0), 1.0), tokens["prompt_tokens"]
-    return {"logprobs": logprobs, "outside": outside, "prompt_tokens": n}
+    return {"logprobs": logprobs, "outside": max(1.0 - sum(mass), 0.0), "prompt_tokens": tokens["prompt_tokens"]}
 
 # %% ../../nbs/lm/05_http.ipynb #207f7d1e
 REMEDIES = {  # By status
@@ -143,8 +139,7 @@ class HttpEngine:
         "See `lm.engine.Engine`; the seed is sent along, servers may ignore it. Raises `EngineError`."
         sampling = {"max_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         own = lambda one: int(stable_id(seed, one["id"], one["messages"], n=8), 16) >> 1  # below 2**31, as servers want
-        body = lambda one: sampling | {"seed": own(one)}
-        return self._run(requests, body, read_response, progress, "prompt")
+        return self._run(requests, lambda one: sampling | {"seed": own(one)}, read_response, progress, "prompt")
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `lm.engine.Engine`; labels are single letters or words of one token. Raises `EngineError`."

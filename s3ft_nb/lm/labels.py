@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEDY', 'THINKS', 'openers_of', 'closing', 'joined', 'response_parts', 'layout', 'learnt_responses', 'encode',
            'check_decoded', 'has_system', 'without_oldest', 'fewest', 'fit_context', 'encode_within', 'closing_ids',
-           'stop_ids', 'parse_row', 'encode_row', 'encode_rows', 'shown_row', 'check_labels', 'check_supervised']
+           'stop_ids', 'parse_row', 'encode_row', 'encode_rows', 'shown_row', 'check_labels']
 
 # %% ../../nbs/lm/02_labels.ipynb #0ac9cd7c
 import re
@@ -248,8 +248,8 @@ def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # One line of the last
     return " ".join((out + "⟧" * open).split())
 
 
-def check_labels(tokenizer, encoded: list[dict]) -> None:
-    "Raise `InputError`, showing the row, unless every row is supervised and every response up to a token that ends it."
+def check_labels(tokenizer, encoded: list[dict], order: list[int] = (), batch: int = 1) -> None:  # order: of the steps
+    "Raise `InputError`, showing the row, where no response, none of its ends, or nearly all of a step is supervised."
     stops = set(stop_ids(tokenizer))
     for one in encoded:
         labels, wrong = one["labels"], ""
@@ -258,10 +258,6 @@ def check_labels(tokenizer, encoded: list[dict]) -> None:
         elif set(last) - stops: wrong = "ends a response in a token that is no supervised end of turn"
         if wrong: raise InputError(f"row {one['id']} {wrong}: {shown_row(tokenizer, one)}", field="labels",
                                    remedy="see the row, and what s3ft doctor says of the chat template")
-
-
-def check_supervised(tokenizer, encoded: list[dict], order: list[int], batch: int) -> None:
-    "Raise `InputError`, showing the worst row, when nearly all tokens of a step are supervised."
     counts = [(sum(label != -100 for label in one["labels"]), len(one["labels"])) for one in encoded]
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]

@@ -26,17 +26,13 @@ from .template import REASONING_TAGS, control_tokens, in_use, last_thought, prom
 # %% ../../nbs/lm/06_engine.ipynb #162fb3d0
 class Engine(Protocol):
     """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
-
     name: str  # For reports and claims of shards
-
-    def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
-        """`{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept."""
-
-    def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
-        """`{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else."""
-
-    def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
-        """`{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats."""
+    # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
+    def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else.
+    def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
+    def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]: ...
 
 # %% ../../nbs/lm/06_engine.ipynb #19b0934a
 def pad_left(rows: list[list[int]], pad_id: int, device: str) -> tuple:
@@ -176,15 +172,13 @@ class TransformersEngine:
 
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
         "See `Engine`; raises `InputError` naming a request that cannot be rendered or does not fit."
-        prompts = [one["input_ids"] for one in encode_requests(self.lm, requests, self.max_new_tokens)]
+        def work(ids: list[str], prompts: list[list[int]], _) -> list[dict]:
+            drawn = np.stack([draws(seed, *one, self.max_new_tokens) for one in zip(ids, prompts)])
+            written, shared = write(self.lm, prompts, drawn, self.temperature, self.top_p)
+            return [self.read(row) | {"prompt_tokens": len(prompt), "cached_tokens": shared * (n > 0)}
+                    for n, (prompt, row) in enumerate(zip(prompts, written))]
 
-        def work(batch: list[int]) -> list[dict]:
-            drawn = np.stack([draws(seed, requests[i]["id"], prompts[i], self.max_new_tokens) for i in batch])
-            written, shared = write(self.lm, [prompts[i] for i in batch], drawn, self.temperature, self.top_p)
-            return [self.read(ids) | {"prompt_tokens": len(prompts[i]), "cached_tokens": shared * (n > 0)}
-                    for n, (i, ids) in enumerate(zip(batch, written))]
-
-        return self._in_batches(requests, prompts, work, progress, "prompt", "generated")
+        return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
     def read(self, ids: list[int]) -> dict:  # `text`, `tokens`, `finish`, and `reasoning` where it is kept
         "A response as text; the token that ends it is not part of it, and reasoning is apart."
@@ -199,42 +193,40 @@ class TransformersEngine:
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `Engine`; one forward pass."
         wanted = label_ids(self.lm, labels)
-        prompts = [one["input_ids"] for one in encode_requests(self.lm, requests, 1)]
 
-        def work(batch: list[int]) -> list[dict]:
-            logits, _, _, shared = prefill(self.lm, [prompts[i] for i in batch])
+        def work(_, prompts: list[list[int]], __) -> list[dict]:
+            logits, *_, shared = prefill(self.lm, prompts)
             found = logits.log_softmax(-1)[:, wanted]
-            outside = (1 - found.exp().sum(-1)).clamp(0, 1)
-            rows = zip(batch, found.tolist(), outside.tolist())
-            return [{"logprobs": row, "outside": rest, "prompt_tokens": len(prompts[i]),
-                     "cached_tokens": shared * (n > 0)} for n, (i, row, rest) in enumerate(rows)]
+            rows = zip(prompts, found.tolist(), (1 - found.exp().sum(-1)).clamp(0, 1).tolist())
+            return [{"logprobs": row, "outside": rest, "prompt_tokens": len(prompt),
+                     "cached_tokens": shared * (n > 0)} for n, (prompt, row, rest) in enumerate(rows)]
 
-        return self._in_batches(requests, prompts, work, progress, "scored")
+        return self._in_batches(requests, 1, work, progress, "scored")
 
     @torch.inference_mode()
     def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
         "See `Engine`; one forward pass."
         missing, remedy = [one["id"] for one in requests if not one.get("response")], "give each request a response"
         if missing: raise InputError(f"request {missing[0]} has no response", remedy=remedy)
-        encoded = encode_requests(self.lm, requests, 0)
-        ids = [one["input_ids"] for one in encoded]
 
-        def work(batch: list[int]) -> list[dict]:
-            labels, _ = pad_left([encoded[i]["labels"] for i in batch], -100, self.lm.device)
-            rows, mask = pad_left([ids[i] for i in batch], self.lm.tokenizer.pad_token_id, self.lm.device)
+        def work(_, ids: list[list[int]], labels: list[list[int]]) -> list[dict]:
+            labels, _ = pad_left(labels, -100, self.lm.device)
+            rows, mask = pad_left(ids, self.lm.tokenizer.pad_token_id, self.lm.device)
             longest = labels.shape[1] - int((labels != -100).float().argmax(-1).min())  # Of the responses
             logits, labels = step(self.lm.model, rows, mask, keep=longest + 1)[0][:, :-1].float(), labels[:, -longest:]
             picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
             n = (labels != -100).sum(-1).tolist()
-            return [{"logprob": total, "tokens": k, "prompt_tokens": len(ids[i]) - k}
-                    for i, total, k in zip(batch, picked.double().sum(-1).tolist(), n)]
+            return [{"logprob": total, "tokens": k, "prompt_tokens": len(row) - k}
+                    for row, total, k in zip(ids, picked.double().sum(-1).tolist(), n)]
 
-        return self._in_batches(requests, ids, work, progress, "scored", "scored")
+        return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
-    def _in_batches(self, requests, prompts, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
-        rows, order = [None] * len(requests), sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    def _in_batches(self, requests, room, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
+        rows, encoded = [None] * len(requests), encode_requests(self.lm, requests, room)
+        order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
         for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
-            try: found = work(batch)
+            ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
+            try: found = work([requests[i]["id"] for i in batch], ids, labels)
             except torch.OutOfMemoryError:
                 what = f"the GPU has no room for {len(batch)} rows at a time"
                 raise EngineError(what, remedy="lower batch_size") from None
@@ -263,10 +255,8 @@ def ask(
     errors: str = "raise", title: str = "",  # raise, or keep the rows `{"id", "error"}` of an engine that returns them
 ) -> list[dict]:  # What `generate` returns, in the order of the requests, with the `seed` of the shard
     "Generate responses, sharded and resumable; raises `InputError` naming the request that failed."
-    def work(shard: list[dict], seed: int) -> list[dict]:
-        rows = engine.generate(shard, seed, stage.progress)
-        return [row | {"seed": seed} for row in checked(rows, shard, engine, errors)]
-
+    rows = lambda shard, seed: checked(engine.generate(shard, seed, stage.progress), shard, engine, errors)
+    work = lambda shard, seed: [row | {"seed": seed} for row in rows(shard, seed)]
     return stage.map(requests, work, ["generate", engine.name, claim], "requests", title)
 
 

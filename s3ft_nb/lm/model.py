@@ -206,7 +206,6 @@ def add_adapter(model: Any, adapter: str | Path, dtype: torch.dtype) -> PeftMode
 @dataclass
 class LM:
     "A loaded language model with its tokenizer."
-
     model: Any  # transformers model, or PeftModel around it, in evaluation mode
     tokenizer: Any  # transformers tokenizer, padding on the left
     policy: Policy  # How the chat template is used; the tokenizer's template carries it too
@@ -221,8 +220,7 @@ def load(
 ) -> LM:
     "Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`."
     base, device = located(model), pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    adapter = adapter and located(adapter, adapter=True)
+    dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)
     if isinstance(adapter, Path): check_base(adapter, base), check_template(adapter)
     own = isinstance(adapter, Path) and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own else base)

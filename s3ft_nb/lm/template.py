@@ -28,7 +28,6 @@ from ..core.records import Message, check_order
 @dataclass(frozen=True)
 class Policy:
     "How a chat template is used; raises `InputError` on a value that is not one of those listed."
-
     system: Literal["native", "first_user", "every_user", "refuse"] = "native"  # Where the system text goes
     reasoning: Literal["off", "strip", "keep"] = "off"  # off: refused in responses; strip: removed; keep: trained on
     hidden: Literal["keep", "silence"] = "keep"  # What the template itself writes when there is no system prompt
@@ -267,9 +266,8 @@ def encode_plain(tokenizer, text: str) -> list[int]:  # Token ids
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
-    if backend.truncation: backend.no_truncation()  # Left over from a file or an earlier call
-    if backend.padding: backend.no_padding()
-    if backend.encode_special_tokens: backend.encode_special_tokens = False
+    backend.no_truncation(), backend.no_padding()  # Left over from a file or an earlier call
+    backend.encode_special_tokens = False
     return backend.encode(text, add_special_tokens=False).ids
 
 

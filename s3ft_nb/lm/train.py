@@ -38,7 +38,6 @@ from trl import SFTConfig, SFTTrainer
 # %% ../../nbs/lm/07_train.ipynb #b8f582a4
 class Settings(Row, strict=True):
     "How to train."
-
     quantization: Literal["nf4", "none"] = "nf4"  # Of the base
     lora_r: PositiveInt = 16  # Rank of the adapter
     lora_alpha: PositiveInt = 32  # Its scale is lora_alpha / lora_r
@@ -65,8 +64,7 @@ class Settings(Row, strict=True):
 def make_settings(values: dict) -> Settings:
     "Settings from named values; raises `InputError` on an unknown name, a wrong value, or a tracker that is missing."
     settings = row_of(Settings, values)
-    tracker = settings.report_to
-    if tracker == "none" or tracker in get_available_reporting_integrations(): return settings
+    if (tracker := settings.report_to) in ("none", *get_available_reporting_integrations()): return settings
     raise InputError(f"{tracker} is not installed", field="report_to", remedy=f"pip install {tracker}, or use none")
 
 # %% ../../nbs/lm/07_train.ipynb #31c4f161
@@ -86,7 +84,6 @@ def order_of(lengths: list[int], batch: int, epochs: float, seed: int) -> list[i
 # %% ../../nbs/lm/07_train.ipynb #8c5f5da4
 class LabelledLoss(SFTTrainer):
     "SFTTrainer that leaves out the logits of columns without a label."
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"][:, 1:]
         columns = (labels != -100).any(0).nonzero().flatten()
@@ -106,7 +103,6 @@ def trainer_class(lm: LM) -> type:  # SFTTrainer or LabelledLoss
 # %% ../../nbs/lm/07_train.ipynb #cf909361
 class Watch(TrainerCallback):
     "Report progress and mark whole checkpoints."
-
     def __init__(self, progress: Progress, tokens: list[int]):  # tokens: of each step
         self.progress, self.tokens, self.label = progress, tokens, progress.label
 
@@ -201,8 +197,7 @@ def one_line_errors(out: Path):
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in FULL or os.strerror(ENOSPC) in str(error)
         if not full and shutil.disk_usage(out).free >= 2**20: raise
-        remedy = "free some space and run again"
-        raise InputError("the disk is full; checkpoints are kept", out, remedy=remedy) from error
+        raise InputError("the disk is full; checkpoints are kept", out, remedy="free space and run again") from error
 
 # %% ../../nbs/lm/07_train.ipynb #d1de7b6a
 def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, claim: str) -> dict:  # `training.json`
@@ -226,15 +221,13 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
         trainer.train(resume_from_checkpoint=found and str(found))
         save_adapter(trainer, lm, out)
     names = ("step", "loss", "learning_rate")
-    supervised = [sum(label != -100 for label in one["labels"]) for one in encoded]
-    weights = [weight.numel() for weight in trainer.model.parameters() if weight.requires_grad]
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
               "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy),
               "loss": [{name: one[name] for name in names} for one in trainer.state.log_history if "loss" in one],
               "steps": trainer.state.global_step, "tokens": sum(lengths[i] for i in order),
-              "supervised_tokens": sum(supervised[i] for i in order), "settings": settings.model_dump(),
-              "trainable_parameters": sum(weights), "ledger": ledger.as_dict(),
-              "seconds": round(time.monotonic() - began, 2)}
+              "supervised_tokens": sum(id != -100 for i in order for id in encoded[i]["labels"]), "settings": settings.model_dump(),
+              "trainable_parameters": sum(one.numel() for one in trainer.model.parameters() if one.requires_grad),
+              "ledger": ledger.as_dict(), "seconds": round(time.monotonic() - began, 2)}
     write_json(out / "training.json", result)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return result

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['HASHED_WHOLE', 'BOTH_ENDS', 'RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'path_hash',
-           'contents', 'record', 'check_claim', 'clean', 'start', 'finish', 'finished', 'imported', 'modules',
-           'data_used', 'fingerprint', 'prepare_run', 'locked', 'write_run', 'make_step', 'resume_command',
-           'run_recipe']
+           'contents', 'record', 'clean', 'start', 'finish', 'finished', 'imported', 'modules', 'data_used',
+           'fingerprint', 'prepare_run', 'locked', 'write_run', 'make_step', 'resume_command', 'run_recipe']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
@@ -73,13 +72,6 @@ def record(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def check_claim(folder: Path) -> None:
-    "Raise `InputError` when a folder holds files and no run started in it."
-    if folder.exists() and not folder.is_dir(): raise InputError("is not a folder", folder, remedy="move it away")
-    if contents(folder) and not (folder / STARTED).is_file():
-        raise InputError("holds files that no run made", folder, remedy="move them away or choose another --out")
-
-
 def clean(folder: Path) -> None:
     "Remove what a step made, and its folder when that is all there is."
     here, begun, done = contents(folder), record(folder / STARTED), record(folder / DONE)
@@ -94,8 +86,7 @@ def clean(folder: Path) -> None:
 
 
 def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
-    "Claim a folder for a step, or resume one that was interrupted with the same fingerprint; raises as `check_claim`."
-    check_claim(folder)
+    "Claim a folder for a step, or resume one that was interrupted with the same fingerprint."
     if record(folder / STARTED).get("fingerprint") == fingerprint and not (folder / DONE).exists():
         for part in folder.rglob(".*.part"): part.unlink()  # a write that was killed
         return
@@ -177,7 +168,8 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
              f"holds a run of {held['recipe']}" if held and held["recipe"] != loaded.name else "")
     if wrong: raise InputError(wrong, folder, remedy="choose another --out")
     for step in loaded.steps:
-        check_claim(folder / step.id)
+        if (home := folder / step.id).is_file() or contents(home) and not (home / STARTED).is_file():
+            raise InputError("holds files that no run made", home, remedy="move them away or choose another --out")
         for key, value in step.values.items():
             if redact(text := json.dumps(value, ensure_ascii=False)) == text: continue
             remedy = "leave it in the environment"

@@ -122,11 +122,9 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            command = [sys.executable, "-c", "from s3ft_nb.run.execute import serve; serve()"]
-            return KernelSpec(argv=[*command, "-f", "{connection_file}", "--HistoryManager.enabled=False"],
-                              display_name="python3", language="python")
+        kernel_spec = KernelSpec(display_name="python3", language="python", argv=[
+            sys.executable, "-c", "from s3ft_nb.run.execute import serve; serve()", "-f", "{connection_file}",
+            "--HistoryManager.enabled=False"])
 
         async def start_kernel(self, **options):
             self.connection_file = str(room / "kernel.json")
@@ -135,8 +133,7 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, **options)
 
         async def shutdown_kernel(self, now=False, restart=False):
-            # after Ctrl-C at once, else with time to flush what it logs
-            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)
+            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
 
     return Manager
 

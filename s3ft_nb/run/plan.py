@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'RATES', 'Size', 'folder_size', 'model_size', 'count', 'work_of',
-           'seconds', 'memory', 'duration', 'make_plan', 'plan_text']
+           'estimate', 'duration', 'make_plan', 'plan_text']
 
 # %% ../../nbs/run/03_plan.ipynb #f39cc524
 import math
@@ -96,27 +96,21 @@ RATES = {  # {machine: (read, write, train, ceiling for writing)}, tokens/s at 1
 }
 
 
-def seconds(work: dict, size: Size | None, machine: str) -> float | None:  # None when the model's size is not known
-    "How long a step takes on a machine."
-    if not work["read"] + work["trained"]: return 3  # to start a kernel
-    if size is None: return None
-    read, write, train, ceiling = RATES[machine]
-    rate = lambda base, most: min(base * 1e9 / max(size.parameters, 1), most)
-    reading = work["read"] / rate(read, 40 * ceiling) + work["trained"] / rate(train, 40 * ceiling)
-    return 10 + reading + work["written"] / rate(write, ceiling)  # 10 to load libraries and a small model
-
-
-def memory(params: dict, work: dict, size: Size | None) -> float | None:  # GiB; None when the model's size is not known
-    "Memory a step needs, on the GPU where there is one."
-    if not work["read"] + work["trained"]: return 0.3
-    if size is None: return None
+def estimate(params: dict, work: dict, size: Size | None) -> tuple[dict, float | None]:  # {machine: seconds}, GiB
+    "How long a step takes on each machine, and the memory it needs; None where the model's size is not known."
+    if not work["read"] + work["trained"]: return dict.fromkeys(RATES, 3), 0.3  # to start a kernel
+    if size is None: return dict.fromkeys(RATES), None
+    times, rate = {}, lambda base, most: min(base * 1e9 / max(size.parameters, 1), most)
+    for machine, (read, write, train, ceiling) in RATES.items():
+        reading = work["read"] / rate(read, 40 * ceiling) + work["trained"] / rate(train, 40 * ceiling)
+        times[machine] = 10 + reading + work["written"] / rate(write, ceiling)  # 10 to load libraries and a small model
     train, width = work["trained"] > 0, 0.55 if params.get("quantization", "nf4") == "nf4" else 2  # bytes per weight
     weights = width * (size.parameters - size.embeddings) + 2 * size.embeddings
     adapter = 20 * size.hidden * size.layers * params.get("lora_r", 16) * 16 * train
     batch = params.get("per_device_train_batch_size", 8) if train else params.get("batch_size", 64)
     tokens = batch * (params.get("max_length") or params.get("max_prompt_tokens") or 1024)
     activations = 2 * tokens * size.hidden * (size.layers + 34 if train else 2 * size.layers * size.kv_heads)
-    return 1 + (weights + adapter + activations) / 2**30  # 1 for Python, torch and libraries
+    return times, 1 + (weights + adapter + activations) / 2**30  # 1 for Python, torch and libraries
 
 
 def duration(seconds: float | None) -> str:
@@ -141,10 +135,9 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         made[step.id] = work["rows"]
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
-        size = model_size(model) if model else None
-        times = {machine: seconds(work, size, machine) for machine in RATES}
+        times, gib = estimate(step.values, work, model_size(model) if model else None)
         rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, **work,
-                     "model": model, "seconds": times, "memory_gib": memory(step.values, work, size)})
+                     "model": model, "seconds": times, "memory_gib": gib})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
     return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,

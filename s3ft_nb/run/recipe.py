@@ -112,14 +112,11 @@ def recipe_path(name: str | Path, beside: Path | None = None) -> Path:  # beside
     return bundled / f"{name}.toml"
 
 
-def read_layers(path: Path) -> list[tuple[Path, dict]]:  # (file, its table), the extending one first
+def read_layers(path: Path, above: tuple = ()) -> list[tuple[Path, dict]]:  # (file, its table), the extending one first
     "A recipe and what it extends, directly or not; raises `InputError` when that leads in a circle."
-    layers = []
-    while path:
-        if path in dict(layers): raise InputError("extends itself", path, field="extends", remedy="drop it")
-        layers.append((path, table := read_recipe(path)))
-        path = recipe_path(table["extends"], path.parent) if "extends" in table else None
-    return layers
+    if path in above: raise InputError("extends itself", path, field="extends", remedy="drop it")
+    base = (table := read_recipe(path)).get("extends")
+    return [(path, table), *(read_layers(recipe_path(base, path.parent), (*above, path)) if base else ())]
 
 
 def merge(base: dict, own: dict) -> dict:
@@ -207,8 +204,7 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values))
         put = lambda text: re.sub(r"\{each\.(\w+)\}", lambda m: str(chosen.get(m[1], m[0])), text)
-        named = {key: chosen[key] for key in chosen if key in known}
-        steps["-".join([id, *map(str, values)])] = map_texts(own, put) | named
+        steps["-".join([id, *map(str, values)])] = map_texts(own, put) | {key: chosen[key] for key in each if key in known}
     return steps
 
 

@@ -142,7 +142,6 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
     """Execute a notebook in the folder of its executed copy, with JSON values for its parameters.
     Raises `InputError` or `StepFailed`."""
     import papermill  # slow to load, and most starts skip every step
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import papermill_io
     write = lambda text, path: write_bytes(path.removeprefix("redacted:"), redact(text).encode())
@@ -157,8 +156,8 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
                 kernel_manager_class=kernel_manager(Path(room), environment), start_timeout=300, iopub_timeout=300)  # s
         except PapermillExecutionError as error:
             raise run_error(error.ename, str(error.evalue), error.traceback, copy) from None
-        except (DeadKernelError, RuntimeError) as error:
-            if not isinstance(error, DeadKernelError) and "died" not in str(error): raise
+        except RuntimeError as error:
+            if "died" not in str(error): raise  # the kernel
             log = Path(room, "log").read_text(errors="replace") if Path(room, "log").is_file() else ""
             raise run_error("DeadKernelError", log, [], copy) from None
 

@@ -50,8 +50,7 @@ def path_hash(path: str | Path) -> str | dict[str, str]:  # {path inside it: has
     for place, folders, names in os.walk(path):
         folders[:] = [name for name in folders if name[0] not in "._"]
         found += [Path(place) / name for name in names if name[0] != "."]
-        if len(found) <= 10_000: continue
-        raise InputError("holds more than 10,000 files", path, remedy="name the folder of the model or data")
+        if len(found) > 10_000: raise InputError("holds more than 10,000 files", path, remedy="name a smaller folder")
     return {file.relative_to(path).as_posix(): quick_hash(file) for file in sorted(found)}
 
 # %% ../../nbs/run/02_runner.ipynb #dd4b5cb4
@@ -157,8 +156,7 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
     A folder may be absent, or hold a run of this recipe; no parameter may hold the value of a secret variable."""
     loaded = load_recipe(recipe, settings)
     folder = Path(out or Path("runs", loaded.name)).expanduser().resolve()
-    held = record(folder / RUN)
-    strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    held, strange = record(folder / RUN), folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
     wrong = ("is not a folder" if folder.exists() and not folder.is_dir() else
              "holds something that is not a run" if strange and held.get("made_by") != "s3ft_nb" else
              f"holds a run of {held['recipe']}" if held and held["recipe"] != loaded.name else "")

@@ -85,9 +85,9 @@ def grow_messages(examples: list[str], language: str = "en") -> list[dict]:  # A
 def growth_requests(prompts: list[SystemPrompt], n: int, seed: int) -> list[dict]:  # `{"id", "messages", "examples"}`
     "Requests for one type, whose prompts are given, each with up to three random examples that are not for evaluation."
     texts, type, language = [row.text for row in prompts if row.split != "eval"], prompts[0].type, prompts[0].language
-    drawn = [random.Random(stable_id(seed, type, i)).sample(texts, min(3, len(texts))) for i in range(n if texts else 0)]
+    draw = lambda i: random.Random(stable_id(seed, type, i)).sample(texts, min(3, len(texts)))
     return [{"id": stable_id(seed, language, type, i), "messages": grow_messages(examples, language),
-             "examples": examples} for i, examples in enumerate(drawn)]
+             "examples": examples} for i, examples in enumerate(map(draw, range(n if texts else 0)))]
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #7a2b9769
 def grow(

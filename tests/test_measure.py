@@ -281,7 +281,7 @@ BAD = [
     (["--system-prompt", "empty.txt"], "is empty"),
     (["--system-prompt", "sea.txt", "--user", "grumpy"], "unknown persona 'grumpy'"),
     (["--system-prompt", "sea.txt", "--judge-way", "gut", "--rules", "rules.jsonl"], "unknown way 'gut'"),
-    (["--system-prompt", "sea.txt", "--adapter", "a=x", "--adapter", "a=y"], "same name"),
+    (["--system-prompt", "sea.txt", "--adapter", "a=x", "--adapter", "a=y"], "named twice"),
     (["--recorded", "bare.jsonl"], "no conversation has a system prompt"),
 ]
 

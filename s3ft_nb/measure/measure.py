@@ -24,13 +24,13 @@ from ..core.stage import Stage, file_hash, rows_hash
 from ..judging.judge import judge_agreement, make_judge, read_calibration, same_family, verdicts
 from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
-from .arms import make_arm, make_examples, rule_scorer
+from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
+from .arms import rule_scorer, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
 from .config import GROUPS, MeasureConfig, ModelConfig, model_folder, with_model_defaults
-from .dialogues import Prepared, assert_choice, folder_rules, prepare, rules_by_prompt, simulated_user
+from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user
 from .dialogues import systems
 from .metrics import differences, numbers
-from .rollout import PLAY, make_fit, recorded_responses, rollout, with_originals
 from .verdicts import verdict_table
 
 # %% ../../nbs/measure/09_measure.ipynb #9a0eab32
@@ -68,10 +68,7 @@ def close_measurement(stage: Stage, about: dict, rows: list[dict], n_in: int, n_
 
 
 def measure_arms(
-    arms: dict[str, Arm],
-    dialogues: list[dict],  # See `measure.dialogues`
-    rules: list[Rule],
-    stage: Stage,  # Folder, seed and shards of the measurement
+    arms: dict[str, Arm], dialogues: list[dict], rules: list[Rule], stage: Stage,
     judge: Callable | None = None,  # For rules without a check, see `judging.judge.make_judge`
     histories: tuple = ("own", "original"),
     not_applicable: set | None = None,  # {(conversation id, turn)} at which no rule applies
@@ -79,8 +76,7 @@ def measure_arms(
     write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
     settings: dict | None = None,  # What the responses depend on besides, such as model and temperature
     about: dict | None = None,  # What else a reader should know, for measure.json
-    agreement: int = 200,  # Responses on which the judge is compared with checks
-    level: float = 0.95,  # Of intervals
+    agreement: int = 200, level: float = 0.95,  # Responses on which judge and checks are compared; of intervals
     after: Callable | None = None,  # (name, engine) -> number rows, called when an arm has been played
 ) -> dict:  # What measure.json holds
     "Measure arms; raises `InputError` when the folder holds another measurement."
@@ -270,8 +266,7 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
                          warnings=[left_out] if len(due) < len(rules) else [])
     with ExitStack() as stack:
         talks = recorded_responses(conversations, Path(path).name.split(".")[0])
-        for batch in iter(lambda: list(islice(talks, 256)), []):  # conversations in memory at a time
-            responses = [one for rows in batch for one in rows]
+        for responses in iter(lambda: list(islice(talks, 1024)), []):  # in memory at a time
             found = [("verdicts.jsonl", one) for one in verdicts(responses, due, judge)]
             for name, one in [(response_file(one.arm), one) for one in responses] + found:
                 if name not in handles:

@@ -7,7 +7,7 @@ __all__ = ['half', 'at_first', 'METRICS', 'SYSBENCH', 'PART_METRICS', 'COMPARED'
            'area', 'retention', 'half_life', 'first_violation', 'risk_columns', 'survival', 'observed_turns',
            'median_survival', 'stability_columns', 'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric',
            'rule_metric', 'adherence_at', 'counts', 'turn_numbers', 'numbers', 'differences', 'conversations_to_show',
-           'folder_rows', 'compare_folders']
+           'compare_folders']
 
 # %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable, Iterator
@@ -251,14 +251,10 @@ def numbers(source: str | Path | Iterable | dict, level: float = 0.95) -> list[d
 COMPARED = ("adherence", "csr", "ssr", "survival", "slope", "area", "recovery")
 
 
-def differences(
-    tables: dict,  # What `verdict_table` returns
-    against: str | None = None,  # Arm to subtract; the first one when None
-    level: float = 0.95,  # Of confidence, in (0, 1)
-    seed: int = 0,  # Of the random exchanges
-) -> list[dict]:  # Rows of the long table with `against` and adjusted p
-    """Paired differences of arms under each history, and of own and original history of each arm (part "history").
-    Raises `InputError` when there is no arm of that name."""
+def differences(tables: dict, against: str | None = None, level: float = 0.95, seed: int = 0) -> list[dict]:
+    """Paired differences of arms under each history, and of own and original history of each arm (part "history"):
+    rows of the long table, with adjusted p. `against` is the arm to subtract, else the first; raises `InputError` when
+    there is no arm of that name."""
     arms, out = list(dict.fromkeys(arm for arm, _ in tables)), []
     against = arms[0] if against is None and arms else against
     if against not in arms:
@@ -294,9 +290,11 @@ def conversations_to_show(numbers: list[dict], effect: float = 0.05, power: floa
     return out
 
 # %% ../../nbs/measure/01_metrics.ipynb #f4f05e4b
-def folder_rows(folders: list, history: str = "own") -> Iterator[dict]:
-    "Verdict rows of several measurements, arms renamed; raises `InputError` when a rule id stands for two texts."
+def compare_folders(folders: list, history: str = "own") -> dict:  # as `verdict_table` returns
+    """Tables of several measurements, arms renamed, for `numbers` and `differences`.
+    Raises `InputError` when they cannot be compared, as when a rule id stands for two texts."""
     paths, texts = [Path(folder).resolve().parts for folder in folders], {}
+    if len(folders) < 2: raise InputError("nothing to compare with", remedy="name two or more measurements")
     if len(set(paths)) < len(paths): raise InputError("a folder is named twice", remedy="compare different folders")
     length = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
     for path in (path for folder in folders if (path := Path(folder) / "rules.jsonl").exists()):
@@ -304,16 +302,14 @@ def folder_rows(folders: list, history: str = "own") -> Iterator[dict]:
             if texts.setdefault(rule.get("id"), rule.get("text")) == rule.get("text"): continue
             raise InputError(f"rule {rule.get('id')} differs from the one in {folders[0]}", path, field="text",
                              remedy="measure both with the same rules file")
-    for parts, folder in zip(paths, folders):
-        path, name = Path(folder) / "verdicts.jsonl", "/".join(parts[-length:])
-        arms = {row.get("arm", "") for row in stream_rows(path)}
-        for row in stream_rows(path):
-            arm = name if len(arms) == 1 else f"{name}: {row.get('arm')}"
-            if (row.get("history") or "own") == history: yield row | {"arm": arm}
 
+    def rows() -> Iterator[dict]:
+        for parts, folder in zip(paths, folders):
+            path, name = Path(folder) / "verdicts.jsonl", "/".join(parts[-length:])
+            arms = {row.get("arm", "") for row in stream_rows(path)}
+            for row in stream_rows(path):
+                arm = name if len(arms) == 1 else f"{name}: {row.get('arm')}"
+                if (row.get("history") or "own") == history: yield row | {"arm": arm}
 
-def compare_folders(folders: list, history: str = "own") -> dict:  # as `verdict_table` returns
-    "Tables of several measurements for `numbers` and `differences`; raises `InputError` when they cannot be compared."
-    if len(folders) < 2: raise InputError("nothing to compare with", remedy="name two or more measurements")
-    if tables := verdict_table(folder_rows(folders, history)): return tables
+    if tables := verdict_table(rows()): return tables
     raise InputError(f"no verdicts with {history} history", Path(folders[0]) / "verdicts.jsonl", field="history")

@@ -227,7 +227,7 @@ for function in (convert, doctor, version): verb(app, function, function.__name_
 ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a default or options without one)}
     "sample": ("sampling", "write_sample", "out"), "design": ("sampling", "write_design", "annotators", "out"),
     "page": ("page", "write_pages"), "serve": ("serve", "serve_annotation", "items"),
-    "export": ("serve", "export_annotations"), "agree": ("consensus", "write_agreement", "out"),
+    "export": ("serve", "export_annotations"), "agree": ("agreement", "write_agreement", "out"),
     "pairs": ("task", "write_pairs", "out"), "prefer": ("preference", "write_preferences", "out"),
     "to-tool": ("exchange", "to_tool", "out"), "from-tool": ("exchange", "from_tool", "out")}
 

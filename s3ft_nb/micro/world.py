@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ..core.records import Check, Sample, SystemPrompt, conversation, message
 from ..core.files import read_json, resource, stable_id, write_json
-from ..judging.checks import contains_all, contains_any, follows
+from ..judging.checks import CHECKS, follows
 from ..judging.rubric import label_of
 
 # %% ../../nbs/micro/00_world.ipynb #c301e17b
@@ -181,7 +181,7 @@ def dress(plain: str, asked: Asked, chosen: list, rng: random.Random) -> str:  #
 # %% ../../nbs/micro/00_world.ipynb #eefc6153
 def fits(response: str, asked: Asked) -> bool:  # Whether it does
     "Whether a response answers the user."
-    return contains_all(response, list(asked.needs)) and not contains_any(response, list(asked.forbids))
+    return CHECKS["contains_all"](response, asked.needs) and CHECKS["contains_none"](response, asked.forbids)
 
 
 def true_label(response: str, system_prompt: str, asked: Asked) -> str:  # One of the five labels

@@ -155,17 +155,16 @@ def compare(
     seed: int = 0,  # Random seed
 ):
     "Compare measurements of the same conversations: paired differences, plots, and what may be said about them."
-    from s3ft_nb.measure import benchmarks, compare as room
-    from s3ft_nb.measure.metrics import numbers
+    from s3ft_nb.measure import benchmarks, metrics
     from s3ft_nb.report import tables
     from s3ft_nb.report.page import measurement_section, write_report
     out = out or Path("runs") / f"compare-{'-'.join(run.resolve().stem for run in runs)}"[:120]
     if all(run.is_dir() for run in runs):
-        read = room.compare_folders(runs, history)
-        write_rows(out / "numbers.jsonl", numbers(read) + room.differences(read, minus, seed=seed))
+        read = metrics.compare_folders(runs, history)
+        write_rows(out / "numbers.jsonl", metrics.numbers(read) + metrics.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *room.conversations_to_show(rows)]
+    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *metrics.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
     page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]
@@ -228,7 +227,7 @@ for function in (convert, doctor, version): verb(app, function, function.__name_
 ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a default or options without one)}
     "sample": ("sampling", "write_sample", "out"), "design": ("sampling", "write_design", "annotators", "out"),
     "page": ("page", "write_pages"), "serve": ("serve", "serve_annotation", "items"),
-    "export": ("serve", "export_annotations"), "agree": ("consensus", "write_agreement", "out"),
+    "export": ("serve", "export_annotations"), "agree": ("agreement", "write_agreement", "out"),
     "pairs": ("task", "write_pairs", "out"), "prefer": ("preference", "write_preferences", "out"),
     "to-tool": ("exchange", "to_tool", "out"), "from-tool": ("exchange", "from_tool", "out")}
 

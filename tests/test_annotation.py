@@ -11,8 +11,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from s3ft_nb.annotation.agreement import agreement_numbers, alpha, label_counts
-from s3ft_nb.annotation.consensus import adjudication, dawid_skene, fit_votes, label_noise, settle_labels
+from s3ft_nb.annotation.agreement import adjudication, agreement_numbers, alpha, dawid_skene, fit_votes, label_noise, settle_labels, votes_of
 from s3ft_nb.annotation.exchange import character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
 from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, preference_numbers, win_numbers
 from s3ft_nb.annotation.sampling import assign_items, mix_gold, most_useful, stratified_sample
@@ -247,7 +246,7 @@ def test_votes_in_any_order_give_the_same():
     rows = simulate(truth, "a", 0.2, 0) + simulate(truth, "b", 0.2, 0) + simulate(truth, "c", 0.2, 0)
     mixed = random.Random(0).sample(rows, len(rows))
     assert settle_labels(rows, "dawid_skene") == settle_labels(mixed, "dawid_skene") and settle_labels(rows) == settle_labels(mixed)
-    queues = [adjudication(given, dawid_skene(given)) for given in (rows, mixed)]
+    queues = [adjudication(dawid_skene(given)) for given in (rows, mixed)]
     assert queues[0] and [row["sample_id"] for row in queues[0]] == [row["sample_id"] for row in queues[1]]
 
 
@@ -257,7 +256,7 @@ def test_few_and_unanimous_votes():
     with pytest.raises(InputError, match="annotated by two people"): label_noise([])
     assert settle_labels(alone, "dawid_skene", gold={"s": "good"}) == {"s": "good"}
     unanimous = [note(f"s{i}", a, "good") for i in range(9) for a in "abc"]
-    assert all(row["mean"] < 0.1 for row in label_noise(unanimous)) and not adjudication(unanimous, dawid_skene(unanimous))
+    assert all(row["mean"] < 0.1 for row in label_noise(unanimous)) and not adjudication(dawid_skene(unanimous))
     assert alpha(unanimous)["mean"] is None
     assert label_noise([note("s", "a", "good"), note("s", "b", "good")])[0]["low"] is None
 
@@ -407,4 +406,4 @@ def test_foreign_exports_are_refused_in_one_line(tasks):
 
 
 def test_counts_of_labels_refuse_repeats():
-    with pytest.raises(InputError, match="labelled a sample twice"): label_counts([note("s", "a", "good"), note("s", "a", "all_bad")])
+    with pytest.raises(InputError, match="labelled a sample twice"): votes_of([note("s", "a", "good"), note("s", "a", "all_bad")])

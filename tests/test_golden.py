@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from s3ft_nb.core.files import iter_lines
-from s3ft_nb.measure.compare import differences
-from s3ft_nb.measure.metrics import numbers
+from s3ft_nb.measure.metrics import differences, numbers
 from s3ft_nb.measure.verdicts import verdict_table
 
 RECORDED = Path(__file__).parent / "fixtures/recorded"

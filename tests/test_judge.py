@@ -14,8 +14,8 @@ from s3ft_nb.core.files import resource
 from s3ft_nb.core.records import Check, Message, Response, Rule
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.checks import follows
-from s3ft_nb.judging.judge import find_quote, judge_agreement, label_probabilities, make_judge, read_labels, rule_request, verdicts
-from s3ft_nb.judging.pairs import judge_pairs, pair_outcome, pair_summary, position_bias
+from s3ft_nb.judging.judge import (judge_agreement, judge_pairs, label_probabilities, make_judge, pair_outcome, pair_summary, read_labels, read_words,
+                                   rule_request, verdicts)
 from s3ft_nb.judging.rubric import LETTERS, RUBRIC, blocks, judge_messages, judge_system, shown_turn
 
 
@@ -128,7 +128,7 @@ def test_calibration_and_threshold_reach_the_verdict():
     ("I am\n  the BEST!", "i am the best", "I am\n  the BEST"), ("a.b", "a.b", "a.b"), ("axb", "a.b", None), ("(((", "((", "(("), ("short", "much longer than the response", None), ("海很安静。", "安静", "安静"),
 ])
 def test_evidence_is_found_or_not(response, quote, found):
-    place = find_quote(quote, response)
+    place = read_words({"text": f"verdict: satisfied\nevidence: {quote}\nreason: It shows."}, response).evidence
     assert (place and response[slice(*place)]) == found
 
 
@@ -175,10 +175,10 @@ PAIRS = [{"id": f"p{i}", "conversation_id": f"c{i // 3}", "system_prompt": "Be s
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_judge_of_places_names_no_winner(place):
+def test_a_judge_of_places_is_found_out(place):
     rows = judge_pairs(Fake(lambda id, text: place), PAIRS)
     with pytest.warns(UserWarning, match="POSITION BIAS: the judge chose the (first|second) place in both orders 60 times"): found = pair_summary(rows)
-    assert (found["winner"], found["tie"], found["a"], found["b"]) == (None, 60, 0, 0)
+    assert (found["tie"], found["a"], found["b"], found["win_rate"]["mean"]) == (60, 0, 0, 0.5)
 
 
 def test_a_leaning_judge_is_found_out_and_a_fair_one_is_not():
@@ -186,10 +186,10 @@ def test_a_leaning_judge_is_found_out_and_a_fair_one_is_not():
     shown_first = lambda text: int(text.index("Oh, hm") > text.index("HELLO"))  # the place of response a
     leaning = Fake(lambda id, text: 0 if rng.random() < 0.5 else shown_first(text))
     fair = Fake(lambda id, text: shown_first(text) if rng.random() < 0.9 else 1 - shown_first(text))
-    with pytest.warns(UserWarning, match="POSITION BIAS"): assert pair_summary(judge_pairs(leaning, PAIRS))["winner"] is None
+    with pytest.warns(UserWarning, match="POSITION BIAS"): pair_summary(judge_pairs(leaning, PAIRS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pair_summary(judge_pairs(fair, PAIRS))["winner"] == "a"
+        assert pair_summary(judge_pairs(fair, PAIRS))["win_rate"]["low"] > 0.5
 
 
 def test_a_merely_unsure_judge_is_rarely_called_biased():
@@ -197,6 +197,8 @@ def test_a_merely_unsure_judge_is_rarely_called_biased():
     alarms = 0
     for _ in range(400):
         answers = rng.choice(["A", "B"], (60, 2))
-        rows = [dict(zip(("winner", "place"), pair_outcome(*both))) for both in answers.tolist()]
-        alarms += position_bias(rows)["warning"].startswith("POSITION")
+        rows = [dict(zip(("winner", "place"), pair_outcome(*both)), conversation_id="c") for both in answers.tolist()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alarms += pair_summary(rows)["warning"].startswith("POSITION")
     assert alarms / 400 <= 0.06

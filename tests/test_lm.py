@@ -15,10 +15,9 @@ from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model
 
 from s3ft_nb.core.files import InputError
 from s3ft_nb.lm import engine as engines
-from s3ft_nb.lm.control import control_tokens
 from s3ft_nb.lm.labels import stop_ids
 from s3ft_nb.lm.model import load, model_hash
-from s3ft_nb.lm.template import chat_template, prompt_ids
+from s3ft_nb.lm.template import chat_template, control_tokens, prompt_ids
 
 POLICY = {"llama": "native", "qwen3": "native", "gemma": "first_user"}
 

@@ -10,8 +10,7 @@ from scipy.stats import CensoredData, ecdf
 
 from s3ft_nb.core.files import InputError, write_rows
 from s3ft_nb.core.records import Verdict
-from s3ft_nb.measure.compare import compare_folders, differences
-from s3ft_nb.measure.metrics import numbers
+from s3ft_nb.measure.metrics import compare_folders, differences, numbers
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report.tables import outcome
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from s3ft_nb.core.files import InputError, write_json, write_rows
-from s3ft_nb.measure.compare import compare_folders, differences
-from s3ft_nb.measure.metrics import METRICS, numbers
+from s3ft_nb.measure.metrics import METRICS, compare_folders, differences, numbers
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report import figures
 from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_report, write_section

@@ -39,9 +39,8 @@ def quoted(text: str, language: str) -> str:
     return re.sub(rf"(?im)^(?=[^\S\n]*(?:{headings}))", "> ", re.sub(r"\r\n?|[\v\f\x85\u2028\u2029]", "\n", text))
 
 
-def shown_turn(message, language: str) -> str:  # message: `{"role", "content"}` or a `Message`, user or assistant
+def shown_turn(row: dict, language: str) -> str:  # row: `{"role", "content"}`, user or assistant
     "One earlier message under its speaker's name."
-    row = message if isinstance(message, dict) else message.model_dump()
     role, names = row["role"], words_of(language)["names"]
     if role not in names:
         raise InputError(f"a {role} message inside the prompt", field="prompt", remedy="pass the system prompt apart")
@@ -51,17 +50,17 @@ def shown_turn(message, language: str) -> str:  # message: `{"role", "content"}`
 
 def blocks(
     system_prompt: str,  # The setting
-    prompt: list,  # Messages before the response, without the system message; the last is the user's
+    prompt: list,  # Messages or dicts before the response, without the system message; the last is the user's
     response: str | None = None,  # Response to show; None leaves its block out
     language: str = "en",  # en or zh
 ) -> str:  # User message of a judge or restyle request
     "The setting, conversation, last message and response; raises `InputError` when the last message is not the user's."
-    words, turns = words_of(language), [shown_turn(message, language) for message in prompt]
-    if not turns or not turns[-1].startswith(words["names"]["user"]):
+    words, rows = words_of(language), [one if isinstance(one, dict) else one.model_dump() for one in prompt]
+    turns = [shown_turn(row, language) for row in rows]
+    if not rows or rows[-1]["role"] != "user":
         raise InputError("the prompt does not end with a user message", field="prompt", remedy="cut it after one")
-    parts = {"setting": quoted(system_prompt, language), "conversation": "\n".join(turns[:-1]) or words["none"]}
-    last = prompt[-1]["content"] if isinstance(prompt[-1], dict) else prompt[-1].content
-    parts["last"] = quoted(last, language)
+    parts = {"setting": quoted(system_prompt, language), "conversation": "\n".join(turns[:-1]) or words["none"],
+             "last": quoted(rows[-1]["content"], language)}
     if response is not None: parts["response"] = quoted(response, language)
     return "\n".join(f"{words['blocks'][key]}\n{text}" for key, text in parts.items())
 
@@ -78,7 +77,5 @@ def judge_system(language: str = "en") -> str:
 
 def judge_messages(system_prompt: str, prompt: list, response: str, language: str = "en") -> list[dict]:
     "Request that asks for the label of one response; see `blocks`."
-    return [
-        {"role": "system", "content": judge_system(language)},
-        {"role": "user", "content": blocks(system_prompt, prompt, response, language)},
-    ]
+    return [{"role": "system", "content": judge_system(language)},
+            {"role": "user", "content": blocks(system_prompt, prompt, response, language)}]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s3ft_nb.annotation.consensus import settle_labels
+from s3ft_nb.annotation.agreement import settle_labels
 from s3ft_nb.annotation.sampling import most_useful, stratified_sample
 from s3ft_nb.annotation.task import simulate
 from s3ft_nb.core.stage import rows_hash, Stage

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..core.records import Check, Sample, SystemPrompt, conversation, message
 from ..core.files import read_json, resource, stable_id
-from ..judging.checks import contains_all, contains_any, follows
+from ..judging.checks import CHECKS, follows
 from ..judging.rubric import label_of
 
 # %% ../../nbs/micro/00_world.ipynb #c301e17b
@@ -161,7 +161,7 @@ def dress(plain: str, asked: Asked, chosen: list, rng: random.Random) -> str:  #
 def true_label(response: str, system_prompt: str, asked: Asked) -> str:  # One of the five labels
     "The label a perfect annotator gives; a prompt that names nothing can never be applied."
     checks = checks_of(system_prompt)
-    fits = contains_all(response, asked.needs) and not contains_any(response, asked.forbids)
+    fits = CHECKS["contains_all"](response, asked.needs) and CHECKS["contains_none"](response, asked.forbids)
     return label_of(asked.applicable and bool(checks), fits, bool(checks) and follows(checks, response))
 
 # %% ../../nbs/micro/00_world.ipynb #d6c24f12

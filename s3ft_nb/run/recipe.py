@@ -36,11 +36,10 @@ def is_json(value: Any) -> bool:
 def parameters(path: Path) -> dict[str, Any]:  # {name: default}, JSON values; None accepts any type
     "Read the parameters of a notebook; raises `InputError` unless exactly one cell of literals, with `out`, is tagged."
     notebook = read_json(path)
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
-        raise InputError("is not a notebook", path, remedy="name an .ipynb file of format 4")
-    tagged = [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1:
-        raise InputError(f"has {len(tagged)} cells tagged parameters", path, remedy="tag exactly one")
+    try: tagged = [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    except (AttributeError, KeyError, TypeError):
+        raise InputError("is not a notebook", path, remedy="name an .ipynb file of format 4") from None
+    if len(tagged) != 1: raise InputError(f"has {len(tagged)} cells tagged parameters", path, remedy="tag exactly one")
     try: statements = ast.parse("".join(tagged[0]["source"])).body
     except SyntaxError as error: raise InputError(f"parameters cell does not parse: {error.msg}", path) from None
     found = {}
@@ -87,8 +86,8 @@ def read_recipe(path: Path) -> dict:
     "Read one TOML file and check its keys and types; raises `InputError` on the first mistake."
     def check(table: dict, kinds: dict[str, type], field: str = "") -> None:
         for key, value in table.items():
-            if key not in kinds or isinstance(value, kinds[key]): continue
-            raise InputError(f"must be of type {kinds[key].__name__}, got {shorten(value)}", path, field=field + key)
+            if isinstance(value, kind := kinds.get(key, object)): continue
+            raise InputError(f"must be of type {kind.__name__}, got {shorten(value)}", path, field=field + key)
 
     try: table = tomllib.loads(decode(read_bytes(path), path))
     except tomllib.TOMLDecodeError as error:
@@ -107,11 +106,9 @@ def read_recipe(path: Path) -> dict:
 def recipe_path(name: str | Path, beside: Path | None = None) -> Path:  # beside: a folder that is looked at first
     "Find a recipe by name or path; raises `InputError` that lists the known ones."
     name, bundled = str(name), resource("recipes")
-    path = Path(beside or "", Path(name).expanduser()).resolve()
-    if name.endswith(".toml") or "/" in name or "\\" in name: return path
+    if name.endswith(".toml") or "/" in name: return Path(beside or "", Path(name).expanduser()).resolve()
     if beside and (beside / f"{name}.toml").is_file(): return (beside / f"{name}.toml").resolve()
-    known = [path.stem for path in bundled.glob("*.toml")]
-    if name not in known: raise unknown("recipe", name, known)
+    if name not in (known := [path.stem for path in bundled.glob("*.toml")]): raise unknown("recipe", name, known)
     return bundled / f"{name}.toml"
 
 
@@ -149,15 +146,14 @@ def fill_places(value: Any, folders: dict[str, Path]) -> Any:  # folders: of the
 
 
 def expand_stars(value: Any, ids: list[str]) -> Any:  # ids: of all other steps
-    "One list item per step where an item names several with a star."
-    if isinstance(value, dict): return {key: expand_stars(one, ids) for key, one in value.items()}
+    "A list with one item per step where an item names several with a star; other values as they are."
     if not isinstance(value, list): return value
     out = []
     for one in value:
         star = isinstance(one, str) and re.search(r"\{step:([^{}]*\*[^{}]*)\}", one)
         found = [re.fullmatch(re.escape(star[1]).replace(r"\*", "(.*)"), id) for id in ids] if star else []
         out += [one.replace(star[0], f"{{step:{m[0]}}}").replace("{*}", m[1]) for m in found if m]
-        if not star: out.append(expand_stars(one, ids))
+        if not star: out.append(one)
     return out
 
 
@@ -165,11 +161,11 @@ def needs_of(values: dict, ids: list[str], id: str) -> tuple[str, ...]:  # value
     "The steps that a step's values name; raises `InputError` on one that is not there."
     named = set()
     for key, value in values.items():
+        field = f"{id}.{key}"
         for kind, name in PLACE.findall(json.dumps(value, ensure_ascii=False)):
             if kind == "data": resource("data", name)
-            elif "*" in name:
-                raise InputError(f"{{step:{name}}} names several steps", field=f"{id}.{key}", remedy="use a list")
-            elif name not in ids: raise unknown("step", name, ids, field=f"{id}.{key}")
+            elif "*" in name: raise InputError(f"{{step:{name}}} names several steps", field=field, remedy="use a list")
+            elif name not in ids: raise unknown("step", name, ids, field=field)
             else: named.add(name)
     return tuple(name for name in ids if name in named)
 
@@ -181,7 +177,7 @@ class Step:
     id: str  # Name of the step and of its folder
     group: str  # Its name in the recipe, the same for all steps made by `each`
     notebook: Path  # The chain notebook, absolute
-    defaults: dict  # The notebook's parameters
+    defaults: dict  # The notebook's parameters but `out`
     stated: dict  # Values that the recipe has for this step
     cost: dict  # How much work it is, see `run.plan`
     values: dict  # Every parameter but `out`, places not filled in
@@ -218,28 +214,26 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
 
 def running_order(steps: list[Step], path: Path) -> list[Step]:
     "Sort steps by their needs, else as in the file; raises `InputError` when they need each other."
-    ordered, waiting = [], list(steps)
+    ordered, waiting = [], {step.id: step for step in steps}
     while waiting:
-        due = [step.id for step in waiting]
-        ready = [step for step in waiting if not {*step.needs} & {*due}]
-        text = f"steps need each other in a circle: {', '.join(due)}"
+        ready = next((step for step in waiting.values() if not waiting.keys() & {*step.needs}), None)
+        text = f"steps need each other in a circle: {', '.join(waiting)}"
         if not ready: raise InputError(text, path, field="steps", remedy="drop one {step:...}")
-        ordered.append(ready[0])
-        waiting.remove(ready[0])
+        ordered.append(waiting.pop(ready.id))
     return ordered
 
 # %% ../../nbs/run/00_recipe.ipynb #c643f843
-def setting_value(text: str, default: Any, field: str) -> Any:
+def setting_value(text: str, default: Any, key: str) -> Any:
     "Read a setting's value for a parameter; raises `InputError` on another type than the default's."
     try: value = text if "\n" in text else tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError: value = text
     if not is_json(value) or isinstance(default, str) and not isinstance(value, str): value = text
-    return check_type(value, default, field=f"--set {field}")
+    return check_type(value, default, field=f"--set {key}")
 
 
-def steps_taking(steps: list[Step], name: str, key: str) -> list[Step]:  # name: of a step, or "" for a shared parameter
+def steps_taking(steps: list[Step], place: str) -> list[Step]:  # place: step.key, or the key of a shared parameter
     "The steps that a setting is for; raises `InputError` when there is none, or they state different values."
-    field = f"--set {name}.{key}" if name else f"--set {key}"
+    (name, _, key), field = place.rpartition("."), f"--set {place}"
     named = [step for step in steps if name in ("", step.id, step.group)]
     if not named: raise unknown("step", name, [step.id for step in steps], field=field)
     if key == "out": raise InputError("is set by the runner", field=field, remedy="choose the run folder with --out")
@@ -258,13 +252,13 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
     "What the command line sets for which step, the last of equal ones; raises `InputError` on what cannot be set."
     given, parts = {step.id: {} for step in steps}, []
     for text in settings:
-        key, equals, value = text.partition("=")
-        step, _, name = key.strip().rpartition(".")
-        if not (equals and name): raise InputError(f"--set {shorten(text)} is not key=value", remedy="like seed=1")
-        parts.append((step, name, value.strip()))
-    for name, key, text in sorted(parts, key=lambda part: part[0] != ""):
-        for step in steps_taking(steps, name, key):
-            given[step.id][key] = setting_value(text, step.defaults[key], f"{name}.{key}" if name else key)
+        place, equals, value = map(str.strip, text.partition("="))
+        if not equals or not place or place[-1] == ".":
+            raise InputError(f"--set {shorten(text)} is not key=value", remedy="like seed=1")
+        parts.append((place, value))
+    for place, text in sorted(parts, key=lambda part: "." in part[0]):
+        key = place.rpartition(".")[2]
+        for step in steps_taking(steps, place): given[step.id][key] = setting_value(text, step.defaults[key], place)
     return given
 
 # %% ../../nbs/run/00_recipe.ipynb #b227e038
@@ -292,18 +286,17 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         return {"file": next((path for path, tree in layers if holds(tree)), layers[0][0]), "field": ".".join(keys)}
 
     def fit(given: dict, *keys: str) -> dict:  # values checked against the notebook
-        return {key: check_type(value, known[key], **at(*keys, key)) for key, value in given.items() if key in free}
+        return {key: check_type(value, free[key], **at(*keys, key)) for key, value in given.items() if key in free}
 
     steps, taken, bundled = {}, set(), resource("notebooks")
     for group, own in table["steps"].items():
         if own.get("skip"): continue
-        place, name = at("steps", group, "notebook"), own.get("notebook")
-        if not name: raise InputError("is missing", **place, remedy="name a chain notebook")
+        place, name = at("steps", group, "notebook"), own.get("notebook", "")
         notebook = next((file for file in (place["file"].parent / name, bundled / name) if file.is_file()), None)
         names = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
         if not notebook: raise unknown("notebook", name, names, **place)
-        known = parameters(notebook)
-        free = {key: known[key] for key in known if key != "out"}
+        free = {key: value for key, value in parameters(notebook).items() if key != "out"}
+        taken |= free.keys()
         each = at("steps", group, "each")
         for id, given in expand_each(group, own, free, each["file"]).items():
             check_name(id, each["field"], each["file"])
@@ -312,8 +305,7 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
                 if key not in free: raise unknown("parameter", key, list(free), **at("steps", group, key))
             given = fit(given, "steps", group)
             values = free | fit(table.get("params", {}), "params") | given
-            steps[id] = Step(id, group, notebook.resolve(), known, given, own.get("cost", {}), values)
-        taken |= free.keys()
+            steps[id] = Step(id, group, notebook.resolve(), free, given, own.get("cost", {}), values)
     for key in (*layers[0][1].get("params", {}), *table.get("required", [])):  # a base may have more than is used
         if key not in taken: raise unknown("parameter", key, [*taken], **at("params", key) | {"field": "params"})
     return list(steps.values())
@@ -322,9 +314,8 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
 def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name or path; key=value or step.key=value
     "Read and check a recipe; raises `InputError` on the first thing wrong with it, its notebooks or the settings."
     layers = read_layers(recipe_path(name))
-    path, table = layers[0][0], reduce(merge, [layer for _, layer in reversed(layers)])
-    title = layers[0][1].get("name", "")
-    check_name(title, "name", path)
+    (path, own), table = layers[0], reduce(merge, [layer for _, layer in reversed(layers)])
+    check_name(title := own.get("name", ""), "name", path)
     if not table.get("steps"): raise InputError("is empty", path, field="steps", remedy="add a table [steps.NAME]")
     steps = check_steps(layers, table)
     given = read_settings(steps, settings)
@@ -332,8 +323,8 @@ def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name o
     for _ in range(2):  # the second time, a star gathers steps in running order
         ids = [step.id for step in steps]
         for i, step in enumerate(steps):
-            values = expand_stars(stated[step.id], [id for id in ids if id != step.id])
-            values = {key: absolute(key, value, f"{step.id}.{key}") for key, value in values.items()}
+            values = {key: absolute(key, expand_stars(value, [id for id in ids if id != step.id]), f"{step.id}.{key}")
+                      for key, value in stated[step.id].items()}
             steps[i] = replace(step, values=values, needs=needs_of(values, ids, step.id))
         steps = running_order(steps, path)
     for key in table.get("required", []):

@@ -9,10 +9,10 @@ __all__ = ['Split', 'History', 'Label', 'BLANKS', 'Span', 'STANCES', 'is_blank',
 
 # %% ../../nbs/core/01_records.ipynb #cbf56c64
 import unicodedata
+from operator import not_
 from typing import Annotated, Any, Literal
 
-from pydantic import (AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_serializer,
-                      model_validator)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
 
 from .files import InputError, parse_json, row_of, stable_id
 
@@ -193,18 +193,13 @@ class Annotation(Row):
     label: Label
     seconds: float | None = Field(default=None, ge=0)  # Time it took
     note: str = ""
-    spans: list[Span] = []  # Offending words of the response, characters
-    position: int | None = Field(default=None, ge=1)  # 1 = the first that the annotator labelled
+    spans: list[Span] = Field(default=[], exclude_if=not_)  # Offending words of the response, characters
+    position: int | None = Field(default=None, ge=1, exclude_if=not_)  # 1 = the first that the annotator labelled
 
     @field_validator("spans", mode="before")
     @classmethod
     def from_cell(cls, spans: Any) -> Any:
         return parse_json(spans) if isinstance(spans, str) else spans  # a cell of a CSV file
-
-    @model_serializer(mode="wrap")
-    def without_gaps(self, dump):
-        gaps = [name for name in ("spans", "position") if not getattr(self, name)]
-        return {name: value for name, value in dump(self).items() if name not in gaps}
 
 
 class Pair(Turn):

@@ -109,10 +109,10 @@ class Ledger:
     def as_dict(self) -> dict:  # The same for the same events in any order
         "The ledger as it is saved."
         reasons = Counter(one["reason"] for one in self.dropped)
-        counts = {"stage": self.stage, "rows_in": self.rows_in, "rows_out": self.rows_out}
-        if self.expected is not None: counts["expected"] = self.expected
-        return counts | {"reasons": dict(sorted(reasons.items())), "notes": dict(sorted(self.notes.items())),
-                         "dropped": sorted(self.dropped, key=lambda one: tuple(one.values()))}
+        expected = {} if self.expected is None else {"expected": self.expected}
+        return {"stage": self.stage, "rows_in": self.rows_in, "rows_out": self.rows_out, **expected,
+                "reasons": dict(sorted(reasons.items())), "notes": dict(sorted(self.notes.items())),
+                "dropped": sorted(self.dropped, key=lambda one: tuple(one.values()))}
 
     def save(self) -> Path:  # The file written
         "Write the ledger to its path."
@@ -174,15 +174,11 @@ class Stage:
         part.usage, part.parent = self.usage, self
         return part
 
-    def map(
-        self,
-        rows: list,  # Rows or dicts
-        work: Callable[[list, int], list],  # (rows of a shard, its seed) -> rows; may use `ledger` and `progress`
-        claim: Any = (),  # What else the result depends on, such as engine and parameters; JSON values
-        unit: str = "rows",  # What progress counts
-        title: str = "",  # Of the progress
-    ) -> list[dict]:  # What `work` gave for all shards, in order, as read from disk
-        "Work shard by shard; raises `InputError` when the folder holds shards of other rows or parameters."
+    def map(self, rows: list, work: Callable[[list, int], list], claim: Any = (), unit: str = "rows",
+            title: str = "") -> list[dict]:  # What `work` gave for all shards, in order, as read from disk
+        """Do `work(rows, seed) -> rows` shard by shard; it may use `ledger` and `progress`, which counts `unit`.
+        `claim`: JSON values on which the result depends besides the rows, such as engine and parameters.
+        Raises `InputError` when the folder holds shards of other rows or parameters."""
         folder, step, done = self.folder / "shards", self.shard_size, []
         claim = {"rows": rows_hash(rows), "fingerprint": stable_id(claim), "shard_size": step, "seed": self.seed}
         claim_shards(folder, claim, self.fresh)

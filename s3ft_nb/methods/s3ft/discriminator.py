@@ -19,7 +19,7 @@ from ...core.records import Sample, Score
 from ...core.stage import Ledger, Stage
 from ...judging.judge import label_probabilities
 from ...judging.rubric import LABELS, LETTERS, judge_messages
-from ...lm.engine import ask_scores
+from ...lm.engine import ask
 from ...lm.train import sft
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #5cf0ef32
@@ -95,8 +95,7 @@ def score_samples(
     claim: Any = (),  # What else the scores depend on, such as a hash of the adapter
 ) -> list[Score]:  # Uncalibrated, one per sample, in order
     "Ask the discriminator about every sample."
-    found = ask_scores([label_request(sample, language) for sample in samples], list(LETTERS.values()), engine, stage,
-                       claim)
+    found = ask([label_request(sample, language) for sample in samples], engine, stage, claim, labels=list(LETTERS.values()))
     return [Score(sample_id=one["id"], probabilities=by_label(one["logprobs"]),
                   outside=one["outside"]) for one in found]
 

@@ -28,7 +28,7 @@ from ..core.stats import cohen_kappa, number_row, rate
 from .checks import assert_check, evidence_of, run_check
 from .rubric import LABELS, LETTERS, blocks, judge_messages, quoted, words_of
 from .rules import rules_finder
-from ..lm.engine import Engine, ask, ask_scores
+from ..lm.engine import Engine, ask
 from ..lm.labels import fit_context
 
 # %% ../../nbs/judging/04_judge.ipynb #1e6c9843
@@ -188,10 +188,8 @@ def make_judge(
     def put(due: list, way: str, labels: list[str] | None = None) -> list[dict]:  # scores, or texts without labels
         asked = [{"id": f"{row.id}/{rule.id}", "messages": rule_request(rule, prompt, row.response, language, way)}
                  for row, rule, prompt in due]
-        if stage is None: return engine.score(asked, labels) if labels else engine.generate(asked)
-        part = stage.part(f"{way}-{stable_id(asked, n=6)}")
-        if labels: return ask_scores(asked, labels, engine, part, claim)
-        return ask(asked, engine, part, claim, errors="keep")
+        part = stage and stage.part(f"{way}-{stable_id(asked, n=6)}")
+        return ask(asked, engine, part, claim, "raise" if labels else "keep", labels=labels)
 
     def judgements(due: list) -> list[Judgement]:
         if way == "discriminator":

@@ -19,7 +19,7 @@ from ...core.records import Sample, Score
 from ...core.stage import Ledger, Stage
 from ...judging.judge import label_probabilities
 from ...judging.rubric import LABELS, LETTERS, judge_messages
-from ...lm.engine import ask_scores
+from ...lm.engine import ask
 from ...lm.train import sft
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #5cf0ef32
@@ -82,7 +82,7 @@ def score_samples(
     "Ask the discriminator about every sample."
     requests = [label_request(sample, language) for sample in samples]
     return [Score(sample_id=one["id"], probabilities=label_probabilities(one["logprobs"]), outside=one["outside"])
-            for one in ask_scores(requests, list(LETTERS.values()), engine, stage, claim)]
+            for one in ask(requests, engine, stage, claim, labels=list(LETTERS.values()))]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #cf9d050c
 def log_probabilities(scores: list[Score]) -> np.ndarray:  # (samples, labels) nats, columns as in `LABELS`

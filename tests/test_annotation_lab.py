@@ -25,7 +25,7 @@ from s3ft_nb.core.files import write_rows
 
 chromium()
 CODE = """from s3ft_nb.annotation.task import read_task
-from s3ft_nb.annotation.widget import annotate
+from s3ft_nb.annotation.page import annotate
 widget = annotate(read_task("items.jsonl"), "labels.jsonl", "ann")
 widget"""
 

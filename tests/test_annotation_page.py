@@ -388,7 +388,7 @@ window.leave = await widget.render({{ model, el: document.getElementById("el") }
 def widget_page(page, tmp_path, made, file, who="ann"):
     "The widget's own script under a model with anywidget's interface, wired to the Python side of the widget."
     pytest.importorskip("anywidget")
-    from s3ft_nb.annotation.widget import annotate
+    from s3ft_nb.annotation.page import annotate
     python, out = annotate(made, file, who), []
     python.send = out.append
 

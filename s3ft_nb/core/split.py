@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'normalize', 'near_duplicate', 'families', 'leaking', 'assert_no_leak', 'check_unique', 'draw_families',
-           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations',
-           'split_by_conversation']
+           'split_prompts', 'conversation_text', 'split_conversations', 'split_by_conversation']
 
 # %% ../../nbs/core/05_split.ipynb #139c5520
 import random
@@ -90,19 +89,16 @@ def draw_families(prompts: list[SystemPrompt], sides: dict[str, str], eval_fract
     return {family: "eval" if family in chosen else "train" for family in undecided}
 
 
-def split_prompts(
-    prompts: list[SystemPrompt], seed: int,
-    eval_fraction: float = 0.1,  # Part of each type for evaluation, in (0, 1)
-    held_out_type: str | None = None,  # Type that is only evaluated
-    ledger: Ledger | None = None,
-) -> tuple[list[SystemPrompt], list[SystemPrompt]]:  # Training and evaluation half
-    "Split prompts per type by family; raises `InputError` on a repeated id, an unknown type or a wrong fraction."
+def split_prompts(prompts: list[SystemPrompt], seed: int, eval_fraction: float = 0.1, held_out_type: str | None = None,
+                  ledger: Ledger | None = None) -> tuple[list[SystemPrompt], list[SystemPrompt]]:
+    """Split prompts by family: `eval_fraction`, in (0, 1), of each type and all of `held_out_type` are for evaluation.
+    Raises `InputError` on a repeated id, an unknown type or a wrong fraction."""
     types, ledger = sorted({row.type for row in prompts}), ledger or Ledger("split")
-    remedy = f"use one of {', '.join(types)}"
     if not 0 < eval_fraction < 1:
         raise InputError(f"must be between 0 and 1, got {eval_fraction}", field="eval_fraction", remedy="use 0.1")
     if held_out_type not in (None, *types):
-        raise InputError(f"no prompts of type {held_out_type!r}", field="held_out_type", remedy=remedy)
+        problem = f"no prompts of type {held_out_type!r}"
+        raise InputError(problem, field="held_out_type", remedy=f"use one of {', '.join(types)}")
     check_unique(prompts)
     rows, sides = [], {}
     for row in families(prompts):
@@ -125,37 +121,23 @@ def conversation_text(conversation: Conversation, n_messages: int | None = None)
     return "\n".join(normalize(content) for content in contents[:n_messages])
 
 
-def drop_repeated(conversations: list[Conversation], ledger: Ledger) -> list[Conversation]:
-    "Drop conversations with the text of another; one that names its split is the one that stays."
-    first = {}
-    for row in sorted(conversations, key=lambda row: row.split is None):
-        first.setdefault((conversation_text(row), row.split), row)
-    decided = {text for text, split in first if split}
-    kept = {row.id for (text, split), row in first.items() if split or text not in decided}
-    for row in conversations:
-        if row.id not in kept: ledger.drop(row.id, "repeated")
-    return [row for row in conversations if row.id in kept]
-
-
-def draw_sides(conversations: list[Conversation], n_eval: int, seed: int) -> dict[str, str]:  # {id: train or eval}
-    "Split conversations by opening exchange: as they say themselves, else at random."
-    groups, sides = {}, {}
-    for row in conversations: groups.setdefault(conversation_text(row, 2), []).append(row)
-    for key in sorted(groups, key=lambda key: (not any(row.split for row in groups[key]), stable_id(seed, key))):
-        named, n = {row.split for row in groups[key] if row.split}, list(sides.values()).count("eval")
-        side = min(named) if named else "eval" if n + len(groups[key]) <= n_eval else "train"
-        sides |= {row.id: row.split or side for row in groups[key]}
-    return sides
-
-
 def split_conversations(conversations: list[Conversation], n_train: int, n_eval: int, seed: int,
                         ledger: Ledger | None = None) -> tuple[list[Conversation], list[Conversation]]:
-    "Draw both halves; raises `InputError` on a repeated id, a text in both, or too few conversations for two halves."
+    """Draw both halves: repeated texts leave, and what opens alike goes as it says itself, else together at random.
+    Raises `InputError` on a repeated id, or too few conversations for two halves."""
     ledger, halves = ledger or Ledger("split"), []
     if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="use 1 or more")
     check_unique(conversations)
-    rows = drop_repeated(conversations, ledger)
-    sides = draw_sides(rows, max(1, round(min(1.0, len(rows) / (n_train + n_eval)) * n_eval)), seed)
+    first, groups, sides = {}, {}, {}  # by text, by opening exchange, by id
+    for row in sorted(conversations, key=lambda row: ("eval", "train", None).index(row.split)):
+        if first.setdefault(conversation_text(row), row.id) != row.id: ledger.drop(row.id, "repeated")
+    rows = [row for row in conversations if first[conversation_text(row)] == row.id]
+    n_eval_due = max(1, round(min(1.0, len(rows) / (n_train + n_eval)) * n_eval))
+    for row in rows: groups.setdefault(conversation_text(row, 2), []).append(row)
+    for key in sorted(groups, key=lambda key: (not any(row.split for row in groups[key]), stable_id(seed, key))):
+        named, n = {row.split for row in groups[key] if row.split}, list(sides.values()).count("eval")
+        side = min(named) if named else "eval" if n + len(groups[key]) <= n_eval_due else "train"
+        sides |= {row.id: row.split or side for row in groups[key]}
     for side, wanted in (("train", n_train), ("eval", n_eval)):
         half = sorted((row for row in rows if sides[row.id] == side), key=lambda row: stable_id(seed, row.id))
         for row in half[wanted:]: ledger.drop(row.id, "not_drawn", side)
@@ -165,11 +147,6 @@ def split_conversations(conversations: list[Conversation], n_train: int, n_eval:
     if not all(halves):
         raise InputError(f"{len(rows)} different conversations cannot fill both halves", field="conversations",
                          remedy="bring at least a dozen conversations with different openings")
-    texts = {conversation_text(row): row.id for row in halves[0]}
-    for row in halves[1]:
-        if same := texts.get(conversation_text(row)):
-            raise InputError(f"evaluation conversation {row.id} is also training conversation {same}",
-                             remedy="give both one split, or drop one")
     return halves[0], halves[1]
 
 # %% ../../nbs/core/05_split.ipynb #3b116606

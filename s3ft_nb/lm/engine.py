@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Engine', 'pad_left', 'draws', 'choose', 'step', 'n_shared', 'prefill', 'forbidden', 'write',
-           'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'ask_scores', 'make_engine']
+           'pieces', 'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'make_engine']
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
@@ -30,13 +30,15 @@ class Engine(Protocol):
     name: str  # For reports and claims of shards
 
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
-        """`{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept."""
+        """`{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
+        With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can."""
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         """`{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else."""
 
     def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
-        """`{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats."""
+        """`{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
+        With `pieces` in the request, these of the response's tokens."""
 
 # %% ../../nbs/lm/06_engine.ipynb #19b0934a
 def pad_left(rows: list[list[int]], pad_id: int, device: str) -> tuple:
@@ -111,11 +113,13 @@ def forbidden(lm: LM, stops: list[int]) -> torch.Tensor:  # (vocabulary,) True o
 
 
 @torch.inference_mode()
-def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: float, top_p: float) -> tuple:
-    "Generate token by token: (ids of each response with what ended it, shared tokens); drawn: (prompts, longest)."
+def write(lm: LM, prompts: list, drawn: np.ndarray, temperature: float, top_p: float, scored: bool = False) -> tuple:
+    """Generate token by token: (ids of each response with what ended it, shared tokens, log-probabilities if scored).
+    drawn: (prompts, longest)."""
     stops, model = stop_ids(lm.tokenizer), lm.model.get_base_model() if hasattr(lm.model, "peft_config") else lm.model
     banned, ends = forbidden(lm, stops), torch.tensor(stops, device=lm.device)
-    drawn, rows, written = torch.tensor(drawn, device=lm.device), list(range(len(prompts))), [[] for _ in prompts]
+    drawn, rows = torch.tensor(drawn, device=lm.device), list(range(len(prompts)))
+    written, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     logits, cache, mask, shared = prefill(lm, prompts)
     usual = model.config._attn_implementation
     if change := lm.device == "cpu" and usual == "sdpa": model.set_attn_implementation("eager")
@@ -123,6 +127,8 @@ def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: floa
         for turn in range(drawn.shape[1]):
             ids = choose(logits.masked_fill(banned, -torch.inf), drawn[:, turn], temperature, top_p)
             for row, id in zip(rows, ids[:, 0].tolist()): written[row].append(id)
+            found = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist() if scored else []
+            for row, logprob in zip(rows, found): logprobs[row].append(logprob)
             live = (~torch.isin(ids[:, 0], ends)).nonzero()[:, 0]
             if len(live) == 0 or turn + 1 == drawn.shape[1]: break
             if len(live) < len(rows):
@@ -133,7 +139,15 @@ def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: floa
             logits = logits[:, -1].float()
     finally:
         if change: model.set_attn_implementation(usual)
-    return written, shared
+    return written, shared, logprobs
+
+
+def pieces(tokenizer, ids: list[int], logprobs: list[float], text: str) -> list:  # [(end character, nats)], by token
+    "Where in a text that was decoded from ids each token ends, and its log-probability."
+    decoded = [tokenizer.decode(ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+               for n in range(1, len(ids) + 1)]
+    start = max(0, decoded[-1].rfind(text)) if decoded else 0
+    return [[len(part) - start, logprob] for part, logprob in zip(decoded, logprobs)]
 
 # %% ../../nbs/lm/06_engine.ipynb #4a865cb9
 def label_ids(lm: LM, labels: list[str]) -> list[int]:  # First token of each
@@ -180,19 +194,24 @@ class TransformersEngine:
 
         def work(batch: list[int]) -> list[dict]:
             drawn = np.stack([draws(seed, requests[i]["id"], prompts[i], self.max_new_tokens) for i in batch])
-            written, shared = write(self.lm, [prompts[i] for i in batch], drawn, self.temperature, self.top_p)
-            return [self.read(ids) | {"prompt_tokens": len(prompts[i]), "cached_tokens": shared * (n > 0)}
+            scored = any(requests[i].get("pieces") for i in batch)
+            written, shared, found = write(self.lm, [prompts[i] for i in batch], drawn, self.temperature, self.top_p,
+                                           scored)
+            return [self.read(ids, found[n] if scored else None) | {
+                "prompt_tokens": len(prompts[i]), "cached_tokens": shared * (n > 0)}
                     for n, (i, ids) in enumerate(zip(batch, written))]
 
         return self._in_batches(requests, prompts, work, progress, "prompt", "generated")
 
-    def read(self, ids: list[int]) -> dict:  # `text`, `tokens`, `finish`, and `reasoning` where it is kept
-        "A response as text; the token that ends it is not part of it, and reasoning is apart."
+    def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
+        "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, and `pieces` of log-probabilities."
+        written = ids
         ended, keep = ids[-1] in stop_ids(self.lm.tokenizer), self.lm.policy.reasoning == "keep"
         ids, n = ids[:-1] if ended else ids, len(ids)
         text = self.lm.tokenizer.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
         thought, text = last_thought(text) if keep else ("", text)
         row = {"text": text.strip(), "tokens": n, "finish": "stop" if ended else "length"}
+        if logprobs is not None: row["pieces"] = pieces(self.lm.tokenizer, written, logprobs, row["text"])
         return row | ({"reasoning": thought} if thought else {})
 
     @torch.inference_mode()
@@ -226,8 +245,13 @@ class TransformersEngine:
             logits, labels = step(self.lm.model, rows, mask, keep=longest + 1)[0][:, :-1].float(), labels[:, -longest:]
             picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
             n = (labels != -100).sum(-1).tolist()
-            return [{"logprob": total, "tokens": k, "prompt_tokens": len(ids[i]) - k}
+            rows = [{"logprob": total, "tokens": k, "prompt_tokens": len(ids[i]) - k}
                     for i, total, k in zip(batch, picked.double().sum(-1).tolist(), n)]
+            for i, row, given, found in zip(batch, rows, labels, picked):
+                if not requests[i].get("pieces"): continue
+                own = given != -100
+                row["pieces"] = pieces(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), requests[i]["response"])
+            return rows
 
         return self._in_batches(requests, ids, work, progress, "scored", "scored")
 
@@ -258,24 +282,22 @@ def checked(rows: list[dict], requests: list[dict], engine: Engine, errors: str 
 
 
 def ask(
-    requests: list[dict], engine: Engine, stage: Stage,  # `{"id", "messages"}` with distinct ids; stage: keeps shards
-    claim: Any = (),  # What else the responses depend on, such as temperature and a hash of the model
+    requests: list[dict], engine: Engine, stage: Stage | None,  # See `Engine`, distinct ids; None: in another's work
+    claim: Any = (),  # What else the rows depend on, such as temperature and a hash of the model
     errors: str = "raise", title: str = "",  # raise, or keep the rows `{"id", "error"}` of an engine that returns them
-) -> list[dict]:  # What `generate` returns, in the order of the requests, with the `seed` of the shard
-    "Generate responses, sharded and resumable; raises `InputError` naming the request that failed."
+    labels: list | None = None,  # To be scored
+) -> list[dict]:  # In the order of the requests; responses with the `seed` of their shard
+    """Score labels, tell the likelihood of responses that the requests hold, or generate: sharded and resumable.
+    Raises `InputError` naming the request that failed."""
+    kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
+
     def work(shard: list[dict], seed: int) -> list[dict]:
-        rows = engine.generate(shard, seed, stage.progress)
-        return [row | {"seed": seed} for row in checked(rows, shard, engine, errors)]
+        given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+        rows = checked(getattr(engine, kind)(shard, *given, progress=stage and stage.progress), shard, engine, errors)
+        return [row | {"seed": seed} for row in rows] if kind == "generate" else rows
 
-    return stage.map(requests, work, ["generate", engine.name, claim], "requests", title)
-
-
-def ask_scores(
-    requests: list[dict], labels: list[str], engine: Engine, stage: Stage, claim: Any = (), title: str = "",
-) -> list[dict]:  # What `score` returns, in the order of the requests
-    "Score labels, sharded and resumable; raises `InputError` naming the request that failed."
-    work = lambda shard, seed: checked(engine.score(shard, labels, stage.progress), shard, engine)
-    return stage.map(requests, work, ["score", labels, engine.name, claim], "requests", title)
+    if stage is None: return work(requests, 0)
+    return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
 
 # %% ../../nbs/lm/06_engine.ipynb #266c4ba6
 def make_engine(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Engine', 'pad_left', 'draws', 'choose', 'step', 'n_shared', 'prefill', 'forbidden', 'write',
-           'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'ask_scores', 'make_engine']
+           'pieces', 'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'make_engine']
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
@@ -28,10 +28,12 @@ class Engine(Protocol):
     """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
     name: str  # For reports and claims of shards
     # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
+    # With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can.
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]: ...
     # `{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else.
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]: ...
     # `{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
+    # With `pieces` in the request, these of the response's tokens.
     def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]: ...
 
 # %% ../../nbs/lm/06_engine.ipynb #19b0934a
@@ -107,11 +109,13 @@ def forbidden(lm: LM, stops: list[int]) -> torch.Tensor:  # (vocabulary,) True o
 
 
 @torch.inference_mode()
-def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: float, top_p: float) -> tuple:
-    "Generate token by token: (ids of each response with what ended it, shared tokens); drawn: (prompts, longest)."
+def write(lm: LM, prompts: list, drawn: np.ndarray, temperature: float, top_p: float, scored: bool = False) -> tuple:
+    """Generate token by token: (ids of each response with what ended it, shared tokens, log-probabilities if scored).
+    drawn: (prompts, longest)."""
     stops, model = stop_ids(lm.tokenizer), lm.model.get_base_model() if hasattr(lm.model, "peft_config") else lm.model
     banned, ends = forbidden(lm, stops), torch.tensor(stops, device=lm.device)
-    drawn, rows, written = torch.tensor(drawn, device=lm.device), list(range(len(prompts))), [[] for _ in prompts]
+    drawn, rows = torch.tensor(drawn, device=lm.device), list(range(len(prompts)))
+    written, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     logits, cache, mask, shared = prefill(lm, prompts)
     usual = model.config._attn_implementation
     if change := lm.device == "cpu" and usual == "sdpa": model.set_attn_implementation("eager")
@@ -119,6 +123,8 @@ def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: floa
         for turn in range(drawn.shape[1]):
             ids = choose(logits.masked_fill(banned, -torch.inf), drawn[:, turn], temperature, top_p)
             for row, id in zip(rows, ids[:, 0].tolist()): written[row].append(id)
+            found = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist() if scored else []
+            for row, logprob in zip(rows, found): logprobs[row].append(logprob)
             live = (~torch.isin(ids[:, 0], ends)).nonzero()[:, 0]
             if len(live) == 0 or turn + 1 == drawn.shape[1]: break
             if len(live) < len(rows):
@@ -129,7 +135,15 @@ def write(lm: LM, prompts: list[list[int]], drawn: np.ndarray, temperature: floa
             logits = logits[:, -1].float()
     finally:
         if change: model.set_attn_implementation(usual)
-    return written, shared
+    return written, shared, logprobs
+
+
+def pieces(tokenizer, ids: list[int], logprobs: list[float], text: str) -> list:  # [(end character, nats)], by token
+    "Where in a text that was decoded from ids each token ends, and its log-probability."
+    decoded = [tokenizer.decode(ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+               for n in range(1, len(ids) + 1)]
+    start = max(0, decoded[-1].rfind(text)) if decoded else 0
+    return [[len(part) - start, logprob] for part, logprob in zip(decoded, logprobs)]
 
 # %% ../../nbs/lm/06_engine.ipynb #4a865cb9
 def label_ids(lm: LM, labels: list[str]) -> list[int]:  # First token of each
@@ -172,21 +186,25 @@ class TransformersEngine:
 
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
         "See `Engine`; raises `InputError` naming a request that cannot be rendered or does not fit."
-        def work(ids: list[str], prompts: list[list[int]], _) -> list[dict]:
-            drawn = np.stack([draws(seed, *one, self.max_new_tokens) for one in zip(ids, prompts)])
-            written, shared = write(self.lm, prompts, drawn, self.temperature, self.top_p)
-            return [self.read(row) | {"prompt_tokens": len(prompt), "cached_tokens": shared * (n > 0)}
-                    for n, (prompt, row) in enumerate(zip(prompts, written))]
+        def work(batch: list[dict], prompts: list[list[int]], _) -> list[dict]:
+            longest, scored = self.max_new_tokens, any(one.get("pieces") for one in batch)
+            drawn = np.stack([draws(seed, one["id"], prompt, longest) for one, prompt in zip(batch, prompts)])
+            written, shared, found = write(self.lm, prompts, drawn, self.temperature, self.top_p, scored)
+            return [self.read(ids, found[n] if scored else None) | {
+                "prompt_tokens": len(prompt), "cached_tokens": shared * (n > 0)}
+                    for n, (prompt, ids) in enumerate(zip(prompts, written))]
 
         return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
-    def read(self, ids: list[int]) -> dict:  # `text`, `tokens`, `finish`, and `reasoning` where it is kept
-        "A response as text; the token that ends it is not part of it, and reasoning is apart."
+    def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
+        "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, and `pieces` of log-probabilities."
+        written = ids
         ended, keep = ids[-1] in stop_ids(self.lm.tokenizer), self.lm.policy.reasoning == "keep"
         ids, n = ids[:-1] if ended else ids, len(ids)
         text = self.lm.tokenizer.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
         thought, text = last_thought(text) if keep else ("", text)
         row = {"text": text.strip(), "tokens": n, "finish": "stop" if ended else "length"}
+        if logprobs is not None: row["pieces"] = pieces(self.lm.tokenizer, written, logprobs, row["text"])
         return row | ({"reasoning": thought} if thought else {})
 
     @torch.inference_mode()
@@ -209,15 +227,20 @@ class TransformersEngine:
         missing, remedy = [one["id"] for one in requests if not one.get("response")], "give each request a response"
         if missing: raise InputError(f"request {missing[0]} has no response", remedy=remedy)
 
-        def work(_, ids: list[list[int]], labels: list[list[int]]) -> list[dict]:
+        def work(batch: list[dict], ids: list[list[int]], labels: list[list[int]]) -> list[dict]:
             labels, _ = pad_left(labels, -100, self.lm.device)
             rows, mask = pad_left(ids, self.lm.tokenizer.pad_token_id, self.lm.device)
             longest = labels.shape[1] - int((labels != -100).float().argmax(-1).min())  # Of the responses
             logits, labels = step(self.lm.model, rows, mask, keep=longest + 1)[0][:, :-1].float(), labels[:, -longest:]
             picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
             n = (labels != -100).sum(-1).tolist()
-            return [{"logprob": total, "tokens": k, "prompt_tokens": len(row) - k}
+            rows = [{"logprob": total, "tokens": k, "prompt_tokens": len(row) - k}
                     for row, total, k in zip(ids, picked.double().sum(-1).tolist(), n)]
+            for one, row, given, found in zip(batch, rows, labels, picked):
+                if not one.get("pieces"): continue
+                own = given != -100
+                row["pieces"] = pieces(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), one["response"])
+            return rows
 
         return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
@@ -226,15 +249,15 @@ class TransformersEngine:
         order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
         for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
             ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
-            try: found = work([requests[i]["id"] for i in batch], ids, labels)
+            try: found = work([requests[i] for i in batch], ids, labels)
             except torch.OutOfMemoryError:
                 what = f"the GPU has no room for {len(batch)} rows at a time"
                 raise EngineError(what, remedy="lower batch_size") from None
             for i, row in zip(batch, found): rows[i] = {"id": requests[i]["id"]} | row
             spend(requests=len(batch), cached=sum(row.get("cached_tokens", 0) for row in found))
             for kind, name in zip(kinds, ("prompt_tokens", "tokens")): spend(**{kind: sum(row[name] for row in found)})
-            if not progress: continue
-            progress.update(len(batch), tokens=sum(row.get("tokens", row["prompt_tokens"]) for row in found))
+            n = sum(row.get("tokens", row["prompt_tokens"]) for row in found)
+            if progress: progress.update(len(batch), tokens=n)
         return rows
 
 # %% ../../nbs/lm/06_engine.ipynb #e1a1f0a3
@@ -250,22 +273,22 @@ def checked(rows: list[dict], requests: list[dict], engine: Engine, errors: str 
 
 
 def ask(
-    requests: list[dict], engine: Engine, stage: Stage,  # `{"id", "messages"}` with distinct ids; stage: keeps shards
-    claim: Any = (),  # What else the responses depend on, such as temperature and a hash of the model
+    requests: list[dict], engine: Engine, stage: Stage | None,  # See `Engine`, distinct ids; None: in another's work
+    claim: Any = (),  # What else the rows depend on, such as temperature and a hash of the model
     errors: str = "raise", title: str = "",  # raise, or keep the rows `{"id", "error"}` of an engine that returns them
-) -> list[dict]:  # What `generate` returns, in the order of the requests, with the `seed` of the shard
-    "Generate responses, sharded and resumable; raises `InputError` naming the request that failed."
-    rows = lambda shard, seed: checked(engine.generate(shard, seed, stage.progress), shard, engine, errors)
-    work = lambda shard, seed: [row | {"seed": seed} for row in rows(shard, seed)]
-    return stage.map(requests, work, ["generate", engine.name, claim], "requests", title)
+    labels: list | None = None,  # To be scored
+) -> list[dict]:  # In the order of the requests; responses with the `seed` of their shard
+    """Score labels, tell the likelihood of responses that the requests hold, or generate: sharded and resumable.
+    Raises `InputError` naming the request that failed."""
+    kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
 
+    def work(shard: list[dict], seed: int) -> list[dict]:
+        given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+        rows = checked(getattr(engine, kind)(shard, *given, progress=stage and stage.progress), shard, engine, errors)
+        return [row | {"seed": seed} for row in rows] if kind == "generate" else rows
 
-def ask_scores(
-    requests: list[dict], labels: list[str], engine: Engine, stage: Stage, claim: Any = (), title: str = "",
-) -> list[dict]:  # What `score` returns, in the order of the requests
-    "Score labels, sharded and resumable; raises `InputError` naming the request that failed."
-    work = lambda shard, seed: checked(engine.score(shard, labels, stage.progress), shard, engine)
-    return stage.map(requests, work, ["score", labels, engine.name, claim], "requests", title)
+    if stage is None: return work(requests, 0)
+    return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
 
 # %% ../../nbs/lm/06_engine.ipynb #266c4ba6
 def make_engine(

@@ -66,7 +66,7 @@ def play(folder, arms, rows=None, rules=RULES, **more):
 
 def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
     arm = make_arm(read_arm("few_shot:1"), Sailor(), examples={PIRATE.text: [{"user": "a " * 20, "assistant": "b " * 20}]})
-    fit = lambda engine: make_fit(SIZE, 120, render=getattr(engine, "wrapped", lambda messages: messages))
+    fit = lambda engine: make_fit(SIZE, 120, render=getattr(engine, "change", lambda messages: messages))
     assert play(tmp_path, {"base": Sailor(), "few_shot-1": arm}, plays(1, 6), fit=fit)["complete"]
     base, shots = (read_rows(tmp_path / f"responses-{name}.jsonl") for name in ("base", "few_shot-1"))
     assert len(shots[-1]["prompt"]) < len(base[-1]["prompt"])

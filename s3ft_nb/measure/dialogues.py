@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMULATED', 'UserBlock', 'user_blocks', 'draw_stances', 'compose', 'assert_held_out', 'scripts_of',
-           'read_system_prompts', 'long_enough', 'dialogues_of', 'pair_all', 'pair_balanced', 'change_system',
-           'persona_text', 'user_messages', 'simulated_user', 'Prepared', 'rules_by_prompt', 'systems', 'folder_rules',
-           'prepare']
+           'read_system_prompts', 'balanced_pairs', 'pair_scripts', 'change_system', 'persona_text', 'user_messages',
+           'simulated_user', 'Prepared', 'rules_by_prompt', 'systems', 'folder_rules', 'prepare']
 
 # %% ../../nbs/measure/03_dialogues.ipynb #8cc659ec
 import math
@@ -127,58 +126,43 @@ def read_system_prompts(path: str | Path) -> list[SystemPrompt]:
     return [system_prompt(text).model_copy(update={"id": Path(path).stem, "type": "given"})]
 
 
-def long_enough(scripts: list[dict], n_turns: int, shorter: str, ledger: Ledger | None) -> list[dict]:
-    "Scripts by id, cut to `n_turns`; shorter ones are dropped or kept. Raises `InputError` when none is left."
+def balanced_pairs(scripts: list[dict], prompts: list[SystemPrompt], n: int, seed: int) -> list[tuple]:
+    "Pairs (script, prompt), at most scripts x types of prompts; both are taken round, so that no pair occurs twice."
+    rng, by_type, used, out = random.Random(seed), defaultdict(list), Counter(), []
+    for prompt in sorted(prompts, key=lambda prompt: prompt.id): by_type[prompt.type].append(prompt)
+    for rows in (scripts, types := sorted(by_type), *by_type.values()): rng.shuffle(rows)
+    for k in range(min(n, len(scripts) * len(types))):
+        kind = types[(k + k // math.lcm(len(scripts), len(types))) % len(types)]
+        out.append((scripts[k % len(scripts)], by_type[kind][used[kind] % len(by_type[kind])]))
+        used[kind] += 1
+    return out
+
+
+def pair_scripts(
+    scripts: list[dict], prompts: list[SystemPrompt], n: int, n_turns: int,  # n: dialogues of each prompt, or balanced
+    seed: int = 0, shorter: str = "drop", ledger: Ledger | None = None,  # shorter: drop or keep scripts of fewer turns
+    balanced: bool = False,  # `n` pairs in total, balanced over types of prompts, instead of all with all
+) -> list[dict]:  # {id, conversation_id, system_prompt_id, type, system_prompt, turns}
+    "Dialogues: scripts under held-out prompts; raises `InputError` when there are not enough scripts."
+    assert_held_out(prompts)
     assert_choice(shorter, ("drop", "keep"), "shorter")
-    if n_turns < 1: raise InputError("must be at least 1", field="turns")
-    needed, out = n_turns if shorter == "drop" else 1, []
+    if min(n, n_turns) < 1: raise InputError("must be at least 1", field="dialogues" if n < 1 else "turns")
+    needed, usable, ledger = n_turns if shorter == "drop" else 1, [], ledger or Ledger("dialogues")
     for row in sorted(scripts, key=lambda row: row["id"]):
-        if len(row["turns"]) >= needed: out.append(row | {"turns": row["turns"][:n_turns]})
-        elif ledger is not None: ledger.drop(row["id"], "too_short", f"{len(row['turns'])} of {needed} turns")
-    if out: return out
-    raise InputError(f"none of {len(scripts)} conversations has {needed} turns", field="turns",
-                     remedy="play fewer turns")
-
-
-def dialogues_of(pairs: list[tuple], usable: list[dict], ledger: Ledger | None) -> list[dict]:
-    "Dialogues of (script, system prompt); reports to the ledger which scripts are in none."
+        if len(row["turns"]) >= needed: usable.append(row | {"turns": row["turns"][:n_turns]})
+        else: ledger.drop(row["id"], "too_short", f"{len(row['turns'])} of {needed} turns")
+    if not usable: raise InputError(f"none of {len(scripts)} conversations has {needed} turns", field="turns",
+                                    remedy="play fewer turns")
+    if balanced: pairs = balanced_pairs(usable, prompts, n, seed)
+    elif len(usable) < n: raise InputError(f"{len(usable)} scripts of {n_turns} turns, {n} wanted", field="dialogues",
+                                           remedy="play fewer dialogues or turns, or give more user turns")
+    else: pairs = [(row, prompt) for prompt in prompts for row in random.Random(f"{seed}/under").sample(usable, n)]
+    if len(pairs) < n: ledger.note("dialogues_missing", n - len(pairs))
     drawn = {script["id"] for script, _ in pairs}
-    for row in usable if ledger is not None else ():
+    for row in usable:
         if row["id"] not in drawn: ledger.drop(row["id"], "not_drawn")
     return [{"id": stable_id(script["id"], prompt.id), "conversation_id": script["id"], "system_prompt_id": prompt.id,
              "type": prompt.type, "system_prompt": prompt.text, "turns": script["turns"]} for script, prompt in pairs]
-
-
-def pair_all(
-    scripts: list[dict], prompts: list[SystemPrompt], n: int, n_turns: int,  # n: dialogues of each prompt
-    seed: int = 0, shorter: str = "drop", ledger: Ledger | None = None,  # shorter: drop or keep scripts of fewer turns
-) -> list[dict]:  # {id, conversation_id, system_prompt_id, type, system_prompt, turns}, prompt by prompt
-    "The same scripts under every prompt; raises `InputError` when there are not enough scripts."
-    assert_held_out(prompts)
-    usable = long_enough(scripts, n_turns, shorter, ledger)
-    if len(usable) < n: raise InputError(f"{len(usable)} scripts of {n_turns} turns, {n} wanted", field="dialogues",
-                                         remedy="play fewer dialogues or turns, or give more user turns")
-    drawn = [(row, prompt) for prompt in prompts for row in random.Random(f"{seed}/under").sample(usable, n)]
-    return dialogues_of(drawn, usable, ledger)
-
-
-def pair_balanced(
-    scripts: list[dict], prompts: list[SystemPrompt], n: int, n_turns: int, seed: int = 0, shorter: str = "drop",
-    ledger: Ledger | None = None,
-) -> list[dict]:  # At most scripts x types; `n` counts all dialogues, else as `pair_all`
-    "Pair scripts with prompts, balanced over types; raises `InputError` on rows of the training half."
-    assert_held_out(prompts)
-    if n < 1: raise InputError("must be at least 1", field="dialogues")
-    rng, by_type, used, out = random.Random(seed), defaultdict(list), Counter(), []
-    usable = long_enough(scripts, n_turns, shorter, ledger)
-    for prompt in sorted(prompts, key=lambda prompt: prompt.id): by_type[prompt.type].append(prompt)
-    for rows in (usable, types := sorted(by_type), *by_type.values()): rng.shuffle(rows)
-    for k in range(min(n, len(usable) * len(types))):
-        kind = types[(k + k // math.lcm(len(usable), len(types))) % len(types)]
-        out.append((usable[k % len(usable)], by_type[kind][used[kind] % len(by_type[kind])]))
-        used[kind] += 1
-    if ledger and len(out) < n: ledger.note("dialogues_missing", n - len(out))
-    return dialogues_of(out, usable, ledger)
 
 # %% ../../nbs/measure/03_dialogues.ipynb #d9fd32db
 def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replace") -> dict:
@@ -311,8 +295,8 @@ def prepare(config: MeasureConfig) -> Prepared:
     else:
         blocks = None if want.user else user_blocks(want.user_turns or "everyday", language)
         scripts = compose(blocks, want.dialogues + spare, want.turns, config.seed, want.aligned, want.conflicting)
-    pair = pair_balanced if want.balanced else pair_all
-    dialogues = pair(scripts, prompts, want.dialogues, want.turns, config.seed, want.shorter, ledger)
+    dialogues = pair_scripts(scripts, prompts, want.dialogues, want.turns, config.seed, want.shorter, ledger,
+                             want.balanced)
     ledger.reconcile(len(scripts), len({row["conversation_id"] for row in dialogues})).save()
     if want.change:
         prompts = [*prompts, read_system_prompts(want.change)[0]]

@@ -70,12 +70,10 @@ def close_measurement(stage: Stage, about: dict, rows: list[dict], n_in: int, n_
 def measure_arms(
     arms: dict[str, Arm], dialogues: list[dict], rules: list[Rule], stage: Stage,
     judge: Callable | None = None,  # For rules without a check, see `judging.judge.make_judge`
-    histories: tuple = ("own", "original"),
-    not_applicable: set | None = None,  # {(conversation id, turn)} at which no rule applies
+    histories: tuple = ("own", "original"), not_applicable: set | None = None,  # where no rule applies
     fit: Callable = lambda engine: lambda messages: messages,  # engine -> messages -> messages that fit
     write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
-    settings: dict | None = None,  # What the responses depend on besides, such as model and temperature
-    about: dict | None = None,  # What else a reader should know, for measure.json
+    settings: dict | None = None, about: dict | None = None,  # What responses depend on; what else measure.json holds
     agreement: int = 200, level: float = 0.95,  # Responses on which judge and checks are compared; of intervals
     after: Callable | None = None,  # (name, engine) -> number rows, called when an arm has been played
 ) -> dict:  # What measure.json holds

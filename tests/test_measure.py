@@ -22,12 +22,11 @@ from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, verdict_of
 from s3ft_nb.judging.rules import rules_finder
-from s3ft_nb.measure.arms import make_arm, read_arm
+from s3ft_nb.measure.arms import make_arm, make_fit, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
 from s3ft_nb.measure.config import make_config, model_folder, options
 from s3ft_nb.measure.dialogues import change_system, compose, pair_all, user_blocks
 from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
-from s3ft_nb.measure.rollout import make_fit
 
 ROOT = Path(__file__).parents[1]
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
@@ -281,7 +280,7 @@ BAD = [
     (["--system-prompt", "empty.txt"], "is empty"),
     (["--system-prompt", "sea.txt", "--user", "grumpy"], "unknown persona 'grumpy'"),
     (["--system-prompt", "sea.txt", "--judge-way", "gut", "--rules", "rules.jsonl"], "unknown way 'gut'"),
-    (["--system-prompt", "sea.txt", "--adapter", "a=x", "--adapter", "a=y"], "same name"),
+    (["--system-prompt", "sea.txt", "--adapter", "a=x", "--adapter", "a=y"], "named twice"),
     (["--recorded", "bare.jsonl"], "no conversation has a system prompt"),
 ]
 

@@ -15,9 +15,8 @@ from s3ft_nb.core.stage import Ledger, Stage
 from s3ft_nb.judging.checks import split_words
 from s3ft_nb.judging.judge import verdicts
 from s3ft_nb.judging.rubric import RUBRIC, judge_messages
-from s3ft_nb.measure.arms import remind
+from s3ft_nb.measure.arms import make_fit, remind, rollout
 from s3ft_nb.measure.dialogues import compose, pair_all, pair_balanced, scripts_of, simulated_user, user_blocks
-from s3ft_nb.measure.rollout import make_fit, rollout
 
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
 SIZE = lambda messages: sum(len(one["content"].split()) for one in messages)
@@ -72,7 +71,7 @@ sys.path.insert(0, {tests!r})
 from test_rollout import Noisy, a_world
 from s3ft_nb.core.files import write_rows
 from s3ft_nb.core.stage import Stage
-from s3ft_nb.measure.rollout import rollout
+from s3ft_nb.measure.arms import rollout
 class Killed(Noisy):
     def generate(self, requests, seed=0, progress=None):
         if self.calls == {calls}: os.kill(os.getpid(), 9)

@@ -14,7 +14,8 @@ from s3ft_nb.core.files import resource
 from s3ft_nb.core.records import Check, Message, Response, Rule
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.checks import follows
-from s3ft_nb.judging.judge import (judge_agreement, judge_pairs, label_probabilities, make_judge, pair_outcome, pair_summary, read_labels, read_words,
+from s3ft_nb.judging.explain import judge_labels, label_probabilities
+from s3ft_nb.judging.judge import (judge_agreement, judge_pairs, make_judge, pair_outcome, pair_summary, read_labels, read_words,
                                    rule_request, verdicts)
 from s3ft_nb.judging.rubric import LETTERS, RUBRIC, blocks, judge_messages, judge_system, shown_turn
 
@@ -110,7 +111,7 @@ def test_one_score_has_one_reading(tmp_path, p, outside, wanted):
     row = response_of(0)
     [alone], [kept], [measured] = (make_judge(fixed, "discriminator", stage=stage)([row], [RULE]) for stage in (None, Stage(tmp_path), Stage(tmp_path)))
     [judged] = verdicts([row], [RULE], make_judge(fixed, "discriminator"))
-    assert alone == kept == measured == judged and (judged.satisfied, judged.applicable) == wanted == read_labels(score)[:2]
+    assert alone == kept == measured == judged and (judged.satisfied, judged.applicable) == wanted == read_labels(judge_labels([{"id": "x", "messages": []}], fixed)[0])[:2]
 
 
 def test_calibration_and_threshold_reach_the_verdict():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'CLAIMS', 'explanation_pattern', 'read_explanation', 'as_claimed', 'slot', 'slot_logprob', 'explain',
-           'features', 'fit_labels', 'predict_labels', 'implied_label', 'rationales']
+           'features', 'fit_labels', 'predict_labels', 'label_probabilities', 'judge_labels', 'implied_label',
+           'rationales']
 
 # %% ../../nbs/judging/04_explain.ipynb #df651752
 import re
@@ -130,6 +131,28 @@ def predict_labels(model: dict, rows: list[dict]) -> list[dict]:  # {label: prob
     found = softmax(scaled @ np.array(model["weights"]).T + model["bias"], axis=1)
     explained = [dict.fromkeys(LABELS, 0.0) | dict(zip(model["classes"], row)) for row in found.tolist()]
     return [one if row["text"] else dict(zip(LABELS, softmax(row["logprobs"]).tolist())) for row, one in zip(rows, explained)]
+
+# %% ../../nbs/judging/04_explain.ipynb #854bced6
+def label_probabilities(logprobs: list, temperature: float = 1.0) -> dict:  # {label: probability}, sum 1
+    "Probabilities of the five labels among themselves, from their log-probabilities, nats."
+    return dict(zip(LABELS, softmax([one / temperature for one in logprobs]).tolist()))
+
+
+def judge_labels(
+    requests: list[dict], engine: Engine, stage: Stage | None = None, language: str = "en",  # See `explain`
+    calibration: dict | None = None,  # {temperature} or {explain: {model, asked}}; None: the letter as it is
+    claim: Any = (),
+) -> list[dict]:  # `{id, probabilities, outside, text}` in the order of the requests, or `{id, error}`
+    "What a discriminator says about responses."
+    calibration = calibration or {}
+    if "explain" in calibration:
+        rows = explain(requests, engine, stage, language, claim)
+        return [{"id": row["id"], "probabilities": found, "outside": row["outside"], "text": row["text"]}
+                for row, found in zip(rows, predict_labels(calibration["explain"]["model"], rows))]
+    rows = ask(requests, engine, stage, claim, "keep", labels=list(LETTERS.values()))
+    return [one if "error" in one else {
+        "id": one["id"], "outside": one["outside"], "text": "",
+        "probabilities": label_probabilities(one["logprobs"], calibration.get("temperature", 1.0))} for one in rows]
 
 # %% ../../nbs/judging/04_explain.ipynb #839adec6
 def implied_label(text: str, language: str = "en") -> str | None:

@@ -75,7 +75,11 @@ def judge_system(language: str = "en") -> str:
     return "\n".join([words["role"] + gap + words["decide"], *order, words["answer"], *lines])
 
 
-def judge_messages(system_prompt: str, prompt: list, response: str, language: str = "en") -> list[dict]:
-    "Request that asks for the label of one response; see `blocks`."
-    return [{"role": "system", "content": judge_system(language)},
+def judge_messages(
+    system_prompt: str, prompt: list, response: str, language: str = "en",  # See `blocks`
+    explained: bool = False,  # Ask for an explanation after the letter, see `judging.explain`
+) -> list[dict]:
+    "Request that asks for the label of one response."
+    ask = f"\n{words_of(language)['explain']['ask']}" if explained else ""
+    return [{"role": "system", "content": judge_system(language) + ask},
             {"role": "user", "content": blocks(system_prompt, prompt, response, language)}]

@@ -284,7 +284,8 @@ def ask(
 
     def work(shard: list[dict], seed: int) -> list[dict]:
         given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
-        rows = checked(getattr(engine, kind)(shard, *given, progress=stage and stage.progress), shard, engine, errors)
+        shown = {"progress": stage.progress} if stage else {}
+        rows = checked(getattr(engine, kind)(shard, *given, **shown), shard, engine, errors)
         return [row | {"seed": seed} for row in rows] if kind == "generate" else rows
 
     if stage is None: return work(requests, 0)

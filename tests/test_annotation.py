@@ -279,7 +279,8 @@ def judged(rng, n_dialogues, lead, spread, turns=4):
         for t in range(turns):
             arms = ("a", "b") if rng.random() < 0.5 else ("b", "a")
             winner = "tie" if rng.random() < 0.2 else "a" if rng.random() < 1 / (1 + np.exp(-own)) else "b"
-            rows.append(Outcome(f"{d}-{t}", f"d{d}", t + 1, "ann", arms, "tie" if winner == "tie" else "first" if winner == arms[0] else "second"))
+            choice = "tie" if winner == "tie" else "first" if winner == arms[0] else "second"
+            rows.append(Outcome(pair_id=f"{d}-{t}", dialogue_id=f"d{d}", turn=t + 1, annotator="ann", arms=arms, choice=choice))
     return rows
 
 
@@ -406,4 +407,4 @@ def test_foreign_exports_are_refused_in_one_line(tasks):
 
 
 def test_counts_of_labels_refuse_repeats():
-    with pytest.raises(InputError, match="labelled a sample twice"): votes_of([note("s", "a", "good"), note("s", "a", "all_bad")])
+    with pytest.raises(InputError, match="a labelled s twice"): votes_of([note("s", "a", "good"), note("s", "a", "all_bad")])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from s3ft_nb.core.convert import convert, read_conversations, read_prompts
 from s3ft_nb.core.files import InputError, write_rows
-from s3ft_nb.core.formats import FORMATS
+from s3ft_nb.core.convert import FORMATS
 from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 

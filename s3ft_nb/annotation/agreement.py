@@ -31,10 +31,12 @@ def votes_of(annotations: list, labels: tuple = LABELS) -> tuple[np.ndarray, lis
     people = {name: j for j, name in enumerate(sorted({row.annotator for row in annotations}))}
     unknown = {row.label for row in annotations} - set(labels)
     if unknown: raise InputError(f"labels {sorted(unknown)} are not among {list(labels)}", field="labels")
+    times = Counter(f"{row.annotator} labelled {row.sample_id}" for row in annotations)
+    twice = [text for text, n in times.items() if n > 1]
+    if twice: raise InputError(f"{twice[0]} twice", field="annotations", remedy="keep one of the two")
     votes = np.zeros((len(samples), len(people), len(labels)), dtype="int8")
-    for row in annotations: votes[samples[row.sample_id], people[row.annotator], labels.index(row.label)] += 1
-    if votes.sum(2).max(initial=0) < 2: return votes, list(samples), list(people)
-    raise InputError("an annotator labelled a sample twice", field="annotations", remedy="keep one label each")
+    for row in annotations: votes[samples[row.sample_id], people[row.annotator], labels.index(row.label)] = 1
+    return votes, list(samples), list(people)
 
 # %% ../../nbs/annotation/04_agreement.ipynb #84779b81
 def alpha(annotations: list, labels: tuple = LABELS, clusters: dict | None = None) -> dict:  # An estimate, 1 = perfect
@@ -42,8 +44,8 @@ def alpha(annotations: list, labels: tuple = LABELS, clusters: dict | None = Non
     Raises `InputError` when a sample has no conversation there."""
     votes, samples, _ = votes_of(annotations, labels)
     missing = [id for id in samples if clusters is not None and id not in clusters]
-    message = f"{len(missing)} samples belong to no conversation, first {missing[0]}" if missing else ""
-    if missing: raise InputError(message, field="clusters", remedy="name the conversation of each")
+    if missing: raise InputError(f"{len(missing)} samples belong to no conversation, first {missing[0]}",
+                                 field="clusters", remedy="name the conversation of each")
     counts = votes.sum(1)
     out = krippendorff_alpha(counts, clusters and [clusters[id] for id in samples])
     if out["mean"] != 1 or out["n_clusters"] < 2: return out
@@ -222,8 +224,8 @@ def write_consensus(annotations: list, out: str | Path, clusters: dict | None = 
         queue = adjudication(model, done={*known, *decided})
         numbers += label_noise(annotations, seed)
         confusion = {name: model["confusion"][:, j] for j, name in enumerate(model["people"])}
-        kept = {"labels": LABELS, "prior": model["prior"], "confusion": confusion, "converged": model["converged"]}
-        write_json(out / "annotators.json", kept)
+        write_json(out / "annotators.json", {"labels": LABELS, "prior": model["prior"], "confusion": confusion,
+                                             "converged": model["converged"]})
         write_rows(out / "posteriors.jsonl", [
             {"sample_id": id, "label": LABELS[p.argmax()], "probabilities": dict(zip(LABELS, p.tolist()))}
             for id, p in zip(model["samples"], model["posterior"])])

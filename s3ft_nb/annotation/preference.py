@@ -6,7 +6,6 @@
 __all__ = ['Outcome', 'unblind', 'win_numbers', 'abilities', 'bradley_terry', 'preference_numbers', 'write_preferences']
 
 # %% ../../nbs/annotation/05_preference.ipynb #7b24a285
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -19,29 +18,24 @@ from ..core.records import Annotation, Pair, Preference
 from ..core.stats import estimate_sums, holm, number_row, paired_difference, rate
 
 # %% ../../nbs/annotation/05_preference.ipynb #aafd545e
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Preference):
     "One judgement with the arms named."
-    pair_id: str
     dialogue_id: str
     turn: int  # From 1
-    annotator: str
-    arms: tuple  # (arm shown first, arm shown second)
-    choice: str  # first, second, tie or both_bad
+    arms: tuple[str, str]  # Shown first, shown second
 
     @property
     def winner(self) -> str | None: return {"first": self.arms[0], "second": self.arms[1]}.get(self.choice)
 
 
 def unblind(pairs: list, preferences: list) -> list[Outcome]:  # In the order of the preferences
-    "Name the arms; raises `InputError` on an unknown pair and on a pair that somebody judged twice."
-    by_id, out = {pair.id: pair for pair in pairs}, {}
+    "Name the arms; raises `InputError` on an unknown pair."
+    by_id, out = {pair.id: pair for pair in pairs}, []
     for row in preferences:
-        who, pair = f"{row.annotator} judged {row.pair_id}", by_id.get(row.pair_id)
+        pair = by_id.get(row.pair_id)
         if pair is None: raise InputError(f"no pair {row.pair_id}", field="pair_id", remedy="pass the pairs shown")
-        if who in out: raise InputError(f"{who} twice", field="preferences", remedy="keep one of the two")
-        out[who] = Outcome(pair.id, pair.dialogue_id, pair.turn, row.annotator, tuple(pair.arms), row.choice)
-    return list(out.values())
+        out.append(Outcome(**vars(row), dialogue_id=pair.dialogue_id, turn=pair.turn, arms=pair.arms))
+    return out
 
 # %% ../../nbs/annotation/05_preference.ipynb #a1f4b370
 def win_numbers(outcomes: list, arm: str, other: str, seed: int = 0) -> list[dict]:  # Rows of numbers.jsonl
@@ -92,10 +86,10 @@ def bradley_terry(outcomes: list, reference: str = "") -> list[dict]:  # Best ar
         wins[d, i, j] += p
         wins[d, j, i] += 1 - p
     fit = lambda sums: abilities(sums.reshape(*sums.shape[:-1], *wins.shape[1:]), pseudo=0.5)
-    found = [estimate_sums(lambda sums: fit(sums)[..., i], wins.reshape(len(wins), -1), len(outcomes), "real")
-             for i in range(len(arms))]
-    rows = [number_row("ability", one, arm=arm, against="" if arm == arms[0] else arms[0])
-            for arm, one in zip(arms, found)]
+    table, rows = wins.reshape(len(wins), -1), []
+    for i, arm in enumerate(arms):
+        found = estimate_sums(lambda sums: fit(sums)[..., i], table, len(outcomes), "real")
+        rows.append(number_row("ability", found, arm=arm, against="" if i == 0 else arms[0]))
     return sorted(rows, key=lambda row: -row["mean"])
 
 # %% ../../nbs/annotation/05_preference.ipynb #56a45eea
@@ -126,5 +120,5 @@ def write_preferences(
     choices = [row for path in preferences for row in read_annotations(path, Preference)]
     outcomes = unblind(read_rows(pairs, Pair), choices)
     numbers, people = preference_numbers(outcomes, reference, seed), len({one.annotator for one in outcomes})
-    first = f"{write_rows(out, numbers)}: {len(outcomes)} judgements by {people} annotators"
-    return [first, *number_lines(numbers, ("all", "against"))]
+    return [f"{write_rows(out, numbers)}: {len(outcomes)} judgements by {people} annotators",
+            *number_lines(numbers, ("all", "against"))]

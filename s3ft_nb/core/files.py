@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'InputError', 'shorten', 'plain', 'stable_id', 'row_of', 'cannot_write', 'write_bytes', 'read_bytes', 'decode',
-           'to_json', 'json_number', 'json_object', 'parse_json', 'read_json', 'write_json', 'iter_lines', 'read_rows',
-           'write_rows', 'resource', 'redact', 'upstream']
+           'to_json', 'parse_json', 'read_json', 'write_json', 'iter_lines', 'read_rows', 'write_rows', 'resource',
+           'redact', 'dataset_values', 'values_of', 'upstream']
 
 # %% ../../nbs/core/00_files.ipynb #ddd83f00
 import errno
@@ -65,11 +65,9 @@ def row_of(model: type, value: Any, file: str | Path | None = None, line: int | 
     "Validate a value as a row of class `model`; raises `InputError` for the first invalid field."
     try: return model.model_validate(value)
     except ValidationError as error: first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        field = ".".join(part for part in (field, cause.field) if part)
-        raise InputError(cause.message, file, line, field, cause.remedy)
+    field = ".".join(str(part) for part in (*first["loc"], getattr(cause, "field", None)) if part not in (None, ""))
+    if isinstance(cause, InputError): raise InputError(cause.message, file, line, field, cause.remedy)
     got = f"{first['msg']}, got {shorten(first['input'])}"
     message, remedy = {
         "extra_forbidden": ("unknown field", "remove it, or check its spelling"),
@@ -139,26 +137,20 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=plain) + "\n").encode()
 
 
-def json_number(text: str) -> float:
-    "Read a number; raises `ValueError` for NaN and infinity."
-    if math.isfinite(number := float(text)): return number
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def json_object(pairs: list[tuple[str, Any]]) -> dict:
-    "Make an object; raises `ValueError` when a key occurs twice."
-    if len(row := dict(pairs)) == len(pairs): return row
-    keys = [key for key, _ in pairs]
-    raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-
-
 def parse_json(text: str, file: str | Path | None = None, line: int | None = None) -> Any:
     "Parse JSON; raises `InputError` with the line (inside `text` when not given) and column of the first mistake."
+    def finite_number(text: str) -> float:
+        if math.isfinite(number := float(text)): return number
+        raise ValueError(f"{text} is not a JSON number")
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+        if len(row := dict(pairs)) == len(pairs): return row
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     try:
         if text.count("[") + text.count("{") > 100:
             steps = (1 if c in "[{" else -1 for c in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)))
             if max(accumulate(steps)) > 100: raise ValueError("nested more than 100 levels deep")
-        value = json.loads(text, parse_constant=json_number, parse_float=json_number, object_pairs_hook=json_object)
+        value = json.loads(text, parse_constant=finite_number, parse_float=finite_number, object_pairs_hook=unique_keys)
         if re.search(r"\\u[dD][89a-fA-F]", text): to_json(value)  # half a character pair cannot be written again
         return value
     except UnicodeEncodeError: message = "holds half of a character pair (\\udXXX)"
@@ -217,6 +209,58 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     if not spellings: return text
     pattern = "|".join(re.escape(form) for form in sorted(spellings, key=len, reverse=True))
     return re.sub(pattern, lambda match: f"***{spellings[match.group()]}***", text)
+
+# %% ../../nbs/core/00_files.ipynb #32f57d70
+def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[tuple[int, Any]]:  # (row from 1, value)
+    "The rows of a dataset folder or a name on the hub, or of a file of kind csv or parquet."
+    import datasets  # these take a second, and JSON files do not need them
+    import pandas
+    import pyarrow.parquet
+    def unwrap(value: Any) -> Any:
+        "Leave out None, which a dataset gives rows that lack a field of others, and parse JSON lists in cells."
+        if isinstance(value, dict): return {key: unwrap(one) for key, one in value.items() if one is not None}
+        if isinstance(value, str) and value[:2] in ("[{", "[["):
+            with suppress(InputError): return parse_json(value)
+        return [unwrap(one) for one in value] if isinstance(value, list) else value
+    try:
+        if kind == "csv": found = pandas.read_csv(name, dtype=str, keep_default_na=False).to_dict("records")
+        elif kind == "parquet": found = pyarrow.parquet.read_table(name).to_pylist()
+        elif any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+        else: found = datasets.load_dataset(name)
+        if isinstance(found, dict) and (split or len(found) == 1): found = found[split or min(found)]
+        if not isinstance(found, dict): return [(i, unwrap(row)) for i, row in enumerate(found, start=1)]
+    except Exception as error:  # the libraries raise dozens of kinds, all of them about the input
+        problem = redact(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise InputError(f"cannot be loaded as a dataset: {problem}", name, remedy="check name and split") from None
+    raise InputError(f"has splits {', '.join(sorted(found))}", name, remedy=f"name one, such as {name}@{min(found)}")
+
+
+def values_of(path: str | Path, format: str = "auto") -> list[tuple[int, Any]]:  # (line or row from 1, value or error)
+    """The rows of a JSON Lines, JSON, CSV or Parquet file or a dataset; FOLDER@SPLIT or NAME@SPLIT is one split.
+    Raises `InputError` when a file is missing, empty or not to be read, and gives it in place of a broken line."""
+    exists, (name, _, split) = Path(path).exists(), str(path).rpartition("@")
+    if not exists and name and (format == "hf" or Path(name).is_dir()): return dataset_values(name, split)
+    if format == "hf" and not Path(path).is_file() or Path(path).is_dir(): return dataset_values(str(path))
+    if not exists: raise InputError("no such file", path, remedy="check the path; a dataset of the hub needs format hf")
+    kind = re.search(r"\.(csv|parquet)(\.gz)?$", str(path))
+    if kind: return dataset_values(str(path), kind=kind[1])
+    data, remedy = read_bytes(path), "name a JSON, JSON Lines, CSV or Parquet file, or a dataset with format hf"
+    lines, values = [(n, line) for n, line in enumerate(data.split(b"\n"), start=1) if line.strip()], []
+    if not lines: raise InputError("is empty", path, remedy=remedy)
+    first = lines[0][1].strip().removeprefix(b"\xef\xbb\xbf")
+    try: whole = isinstance(json.loads(first), list) and len(lines) == 1
+    except (ValueError, RecursionError): whole = first[:1] == b"[" or first == b"{"
+    if whole:
+        value = parse_json(decode(data, path), path)
+        return list(enumerate(value if isinstance(value, list) else [value], start=1))
+    for n, line in lines:
+        try: values.append((n, parse_json(decode(line, path, n), path, n)))
+        except InputError as error:
+            error.reason = "broken_line"
+            values.append((n, error))
+    if not all(isinstance(value, InputError) for _, value in values): return values
+    raise InputError(f"holds no JSON: {values[0][1].message}", path, values[0][0], remedy=remedy)
 
 # %% ../../nbs/core/00_files.ipynb #6ab7dd5a
 def upstream(step: str, folder: str = "") -> Path:

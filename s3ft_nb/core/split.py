@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'normalize', 'near_duplicate', 'families', 'leaking', 'assert_no_leak', 'check_unique', 'draw_families',
-           'split_prompts', 'conversation_text', 'drop_repeated', 'draw_sides', 'split_conversations',
-           'split_by_conversation']
+           'split_prompts', 'conversation_text', 'split_conversations', 'split_by_conversation']
 
 # %% ../../nbs/core/05_split.ipynb #139c5520
 import random
@@ -122,36 +121,23 @@ def conversation_text(conversation: Conversation, n_messages: int | None = None)
     return "\n".join(normalize(content) for content in contents[:n_messages])
 
 
-def drop_repeated(conversations: list[Conversation], ledger: Ledger) -> list[Conversation]:
-    "Drop conversations with the text of another; first of all one for evaluation stays, then one that names its split."
-    first = {}
-    for row in sorted(conversations, key=lambda row: ("eval", "train", None).index(row.split)):
-        first.setdefault(conversation_text(row), row.id)
-    kept = set(first.values())
-    for row in conversations:
-        if row.id not in kept: ledger.drop(row.id, "repeated")
-    return [row for row in conversations if row.id in kept]
-
-
-def draw_sides(conversations: list[Conversation], n_eval: int, seed: int) -> dict[str, str]:  # {id: train or eval}
-    "Split conversations by opening exchange: as they say themselves, else at random."
-    groups, sides = {}, {}
-    for row in conversations: groups.setdefault(conversation_text(row, 2), []).append(row)
-    for key in sorted(groups, key=lambda key: (not any(row.split for row in groups[key]), stable_id(seed, key))):
-        named, n = {row.split for row in groups[key] if row.split}, list(sides.values()).count("eval")
-        side = min(named) if named else "eval" if n + len(groups[key]) <= n_eval else "train"
-        sides |= {row.id: row.split or side for row in groups[key]}
-    return sides
-
-
 def split_conversations(conversations: list[Conversation], n_train: int, n_eval: int, seed: int,
                         ledger: Ledger | None = None) -> tuple[list[Conversation], list[Conversation]]:
-    "Draw both halves; raises `InputError` on a repeated id, or too few conversations for two halves."
+    """Draw both halves: repeated texts leave, and what opens alike goes as it says itself, else together at random.
+    Raises `InputError` on a repeated id, or too few conversations for two halves."""
     ledger, halves = ledger or Ledger("split"), []
     if min(n_train, n_eval) < 1: raise InputError("must be at least 1", field="n_train, n_eval", remedy="use 1 or more")
     check_unique(conversations)
-    rows = drop_repeated(conversations, ledger)
-    sides = draw_sides(rows, max(1, round(min(1.0, len(rows) / (n_train + n_eval)) * n_eval)), seed)
+    first, groups, sides = {}, {}, {}  # by text, by opening exchange, by id
+    for row in sorted(conversations, key=lambda row: ("eval", "train", None).index(row.split)):
+        if first.setdefault(conversation_text(row), row.id) != row.id: ledger.drop(row.id, "repeated")
+    rows = [row for row in conversations if first[conversation_text(row)] == row.id]
+    n_eval_due = max(1, round(min(1.0, len(rows) / (n_train + n_eval)) * n_eval))
+    for row in rows: groups.setdefault(conversation_text(row, 2), []).append(row)
+    for key in sorted(groups, key=lambda key: (not any(row.split for row in groups[key]), stable_id(seed, key))):
+        named, n = {row.split for row in groups[key] if row.split}, list(sides.values()).count("eval")
+        side = min(named) if named else "eval" if n + len(groups[key]) <= n_eval_due else "train"
+        sides |= {row.id: row.split or side for row in groups[key]}
     for side, wanted in (("train", n_train), ("eval", n_eval)):
         half = sorted((row for row in rows if sides[row.id] == side), key=lambda row: stable_id(seed, row.id))
         for row in half[wanted:]: ledger.drop(row.id, "not_drawn", side)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'LINE_SECONDS', 'USAGE', 'METERS', 'event_line', 'Progress', 'Ledger', 'file_hash', 'rows_hash',
-           'shard_seed', 'claim_shards', 'spend', 'Stage']
+           'shard_seed', 'spend', 'Stage']
 
 # %% ../../nbs/core/02_stage.ipynb #13e2a7b6
 import hashlib
@@ -87,8 +87,7 @@ class Ledger:
 
     def __init__(self, stage: str, path: str | Path | None = None):  # path: folder for `ledger.json`, or a .json file
         self.stage, self.path = stage, Path(path) if path else None
-        self.rows_in = self.rows_out = None
-        self.expected = None  # How many units the rows in should give, where one row gives several
+        self.rows_in = self.rows_out = self.expected = None  # expected: units, where one row gives several
         self.notes, self.dropped = Counter(), []
 
     def drop(self, id: str, reason: str, detail: str = "") -> None:
@@ -136,17 +135,6 @@ def shard_seed(seed: int, index: int) -> int:  # In [0, 2**32)
     "Seed of one shard, from the stage's seed and the shard's number (from 0) only."
     return int(stable_id("shard", seed, index, n=8), 16)
 
-
-def claim_shards(folder: Path, claim: dict, fresh: bool = False) -> None:
-    "Prepare a folder of shards that depend on a claim; raises `InputError` when it holds the shards of another run."
-    mark, remedy = folder / "shards.json", "run with --fresh to discard them, or choose another folder"
-    if fresh or not mark.exists():
-        mark.unlink(missing_ok=True)  # first, so that a kill in between leaves no shards that seem to belong here
-        for path in folder.glob("shard-*.json*"): path.unlink()
-        write_json(mark, claim)
-    for path in folder.glob(".shard*.part"): path.unlink()  # half-written when a run was killed
-    if read_json(mark) != claim: raise InputError("holds shards of other rows or parameters", mark, remedy=remedy)
-
 # %% ../../nbs/core/02_stage.ipynb #08f5a6b5
 USAGE = ("requests", "prompt", "cached", "generated", "scored", "trained")  # Tokens; cached: not computed again
 METERS = []  # Token counts of the stages at work, innermost last
@@ -180,8 +168,14 @@ class Stage:
         `claim`: JSON values on which the result depends besides the rows, such as engine and parameters.
         Raises `InputError` when the folder holds shards of other rows or parameters."""
         folder, step, done = self.folder / "shards", self.shard_size, []
+        mark, remedy = folder / "shards.json", "run with --fresh to discard them, or choose another folder"
         claim = {"rows": rows_hash(rows), "fingerprint": stable_id(claim), "shard_size": step, "seed": self.seed}
-        claim_shards(folder, claim, self.fresh)
+        if self.fresh or not mark.exists():
+            mark.unlink(missing_ok=True)  # first, so that a kill in between leaves no shards that seem to belong here
+            for path in folder.glob("shard-*.json*"): path.unlink()
+            write_json(mark, claim)
+        for path in folder.glob(".shard*.part"): path.unlink()  # half-written when a run was killed
+        if read_json(mark) != claim: raise InputError("holds shards of other rows or parameters", mark, remedy=remedy)
         progress = Progress(len(rows), unit, title or self.ledger.stage)
         if METERS: progress.outlet = "none"  # within the work of another stage, which shows its own
         with progress as self.progress:

@@ -108,7 +108,6 @@ def interval(of: Callable, table: np.ndarray, kind: str = "rate", level: float =
 @dataclass(frozen=True)
 class Metric:
     "A quantity with a name, a direction and a version."
-
     name: str  # Key in files
     title: str  # What a reader sees
     better: str  # higher, lower or zero
@@ -194,11 +193,10 @@ def difference(metric: Metric, a: Any, b: Any, level: float = 0.95, seed: int = 
             "n_clusters": int(n_clusters), "p": p}
 
 
-def paired_difference(a: Sequence, b: Sequence, clusters: Sequence | None = None, level: float = 0.95,
-                      seed: int = 0) -> dict:
+def paired_difference(a: Sequence, b: Sequence, clusters: Sequence | None = None, seed: int = 0) -> dict:
     "Mean of a - b for values of the same rows, as `difference` gives it."
     if len(a) != len(b): raise InputError(f"{len(a)} rows against {len(b)}", field="b", remedy="pair the rows first")
-    return difference(MEAN, (a, clusters), (b, clusters), level, seed)
+    return difference(MEAN, (a, clusters), (b, clusters), seed=seed)
 
 
 def holm(ps: list) -> list:  # Adjusted, in the same order; None stays None
@@ -252,8 +250,7 @@ def alpha_of(sums: np.ndarray, one: int = 1) -> np.ndarray:  # (..., 1 + labels)
 def krippendorff_alpha(counts: np.ndarray, clusters: Sequence | None = None, level: float = 0.95) -> dict:
     "Krippendorff's alpha of (samples, labels) numbers of raters, see `estimate_sums`; n = samples with two ratings."
     terms = alpha_terms(counts)
-    n = (terms[:, 1:].sum(1) > 0).sum()
-    return estimate_sums(alpha_of, cluster_sums(terms, clusters), n, "agreement", level)
+    return estimate_sums(alpha_of, cluster_sums(terms, clusters), terms[:, 1:].any(1).sum(), "agreement", level)
 
 
 def fleiss_kappa(counts: np.ndarray, clusters: Sequence | None = None, level: float = 0.95) -> dict:

@@ -61,8 +61,8 @@ def one_arm(arm, run, seed, sizes, n_pool, epochs, out):
     right, chosen, points, scores = {one.id: truth[one.id] for one in test}, [], [], []
     order = stratified_sample(pool, sizes[-1], seed)
     for n in sizes:
-        before = annotate(chosen, truth, seed)
-        more = order[len(chosen):n] if arm == "random" or not chosen else most_useful(pool, n - len(chosen), seed, scores, before)
+        rest = [row for row in pool if row not in chosen]
+        more = order[len(chosen):n] if arm == "random" or not chosen else most_useful(rest, n - len(chosen), seed, scores)
         chosen = chosen + more
         annotations = annotate(chosen, truth, seed)
         folder = out / f"{seed}-{epochs:g}-{rows_hash([row.model_dump() for row in annotations])[:16]}"

@@ -73,10 +73,9 @@ app = typer.Typer(**SETTINGS, context_settings={"help_option_names": ["-h", "--h
 # %% ../nbs/00_cli.ipynb #fd8e88da
 def sort_words(words: list[str] | None, settings: list[str] | None) -> tuple[str, list[str]]:  # (recipe, settings)
     "Tell the recipe from the settings; raises `InputError` when there are two recipes."
-    words = words or []
-    recipes = [word for word in words if "=" not in word or Path(word).is_file()]
+    recipes = [word for word in words or () if "=" not in word or Path(word).is_file()]
     if len(recipes) > 1: raise InputError(f"one recipe at a time, got {', '.join(recipes)}", remedy="write key=value")
-    return (recipes or ["s3ft-micro"])[0], [*(settings or []), *(word for word in words if word not in recipes)]
+    return (recipes or ["s3ft-micro"])[0], [*(settings or []), *(word for word in words or () if word not in recipes)]
 
 
 def run(
@@ -89,8 +88,7 @@ def run(
 ):
     "Run a recipe. Finished steps are skipped, an interrupted one resumes where it was."
     from s3ft_nb.run.runner import run_recipe
-    name, chosen = sort_words(recipe, set)
-    folder = run_recipe(name, chosen, out, only, from_, fresh)
+    folder = run_recipe(*sort_words(recipe, set), out, only, from_, fresh)
     pages = [folder / id / "index.html" for id in reversed(read_json(folder / "run.json")["steps"])]
     return [f"results: {next((page for page in pages if page.is_file()), folder)}"]
 
@@ -105,10 +103,6 @@ def plan(
     from s3ft_nb.run.plan import make_plan, plan_text
     made = make_plan(*sort_words(recipe, set), out)
     return [json.dumps(made, indent=2, ensure_ascii=False) if json_ else plan_text(made)]
-
-
-verb(app, run, "run", swapped=("recipe",))
-verb(app, plan, "plan", swapped=("recipe",))
 
 # %% ../nbs/00_cli.ipynb #6c28e18f
 def measure(
@@ -131,19 +125,16 @@ def measure(
         if out: yield f"results: {write_json(out / 'ifeval.json', found)}"
         return
     source = config["recorded"] or config["system_prompt"]
-    if not source:
-        remedy = "name a text file with one, or with --recorded a file of conversations"
-        raise InputError("no system prompt", field="--system-prompt", remedy=remedy)
+    remedy = "name a text file with one, or with --recorded a file of conversations"
+    if not source: raise InputError("no system prompt", field="--system-prompt", remedy=remedy)
     out = out or Path("runs") / f"measure-{Path(source).name.split('.')[0]}"
-    listed = {key: ",".join(value) for key, value in config.items() if isinstance(value, list)}
-    chosen = make_config(out, **config | listed)
+    chosen = make_config(out, **{key: ",".join(one) if isinstance(one, list) else one for key, one in config.items()})
     if rules_only:
         rules = [f"  {rule.how:5}  {rule.type}: {' '.join(rule.text.split())}" for rule in prepare(chosen).rules]
         yield "\n".join(["rules:", *rules, f"edit them in {out / 'rules.jsonl'}"])
         return
     run_measure(chosen)
-    section = measurement_section(out)
-    page = write_report([out], out / "report", "Measurement")
+    section, page = measurement_section(out), write_report([out], out / "report", "Measurement")
     yield "\n".join([section["headline"], *(f"warning: {note}" for note in section["notes"]), f"report: {page}"])
 
 
@@ -168,10 +159,6 @@ def compare(
     section = measurement_section(out, "Comparison")
     page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
     return [section["headline"], *lines, f"report: {page}"]
-
-
-verb(app, measure, "measure")
-verb(app, compare, "compare")
 
 # %% ../nbs/00_cli.ipynb #d1101895
 def convert(
@@ -221,7 +208,8 @@ def version():
     return [s3ft_nb.__version__]
 
 
-for function in (convert, doctor, version): verb(app, function, function.__name__)
+for function in (run, plan, measure, compare, convert, doctor, version):
+    verb(app, function, function.__name__, swapped=("recipe",))
 
 # %% ../nbs/00_cli.ipynb #11cdfbfb
 ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a default or options without one)}

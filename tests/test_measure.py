@@ -25,7 +25,7 @@ from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, make_fit, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
 from s3ft_nb.measure.config import make_config, model_folder, options
-from s3ft_nb.measure.dialogues import change_system, compose, pair_all, user_blocks
+from s3ft_nb.measure.dialogues import change_system, compose, pair_scripts, user_blocks
 from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ hears.name = "ears"
 
 
 def plays(n=3, n_turns=4):
-    return pair_all(compose(user_blocks(), n, n_turns, 0), [PIRATE], n, n_turns)
+    return pair_scripts(compose(user_blocks(), n, n_turns, 0), [PIRATE], n, n_turns)
 
 
 def play(folder, arms, rows=None, rules=RULES, **more):
@@ -66,7 +66,7 @@ def play(folder, arms, rows=None, rules=RULES, **more):
 
 def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
     arm = make_arm(read_arm("few_shot:1"), Sailor(), examples={PIRATE.text: [{"user": "a " * 20, "assistant": "b " * 20}]})
-    fit = lambda engine: make_fit(SIZE, 120, render=getattr(engine, "wrapped", lambda messages: messages))
+    fit = lambda engine: make_fit(SIZE, 120, render=getattr(engine, "change", lambda messages: messages))
     assert play(tmp_path, {"base": Sailor(), "few_shot-1": arm}, plays(1, 6), fit=fit)["complete"]
     base, shots = (read_rows(tmp_path / f"responses-{name}.jsonl") for name in ("base", "few_shot-1"))
     assert len(shots[-1]["prompt"]) < len(base[-1]["prompt"])

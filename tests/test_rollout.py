@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from s3ft_nb.judging.checks import split_words
 from s3ft_nb.judging.judge import verdicts
 from s3ft_nb.judging.rubric import RUBRIC, judge_messages
 from s3ft_nb.measure.arms import make_fit, remind, rollout
-from s3ft_nb.measure.dialogues import compose, pair_all, pair_balanced, scripts_of, simulated_user, user_blocks
+from s3ft_nb.measure.dialogues import compose, pair_scripts, scripts_of, simulated_user, user_blocks
 
+pair_balanced = partial(pair_scripts, balanced=True)
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
 SIZE = lambda messages: sum(len(one["content"].split()) for one in messages)
 
@@ -32,7 +34,7 @@ def a_world(n=9, n_turns=4):
 
 
 def plays(n=3, n_turns=4, **more):
-    return pair_all(compose(user_blocks(), n, n_turns, 0, **more), [PIRATE], n, n_turns)
+    return pair_scripts(compose(user_blocks(), n, n_turns, 0, **more), [PIRATE], n, n_turns)
 
 
 class Noisy:
@@ -150,7 +152,7 @@ def test_a_simulated_user_is_told_the_stance_and_is_resumed(tmp_path):
             self.asked.extend(one["messages"][0]["content"] for one in requests)
             return [{"id": one["id"], "text": f"Guest says {len(one['messages'])}."} for one in requests]
 
-    rows, guest = pair_all(compose(None, 2, 6, 0, conflicting=0.5), [PIRATE], 2, 6), Guest()
+    rows, guest = pair_scripts(compose(None, 2, 6, 0, conflicting=0.5), [PIRATE], 2, 6), Guest()
     with pytest.raises(KeyboardInterrupt): rollout(Noisy(stop=4), rows, "base", Stage(tmp_path), write_user=simulated_user(guest))
     found = rollout(Noisy(), rows, "base", Stage(tmp_path), write_user=simulated_user(guest))
     assert [one.prompt[-1].content for one in found[:6]] == [f"Guest says {2 * turn}." for turn in range(1, 7)]

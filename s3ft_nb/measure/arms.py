@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMINDERS', 'ARMS', 'PLAY', 'remind', 'repeat', 'show_examples', 'PromptWrapper', 'rule_scorer', 'BestOf',
-           'make_examples', 'FreeFix', 'ArmPlan', 'read_arm', 'make_arm', 'assert_choice', 'system_at', 'turn_messages',
+           'make_examples', 'FreeFix', 'read_arm', 'make_arm', 'assert_choice', 'system_at', 'turn_messages',
            'make_fit', 'with_user', 'send', 'play_own', 'play_original', 'rollout', 'with_originals',
            'recorded_responses']
 
@@ -55,15 +55,10 @@ def show_examples(messages: list[dict], turn: int | None = None, examples: dict 
 
 # %% ../../nbs/measure/05_arms.ipynb #4ba8dcd4
 class PromptWrapper:
-    "An engine that gets a changed prompt."
+    "An engine that gets a changed prompt: `change(messages, turn)`, without a turn the longest it can become."
 
-    def __init__(self, engine, change: Callable, name: str):  # change: (messages, turn) -> messages
+    def __init__(self, engine, change: Callable, name: str):
         self.engine, self.change, self.name = engine, change, f"{engine.name}, {name}"
-
-    def wrapped(self, messages: list[dict], turn: int | None = None) -> list[dict]:
-        "The prompt as the model gets it; without a turn the longest it can become."
-        inner = self.change(messages, turn)
-        return self.engine.wrapped(inner, turn) if hasattr(self.engine, "wrapped") else inner
 
     def generate(self, requests: list[dict], seed: int = 0, progress=None) -> list[dict]:
         "Respond to changed prompts; a request may name its `turn`."
@@ -135,26 +130,19 @@ def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: 
 
 # %% ../../nbs/measure/05_arms.ipynb #b311d578
 class FreeFix(NamedTuple):
-    "What an arm without training does; without a change and a wrapper nothing."
+    "An arm without training; without a change and a wrapper the model as it is."
 
     change: Callable | None = None  # (messages, turn, n=, language=, examples=) -> messages
-    n: int | None = None  # Default number, where it takes one
+    n: int | None = None  # Number where it takes one
     wrap: Callable | None = None  # (engine, scorer, n) -> engine, instead of a change
+    name: str = ""  # In tables and files, with the number
 
 
 ARMS = {"base": FreeFix(), "repeat": FreeFix(repeat), "remind": FreeFix(remind, 4),
         "few_shot": FreeFix(show_examples, 2), "best_of": FreeFix(n=4, wrap=BestOf)}
 
 
-class ArmPlan(NamedTuple):
-    "An arm without training: its name in tables and files, key of `ARMS`, and number where it takes one."
-
-    name: str
-    kind: str
-    n: int | None
-
-
-def read_arm(text: str) -> ArmPlan:
+def read_arm(text: str) -> FreeFix:
     "An arm from its name, such as remind:4; raises `InputError` when there is none."
     kind, _, number = text.strip().partition(":")
     if kind not in ARMS:
@@ -164,16 +152,15 @@ def read_arm(text: str) -> ArmPlan:
         numbered = ", ".join(f"{name}:{fix.n}" if fix.n else name for name, fix in ARMS.items())
         raise InputError(f"{text!r} is no arm", field="arms", remedy=f"write one such as {numbered}")
     n = int(number) if number else n
-    return ArmPlan(kind if n is None else f"{kind}-{n}", kind, n)
+    return ARMS[kind]._replace(n=n, name=kind if n is None else f"{kind}-{n}")
 
 
-def make_arm(plan: ArmPlan, engine, scorer: Callable | None = None, examples: dict | None = None, language: str = "en"):
+def make_arm(arm: FreeFix, engine, scorer: Callable | None = None, examples: dict | None = None, language: str = "en"):
     """Make the engine of an arm; `scorer` is for best_of, `examples` of each system prompt for few_shot.
     Raises `InputError` when it lacks what the arm needs."""
-    fix = ARMS[plan.kind]
-    if fix.wrap: return fix.wrap(engine, scorer, plan.n)
-    if not fix.change: return engine
-    return PromptWrapper(engine, partial(fix.change, n=plan.n, language=language, examples=examples), plan.name)
+    if arm.wrap: return arm.wrap(engine, scorer, arm.n)
+    if not arm.change: return engine
+    return PromptWrapper(engine, partial(arm.change, n=arm.n, language=language, examples=examples), arm.name)
 
 # %% ../../nbs/measure/05_arms.ipynb #4c4039df
 def assert_choice(value: str, choices: tuple, field: str, what: str = "choice") -> None:

@@ -87,8 +87,7 @@ def read_sheet(path: str | Path) -> list[Verdict]:
     if not cells:
         raise InputError("holds no verdicts", path, remedy="write conversation_id, turn, rule_id and satisfied")
     for line, cell in cells:
-        for name in ("conversation_id", "turn", "rule_id", "satisfied"):
-            if name in cell: continue
+        for name in (one for one in ("conversation_id", "turn", "rule_id", "satisfied") if one not in cell):
             raise InputError("is missing", path, line, name, f"name a column {', '.join(words['fields'][name][:4])} …")
         number, word = re.search(r"\d+", str(cell["turn"])), " ".join(str(cell["satisfied"]).split()).lower()
         kind = next((kind for kind, known in words["verdicts"].items() if word in known), None)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Arm', 'response_file', 'claim_folder', 'close_measurement', 'measure_arms', 'LoadedModel', 'load_model', 'load_judge',
-           'examples_of', 'make_arms', 'measure', 'options_of', 'measure_recorded']
+           'examples_of', 'make_arms', 'measure', 'measure_recorded']
 
 # %% ../../nbs/measure/09_measure.ipynb #9a0eab25
 import re
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ from ..judging.judge import judge_agreement, make_judge, read_calibration, same_
 from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
-from .arms import rule_scorer, with_originals
+from .arms import rule_scorer, show_examples, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
-from .config import GROUPS, MeasureConfig, ModelConfig, model_folder, with_model_defaults
+from .config import MeasureConfig, ModelConfig, model_folder, options_of, with_model_defaults
 from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user
 from .dialogues import systems
 from .metrics import differences, numbers
@@ -70,12 +70,10 @@ def close_measurement(stage: Stage, about: dict, rows: list[dict], n_in: int, n_
 def measure_arms(
     arms: dict[str, Arm], dialogues: list[dict], rules: list[Rule], stage: Stage,
     judge: Callable | None = None,  # For rules without a check, see `judging.judge.make_judge`
-    histories: tuple = ("own", "original"),
-    not_applicable: set | None = None,  # {(conversation id, turn)} at which no rule applies
+    histories: tuple = ("own", "original"), not_applicable: set | None = None,  # where no rule applies
     fit: Callable = lambda engine: lambda messages: messages,  # engine -> messages -> messages that fit
     write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
-    settings: dict | None = None,  # What the responses depend on besides, such as model and temperature
-    about: dict | None = None,  # What else a reader should know, for measure.json
+    settings: dict | None = None, about: dict | None = None,  # What responses depend on; what else measure.json holds
     agreement: int = 200, level: float = 0.95,  # Responses on which judge and checks are compared; of intervals
     after: Callable | None = None,  # (name, engine) -> number rows, called when an arm has been played
 ) -> dict:  # What measure.json holds
@@ -178,7 +176,7 @@ def make_arms(config: MeasureConfig, base: LoadedModel, ready: Prepared, judge: 
     texts, arms = systems(ready.dialogues), {}
     scorer = rule_scorer(texts, rules_by_prompt(list(texts.values()), ready.rules), judge)
     for plan in ready.plans:
-        shots = examples_of(config, base, ready, plan.n, scorer, work) if plan.kind == "few_shot" else None
+        shots = examples_of(config, base, ready, plan.n, scorer, work) if plan.change is show_examples else None
         engine = make_arm(plan, base.engine, scorer, shots, ready.language)
         arms[plan.name] = Arm(lambda engine=engine: engine, shots)
     load = lambda folder: Arm(lambda: load_model(config.model, folder).engine, model_hash(folder))
@@ -198,7 +196,7 @@ def measure(config: MeasureConfig) -> dict:  # What measure.json holds
         "max_prompt_tokens": base.room, "user": [ready.source, want.user_model]}
     claim_folder(stage, settings | {"histories": list(histories), "seed": config.seed})
     fit = lambda engine: make_fit(base.count, base.room, asked.overflow,
-                                  getattr(engine, "wrapped", lambda messages: messages))
+                                  getattr(engine, "change", lambda messages: messages))
     if "original" in histories:
         ready = ready._replace(dialogues=with_originals(ready.dialogues, base.engine, work.part("originals"),
                                                         fit(base.engine), settings))
@@ -233,13 +231,6 @@ def measure(config: MeasureConfig) -> dict:  # What measure.json holds
         write_json(stage.folder / "harness.json", {name: run_harness(command(
             adapters.get(name, ""), config.arms.harness, run, config.seed), run) for name, run in runs.items()})
     return about
-
-
-def options_of(config: MeasureConfig) -> dict:
-    "All options of a measurement, as measure.json keeps them; the folder and `fresh` say nothing about it."
-    flat = asdict(config)
-    groups = [flat.pop(name) for name in GROUPS]
-    return {name: value for part in (flat, *groups) for name, value in part.items() if name not in ("out", "fresh")}
 
 # %% ../../nbs/measure/09_measure.ipynb #9a0eab41
 def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds

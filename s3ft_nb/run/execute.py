@@ -66,10 +66,7 @@ def kernel_environment(events: Path, beside: Path) -> dict[str, str]:
 # %% ../../nbs/run/01_execute.ipynb #09a8d772
 def last_event(path: Path) -> dict | None:  # as made by `core.stage.event`
     "The newest complete event of a file, which may be absent."
-    if not path.is_file(): return None
-    with path.open("rb") as handle:
-        handle.seek(max(0, path.stat().st_size - 4096))  # an event is under 300 bytes
-        lines = handle.read().split(b"\n")[:-1]
+    lines = path.read_bytes()[-4096:].split(b"\n")[:-1] if path.is_file() else []  # an event is under 300 bytes
     for line in reversed(lines):
         with suppress(ValueError): return json.loads(line)
     return None
@@ -80,16 +77,13 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
     """Show where a step is while the context is open: one line on a terminal, a new line every ten seconds in a log.
     Meanwhile, find the most resident memory that this process and all its descendants hold at once."""
     import psutil  # slow to load, and most starts skip every step
-    def look() -> None:
-        total, me = 0, psutil.Process()
-        for process in (me, *me.children(recursive=True)):
-            with suppress(psutil.Error): total += process.memory_info().rss  # it may just have ended
-        peak[0] = max(peak[0], total)
-
     def run() -> None:
-        due = began + pause
+        due, me = began + pause, psutil.Process()
         while not over.wait(0.25):
-            look()
+            total = 0
+            for process in (me, *me.children(recursive=True)):
+                with suppress(psutil.Error): total += process.memory_info().rss  # it may just have ended
+            peak[0] = max(peak[0], total)
             if time.monotonic() < due: continue
             due, event = due + pause, last_event(events)
             took = timedelta(seconds=int(time.monotonic() - began))
@@ -98,9 +92,7 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
             stream.flush()
 
     stream, began, peak, over = stream or sys.stderr, time.monotonic(), [0], threading.Event()
-    terminal = stream.isatty()
-    pause = 0.5 if terminal else 10.0
-    look()
+    pause = 0.5 if (terminal := stream.isatty()) else 10.0
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try: yield peak
@@ -118,8 +110,8 @@ def run_error(name: str, text: str, traceback: list[str], copy: Path) -> Excepti
     if any(sign in trace + text for sign in ("No space left on device", "Disk quota exceeded")):
         return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")
     less = "try less at a time: smaller per_device_train_batch_size, batch_size or max_length"
-    died = "the kernel died; most often the machine ran out of memory"
-    if name == "DeadKernelError": return StepFailed("\n".join([died, *redact(text).splitlines()[-5:], less]), DIED)
+    died = ["the kernel died; most often the machine ran out of memory", *redact(text).splitlines()[-5:], less]
+    if name == "DeadKernelError": return StepFailed("\n".join(died), DIED)
     if name in ("MemoryError", "OutOfMemoryError"): return StepFailed(f"not enough memory: {last}\n{less}")
     lines = [line for line in trace.splitlines() if line.strip("- ")][-15:]
     return StepFailed("\n".join([*lines, f"executed notebook: {copy}"]))
@@ -130,11 +122,9 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            command = [sys.executable, "-c", "from s3ft_nb.run.execute import serve; serve()"]
-            return KernelSpec(argv=[*command, "-f", "{connection_file}", "--HistoryManager.enabled=False"],
-                              display_name="python3", language="python")
+        kernel_spec = KernelSpec(display_name="python3", language="python", argv=[
+            sys.executable, "-c", "from s3ft_nb.run.execute import serve; serve()", "-f", "{connection_file}",
+            "--HistoryManager.enabled=False"])
 
         async def start_kernel(self, **options):
             self.connection_file = str(room / "kernel.json")
@@ -143,7 +133,7 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, **options)
 
         async def shutdown_kernel(self, now=False, restart=False):
-            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)
+            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
 
     return Manager
 
@@ -152,7 +142,6 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
     """Execute a notebook in the folder of its executed copy, with JSON values for its parameters.
     Raises `InputError` or `StepFailed`."""
     import papermill  # slow to load, and most starts skip every step
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import papermill_io
     write = lambda text, path: write_bytes(path.removeprefix("redacted:"), redact(text).encode())
@@ -167,8 +156,8 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
                 kernel_manager_class=kernel_manager(Path(room), environment), start_timeout=300, iopub_timeout=300)  # s
         except PapermillExecutionError as error:
             raise run_error(error.ename, str(error.evalue), error.traceback, copy) from None
-        except (DeadKernelError, RuntimeError) as error:
-            if not isinstance(error, DeadKernelError) and "died" not in str(error): raise
+        except RuntimeError as error:
+            if "died" not in str(error): raise  # the kernel
             log = Path(room, "log").read_text(errors="replace") if Path(room, "log").is_file() else ""
             raise run_error("DeadKernelError", log, [], copy) from None
 
@@ -182,13 +171,12 @@ def run_here(recipe: str | Path, settings: list[str] = (), out: str | Path = "ru
     for i, step in enumerate(steps, start=1):
         print(f"[{i}/{len(steps)}] {step.id}", flush=True)
         folders[step.id].mkdir(parents=True, exist_ok=True)
-        for cell in read_json(step.notebook)["cells"]:
-            if cell["cell_type"] != "code": continue
+        params = fill_places(step.values, folders) | {"out": str(folders[step.id])}
+        for cell in (cell for cell in read_json(step.notebook)["cells"] if cell["cell_type"] == "code"):
             result = shell.run_cell("".join(cell["source"]))
             error = result.error_before_exec or result.error_in_exec
             if error: raise StepFailed(f"step {step.id}: {type(error).__name__}: {redact(str(error))}") from None
-            if "parameters" not in cell["metadata"].get("tags", []): continue
-            shell.user_ns.update(fill_places(step.values, folders) | {"out": str(folders[step.id])})
+            if "parameters" in cell["metadata"].get("tags", []): shell.user_ns.update(params)
         shell.user_ns.clear()  # each step starts with the names that the caller had
         shell.user_ns.update(mine)
     return folder

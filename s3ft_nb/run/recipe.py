@@ -86,6 +86,7 @@ def read_recipe(path: Path) -> dict:
     "Read one TOML file and check its keys and types; raises `InputError` on the first mistake."
     def check(table: dict, kinds: dict[str, type], field: str = "") -> None:
         for key, value in table.items():
+            if key not in kinds and not field: raise unknown("key", key, list(kinds), file=path)
             if isinstance(value, kind := kinds.get(key, object)): continue
             raise InputError(f"must be of type {kind.__name__}, got {shorten(value)}", path, field=field + key)
 
@@ -93,8 +94,6 @@ def read_recipe(path: Path) -> dict:
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
         raise InputError(f"broken TOML: {error}", path, line and int(line[1]), remedy="repair the line") from None
-    for key in table:
-        if key not in RECIPE_KEYS: raise unknown("key", key, list(RECIPE_KEYS), file=path)
     check(table, RECIPE_KEYS)
     for id, step in table.get("steps", {}).items():
         check_name(id, "steps", path)
@@ -112,14 +111,11 @@ def recipe_path(name: str | Path, beside: Path | None = None) -> Path:  # beside
     return bundled / f"{name}.toml"
 
 
-def read_layers(path: Path) -> list[tuple[Path, dict]]:  # (file, its table), the extending one first
+def read_layers(path: Path, above: tuple = ()) -> list[tuple[Path, dict]]:  # (file, its table), the extending one first
     "A recipe and what it extends, directly or not; raises `InputError` when that leads in a circle."
-    layers = []
-    while path:
-        if path in dict(layers): raise InputError("extends itself", path, field="extends", remedy="drop it")
-        layers.append((path, table := read_recipe(path)))
-        path = recipe_path(table["extends"], path.parent) if "extends" in table else None
-    return layers
+    if path in above: raise InputError("extends itself", path, field="extends", remedy="drop it")
+    base = (table := read_recipe(path)).get("extends")
+    return [(path, table), *(read_layers(recipe_path(base, path.parent), (*above, path)) if base else ())]
 
 
 def merge(base: dict, own: dict) -> dict:
@@ -207,7 +203,7 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values))
         put = lambda text: re.sub(r"\{each\.(\w+)\}", lambda m: str(chosen.get(m[1], m[0])), text)
-        named = {key: chosen[key] for key in chosen if key in known}
+        named = {key: chosen[key] for key in each if key in known}
         steps["-".join([id, *map(str, values)])] = map_texts(own, put) | named
     return steps
 
@@ -249,8 +245,8 @@ def steps_taking(steps: list[Step], place: str) -> list[Step]:  # place: step.ke
 
 
 def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  # {step id: values}
-    "What the command line sets for which step, the last of equal ones; raises `InputError` on what cannot be set."
-    given, parts = {step.id: {} for step in steps}, []
+    "The values of steps after settings, the last of equal ones; raises `InputError` on what cannot be set."
+    values, parts = {step.id: dict(step.values) for step in steps}, []
     for text in settings:
         place, equals, value = map(str.strip, text.partition("="))
         if not equals or not place or place[-1] == ".":
@@ -258,8 +254,8 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
         parts.append((place, value))
     for place, text in sorted(parts, key=lambda part: "." in part[0]):
         key = place.rpartition(".")[2]
-        for step in steps_taking(steps, place): given[step.id][key] = setting_value(text, step.defaults[key], place)
-    return given
+        for step in steps_taking(steps, place): values[step.id][key] = setting_value(text, step.defaults[key], place)
+    return values
 
 # %% ../../nbs/run/00_recipe.ipynb #b227e038
 def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
@@ -272,9 +268,8 @@ def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
         certain, path = data_file or text.startswith(("/", "./", "../", "~")), Path(text).expanduser()
         hub = ("model", "conversations", "prompts", "annotations", "judge", "judge_adapter")  # may be names there
         if not text or PLACE.search(text) or "=" in text or "://" in text or not (certain or key in hub): return text
-        if path.exists(): return str(path.resolve())
-        if certain: raise InputError(f"no such file or folder: {text}", field=field, remedy="check the path")
-        return text
+        if path.exists() or not certain: return str(path.resolve()) if path.exists() else text
+        raise InputError(f"no such file or folder: {text}", field=field, remedy="check the path")
 
     return map_texts(value, change)
 
@@ -318,8 +313,7 @@ def load_recipe(name: str | Path, settings: list[str] = ()) -> Recipe:  # name o
     check_name(title := own.get("name", ""), "name", path)
     if not table.get("steps"): raise InputError("is empty", path, field="steps", remedy="add a table [steps.NAME]")
     steps = check_steps(layers, table)
-    given = read_settings(steps, settings)
-    stated = {step.id: step.values | given[step.id] for step in steps}
+    stated = read_settings(steps, settings)
     for _ in range(2):  # the second time, a star gathers steps in running order
         ids = [step.id for step in steps]
         for i, step in enumerate(steps):

@@ -169,7 +169,7 @@ print(json.dumps(codes))
         ({}, [{"die_at_step": 2}, {"die_in_save": 9}, {"die_before": "save_adapter"}]),
         (
             {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "quantization": "none"},
-            [{"die_at_step": 8}, {"die_before": "result_of"}],
+            [{"die_at_step": 8}, {"die_before": "round"}],
         ),
     ],
 )

@@ -189,7 +189,7 @@ def make_judge(
         asked = [{"id": f"{row.id}/{rule.id}", "messages": rule_request(rule, prompt, row.response, language, way)}
                  for row, rule, prompt in due]
         part = stage and stage.part(f"{way}-{stable_id(asked, n=6)}")
-        return ask(asked, engine, part, claim, "raise" if labels else "keep", labels=labels)
+        return ask(asked, engine, part, claim, "keep", labels=labels)
 
     def judgements(due: list) -> list[Judgement]:
         if way == "discriminator":

@@ -89,12 +89,11 @@ def find_end_of_turn(tokenizer, policy: Policy) -> tuple:  # (what ends a respon
 
 def recommend(tokenizer, **chosen: str) -> Policy:  # The first that works
     "A policy under which every text is rendered in its place; raises `InputError` when there is none."
-    systems, reason = [chosen["system"]] if "system" in chosen else ["native", "first_user"], None
-    for policy in (replace(Policy(**chosen), system=one, content=two) for one in systems for two in ("text", "parts")):
-        error = error_of(lambda: [around(tokenizer, policy, policy.system == "refuse", n) for n in (2, 4, 6)])
-        reason = reason or error
-        if not error: break
-    else: raise reason
+    systems = [chosen["system"]] if "system" in chosen else ["native", "first_user"]
+    known = [replace(Policy(**chosen), system=one, content=two) for one in systems for two in ("text", "parts")]
+    errors = [error_of(lambda: [around(tokenizer, one, one.system == "refuse", n) for n in (2, 4, 6)]) for one in known]
+    if all(errors): raise errors[0]
+    policy = known[errors.index(None)]
     try:  # what cannot be found is left for the labels to refuse
         text, source = find_end_of_turn(tokenizer, policy)
         policy = replace(policy, end_of_turn="" if source == "template" else text)
@@ -206,8 +205,7 @@ def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: P
 def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal are removed from the texts."
     clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
-    paint = lambda text, code: re.sub(r"[^\n]+", lambda line: f"\x1b[{code}m{line[0]}\x1b[0m", clean(text))
-    return "".join(paint(text, COLOURS[kind][0]) for text, kind in pieces)
+    return "".join(re.sub("(.+)", f"\x1b[{COLOURS[kind][0]}m\\1\x1b[0m", clean(text)) for text, kind in pieces)
 
 
 def to_html(pieces: list) -> str:  # For a notebook

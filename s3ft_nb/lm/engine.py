@@ -26,19 +26,15 @@ from .template import REASONING_TAGS, control_tokens, in_use, last_thought, prom
 # %% ../../nbs/lm/06_engine.ipynb #162fb3d0
 class Engine(Protocol):
     """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
-
     name: str  # For reports and claims of shards
-
-    def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
-        """`{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
-        With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can."""
-
-    def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
-        """`{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else."""
-
-    def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
-        """`{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
-        With `pieces` in the request, these of the response's tokens."""
+    # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
+    # With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can.
+    def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else.
+    def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
+    # With `pieces` in the request, these of the response's tokens.
+    def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]: ...
 
 # %% ../../nbs/lm/06_engine.ipynb #19b0934a
 def pad_left(rows: list[list[int]], pad_id: int, device: str) -> tuple:
@@ -190,18 +186,15 @@ class TransformersEngine:
 
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]:
         "See `Engine`; raises `InputError` naming a request that cannot be rendered or does not fit."
-        prompts = [one["input_ids"] for one in encode_requests(self.lm, requests, self.max_new_tokens)]
-
-        def work(batch: list[int]) -> list[dict]:
-            drawn = np.stack([draws(seed, requests[i]["id"], prompts[i], self.max_new_tokens) for i in batch])
-            scored = any(requests[i].get("pieces") for i in batch)
-            written, shared, found = write(self.lm, [prompts[i] for i in batch], drawn, self.temperature, self.top_p,
-                                           scored)
+        def work(batch: list[dict], prompts: list[list[int]], _) -> list[dict]:
+            longest, scored = self.max_new_tokens, any(one.get("pieces") for one in batch)
+            drawn = np.stack([draws(seed, one["id"], prompt, longest) for one, prompt in zip(batch, prompts)])
+            written, shared, found = write(self.lm, prompts, drawn, self.temperature, self.top_p, scored)
             return [self.read(ids, found[n] if scored else None) | {
-                "prompt_tokens": len(prompts[i]), "cached_tokens": shared * (n > 0)}
-                    for n, (i, ids) in enumerate(zip(batch, written))]
+                "prompt_tokens": len(prompt), "cached_tokens": shared * (n > 0)}
+                    for n, (prompt, ids) in enumerate(zip(prompts, written))]
 
-        return self._in_batches(requests, prompts, work, progress, "prompt", "generated")
+        return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
     def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
         "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, and `pieces` of log-probabilities."
@@ -218,47 +211,45 @@ class TransformersEngine:
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `Engine`; one forward pass."
         wanted = label_ids(self.lm, labels)
-        prompts = [one["input_ids"] for one in encode_requests(self.lm, requests, 1)]
 
-        def work(batch: list[int]) -> list[dict]:
-            logits, _, _, shared = prefill(self.lm, [prompts[i] for i in batch])
+        def work(_, prompts: list[list[int]], __) -> list[dict]:
+            logits, *_, shared = prefill(self.lm, prompts)
             found = logits.log_softmax(-1)[:, wanted]
-            outside = (1 - found.exp().sum(-1)).clamp(0, 1)
-            rows = zip(batch, found.tolist(), outside.tolist())
-            return [{"logprobs": row, "outside": rest, "prompt_tokens": len(prompts[i]),
-                     "cached_tokens": shared * (n > 0)} for n, (i, row, rest) in enumerate(rows)]
+            rows = zip(prompts, found.tolist(), (1 - found.exp().sum(-1)).clamp(0, 1).tolist())
+            return [{"logprobs": row, "outside": rest, "prompt_tokens": len(prompt),
+                     "cached_tokens": shared * (n > 0)} for n, (prompt, row, rest) in enumerate(rows)]
 
-        return self._in_batches(requests, prompts, work, progress, "scored")
+        return self._in_batches(requests, 1, work, progress, "scored")
 
     @torch.inference_mode()
     def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]:
         "See `Engine`; one forward pass."
         missing, remedy = [one["id"] for one in requests if not one.get("response")], "give each request a response"
         if missing: raise InputError(f"request {missing[0]} has no response", remedy=remedy)
-        encoded = encode_requests(self.lm, requests, 0)
-        ids = [one["input_ids"] for one in encoded]
 
-        def work(batch: list[int]) -> list[dict]:
-            labels, _ = pad_left([encoded[i]["labels"] for i in batch], -100, self.lm.device)
-            rows, mask = pad_left([ids[i] for i in batch], self.lm.tokenizer.pad_token_id, self.lm.device)
+        def work(batch: list[dict], ids: list[list[int]], labels: list[list[int]]) -> list[dict]:
+            labels, _ = pad_left(labels, -100, self.lm.device)
+            rows, mask = pad_left(ids, self.lm.tokenizer.pad_token_id, self.lm.device)
             longest = labels.shape[1] - int((labels != -100).float().argmax(-1).min())  # Of the responses
             logits, labels = step(self.lm.model, rows, mask, keep=longest + 1)[0][:, :-1].float(), labels[:, -longest:]
             picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
             n = (labels != -100).sum(-1).tolist()
-            rows = [{"logprob": total, "tokens": k, "prompt_tokens": len(ids[i]) - k}
-                    for i, total, k in zip(batch, picked.double().sum(-1).tolist(), n)]
-            for i, row, given, found in zip(batch, rows, labels, picked):
-                if not requests[i].get("pieces"): continue
+            rows = [{"logprob": total, "tokens": k, "prompt_tokens": len(row) - k}
+                    for row, total, k in zip(ids, picked.double().sum(-1).tolist(), n)]
+            for one, row, given, found in zip(batch, rows, labels, picked):
+                if not one.get("pieces"): continue
                 own = given != -100
-                row["pieces"] = pieces(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), requests[i]["response"])
+                row["pieces"] = pieces(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), one["response"])
             return rows
 
-        return self._in_batches(requests, ids, work, progress, "scored", "scored")
+        return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
-    def _in_batches(self, requests, prompts, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
-        rows, order = [None] * len(requests), sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    def _in_batches(self, requests, room, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
+        rows, encoded = [None] * len(requests), encode_requests(self.lm, requests, room)
+        order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
         for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
-            try: found = work(batch)
+            ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
+            try: found = work([requests[i] for i in batch], ids, labels)
             except torch.OutOfMemoryError:
                 what = f"the GPU has no room for {len(batch)} rows at a time"
                 raise EngineError(what, remedy="lower batch_size") from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEDY', 'THINKS', 'openers_of', 'closing', 'joined', 'response_parts', 'layout', 'learnt_responses', 'encode',
            'check_decoded', 'has_system', 'without_oldest', 'fewest', 'fit_context', 'encode_within', 'closing_ids',
-           'stop_ids', 'parse_row', 'encode_row', 'encode_rows', 'shown_row', 'check_labels', 'check_supervised']
+           'stop_ids', 'parse_row', 'encode_rows', 'shown_row', 'check_labels']
 
 # %% ../../nbs/lm/02_labels.ipynb #0ac9cd7c
 import re
@@ -217,23 +217,19 @@ def parse_row(row: dict) -> tuple:  # (id, conversation, train_on)
     raise InputError(f"ends with the {role}'s message", field="messages", remedy="end the prompt with the user's")
 
 # %% ../../nbs/lm/02_labels.ipynb #9f121e46
-def encode_row(tokenizer, row: dict, max_length: int, ledger: Ledger, too_long: str = "cut") -> dict | None:
-    "`{id, input_ids, labels}` of at most max_length tokens, or None; raises naming the row."
-    try:
-        id, messages, train_on = parse_row(row)
-        ids, cut, tokens = encode_within(tokenizer, messages, max_length, train_on, note=ledger.note)
-    except InputError as error:
-        raise InputError(f"row {row.get('id')}: {error.message}", field=error.field, remedy=error.remedy) from None
-    if ids is None or (cut and too_long == "refuse"):
-        alone = "; the last turn alone has more" if ids is None else ""
-        return ledger.drop(id, "too_long", f"{tokens} tokens, {max_length} allowed{alone}")
-    if cut: ledger.note("history_cut"), ledger.note("turns_cut", cut)
-    return {"id": id, **ids}
-
-
 def encode_rows(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, too_long: str = "cut") -> list[dict]:
-    "Encode rows as `encode_row` does; raises `InputError` when none is left."
-    encoded = list(filter(None, (encode_row(tokenizer, row, max_length, ledger, too_long) for row in rows)))
+    "`{id, input_ids, labels}` of at most max_length tokens; raises `InputError` on a bad row or when none is left."
+    encoded = []
+    for row in rows:
+        try:
+            id, messages, train_on = parse_row(row)
+            ids, cut, tokens = encode_within(tokenizer, messages, max_length, train_on, note=ledger.note)
+        except InputError as error:
+            raise InputError(f"row {row.get('id')}: {error.message}", field=error.field, remedy=error.remedy) from None
+        alone = "; the last turn alone has more" * (ids is None)
+        if ids and (not cut or too_long == "cut"): encoded.append({"id": id, **ids})
+        else: ledger.drop(id, "too_long", f"{tokens} tokens, {max_length} allowed{alone}")
+        if cut and too_long == "cut": ledger.note("history_cut"), ledger.note("turns_cut", cut)
     if encoded: return encoded
     raise InputError(f"none of {len(rows)} rows can be trained on", field="rows",
                      remedy="give shorter rows or a larger max_length")
@@ -248,8 +244,8 @@ def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # One line of the last
     return " ".join((out + "⟧" * open).split())
 
 
-def check_labels(tokenizer, encoded: list[dict]) -> None:
-    "Raise `InputError`, showing the row, unless every row is supervised and every response up to a token that ends it."
+def check_labels(tokenizer, encoded: list[dict], order: list[int] = (), batch: int = 1) -> None:  # order: of the steps
+    "Raise `InputError`, showing the row, where no response, none of its ends, or nearly all of a step is supervised."
     stops = set(stop_ids(tokenizer))
     for one in encoded:
         labels, wrong = one["labels"], ""
@@ -258,10 +254,6 @@ def check_labels(tokenizer, encoded: list[dict]) -> None:
         elif set(last) - stops: wrong = "ends a response in a token that is no supervised end of turn"
         if wrong: raise InputError(f"row {one['id']} {wrong}: {shown_row(tokenizer, one)}", field="labels",
                                    remedy="see the row, and what s3ft doctor says of the chat template")
-
-
-def check_supervised(tokenizer, encoded: list[dict], order: list[int], batch: int) -> None:
-    "Raise `InputError`, showing the worst row, when nearly all tokens of a step are supervised."
     counts = [(sum(label != -100 for label in one["labels"]), len(one["labels"])) for one in encoded]
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'RECORD', 'WEIGHTY', 'quiet', 'loading', 'is_folder', 'safely', 'located', 'load_tokenizer',
-           'record_template', 'check_template', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes',
-           'load_weights', 'check_base', 'add_adapter', 'LM', 'load', 'model_hash', 'token_counter', 'context_length']
+           'check_template', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes', 'load_weights', 'check_base',
+           'add_adapter', 'LM', 'load', 'model_hash', 'token_counter', 'context_length']
 
 # %% ../../nbs/lm/04_model.ipynb #24845d3a
 import hashlib
@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
-from ..core.files import InputError, read_json, shorten, write_bytes, write_json
+from ..core.files import InputError, read_json, shorten, write_bytes
 from ..core.stage import file_hash
 from .doctor import set_policy
 from .labels import stop_ids
-from .template import Policy, chat_template, policy_of, prompt_ids
+from .template import Policy, chat_template, prompt_ids
 
 # %% ../../nbs/lm/04_model.ipynb #118888a5
 # bitsandbytes, which PEFT imports, recommends an optional kernel by name; it works without.
@@ -42,15 +42,10 @@ def quiet():
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar(), hf_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        with warnings.catch_warnings(action="ignore"): yield
     finally:
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
-
-
-
 
 
 @contextmanager
@@ -89,8 +84,7 @@ def located(model: str | Path, adapter: bool = False) -> str | Path:  # A folder
             wrong, remedy = "is not an adapter folder", "name a folder with adapter_config.json"
         elif read_json(folder / "adapter_config.json") is None or not has("adapter_model.safetensors"):
             wrong, remedy = "has no adapter_model.safetensors", "pickled adapters are not read; train it again"
-    elif not folder.exists(): wrong = "there is no such model folder"
-    elif not folder.is_dir(): wrong = "is a file, not a model folder"
+    elif not folder.is_dir(): wrong = "there is no such model folder"
     elif not has("config.json") and has("adapter_config.json"):
         wrong, remedy = "is an adapter", "name its base as the model and this folder as the adapter"
     elif not has("config.json"): wrong = "has no config.json"
@@ -115,12 +109,6 @@ def load_tokenizer(source: str | Path) -> Any:  # A transformers tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stop_ids(tokenizer)[0])
     return tokenizer
-
-
-def record_template(folder: Path) -> None:
-    "Record which template and policy an adapter was trained under."
-    policy = policy_of((folder / TEMPLATE).read_text(encoding="utf-8"))
-    write_json(folder / RECORD, {"sha256": file_hash(folder / TEMPLATE), "policy": policy and asdict(policy)})
 
 
 def check_template(folder: Path) -> None:
@@ -206,8 +194,7 @@ def check_base(adapter: Path, base: str | Path) -> None:
 
 def add_adapter(model: Any, adapter: str | Path, dtype: torch.dtype) -> PeftModel:  # Base with adapter
     "Put an adapter on a model for inference; raises `InputError` when the two do not belong together."
-    with loading("adapter", adapter), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with loading("adapter", adapter), warnings.catch_warnings(record=True, action="always") as caught:
         model = PeftModel.from_pretrained(model, str(adapter), local_files_only=is_folder(adapter))
     if any("missing adapter keys" in str(one.message) for one in caught):
         raise InputError("does not fit this base model", str(adapter), remedy="name the base that it was trained on")
@@ -219,7 +206,6 @@ def add_adapter(model: Any, adapter: str | Path, dtype: torch.dtype) -> PeftMode
 @dataclass
 class LM:
     "A loaded language model with its tokenizer."
-
     model: Any  # transformers model, or PeftModel around it, in evaluation mode
     tokenizer: Any  # transformers tokenizer, padding on the left
     policy: Policy  # How the chat template is used; the tokenizer's template carries it too
@@ -234,11 +220,9 @@ def load(
 ) -> LM:
     "Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`."
     base, device = located(model), pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    adapter = adapter and located(adapter, adapter=True)
-    if isinstance(adapter, Path): check_base(adapter, base)
+    dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)
+    if isinstance(adapter, Path): check_base(adapter, base), check_template(adapter)
     own = isinstance(adapter, Path) and (adapter / "tokenizer_config.json").exists()
-    if own: check_template(adapter)
     tokenizer = load_tokenizer(adapter if own else base)
     policy = set_policy(tokenizer)
     weights = load_weights(base, quantization, dtype, device)

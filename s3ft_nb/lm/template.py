@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_NOTE', 'NOT_A_PROMPT', 'JINJA', 'HEAD', 'BEGIN', 'END', 'UNREADABLE', 'REASONING_TAGS', 'OPENS', 'CLOSES',
-           'THOUGHT', 'CHAT', 'MARKER', 'ANCHORS', 'Policy', 'ordered_messages', 'fold', 'with_policy', 'policy_of',
+           'THOUGHT', 'CHAT', 'ANCHORS', 'MARKER', 'Policy', 'ordered_messages', 'fold', 'with_policy', 'policy_of',
            'chat_template', 'in_use', 'apply', 'split_reasoning', 'last_thought', 'checked_messages', 'chat_message',
            'sentinels', 'frame', 'fill_frame', 'roles_of', 'require_same', 'either', 'control_tokens', 'reserved',
            'guard_messages', 'encode_plain', 'after', 'starts_differ', 'encode_after', 'encode_text', 'same_text',
@@ -28,7 +28,6 @@ from ..core.records import Message, check_order
 @dataclass(frozen=True)
 class Policy:
     "How a chat template is used; raises `InputError` on a value that is not one of those listed."
-
     system: Literal["native", "first_user", "every_user", "refuse"] = "native"  # Where the system text goes
     reasoning: Literal["off", "strip", "keep"] = "off"  # off: refused in responses; strip: removed; keep: trained on
     hidden: Literal["keep", "silence"] = "keep"  # What the template itself writes when there is no system prompt
@@ -49,6 +48,8 @@ class Policy:
 
 # %% ../../nbs/lm/00_template.ipynb #b144a0b4
 NO_NOTE = lambda code: None  # What `note` parameters do unless a ledger's is given
+NOT_A_PROMPT = {"message": "ends with the assistant's message", "field": "messages",
+                "remedy": "end the prompt with the user's"}
 
 
 def ordered_messages(messages: list, same_role="refuse", note: Callable = NO_NOTE, system: str = "") -> list[dict]:
@@ -65,10 +66,6 @@ def ordered_messages(messages: list, same_role="refuse", note: Callable = NO_NOT
                      remedy="choose where the system text goes: first_user or every_user")
 
 # %% ../../nbs/lm/00_template.ipynb #189a9e72
-NOT_A_PROMPT = {"message": "ends with the assistant's message", "field": "messages",
-                "remedy": "end the prompt with the user's"}
-
-
 def fold(messages: list, system: str = "native") -> list[dict]:  # `{"role", "content"}` to be sent to a server
     "Place the system text of a prompt, see `Policy`; raises `InputError` unless the messages are a prompt."
     ready = ordered_messages(messages, system=Policy(system).system)
@@ -118,9 +115,7 @@ def chat_template(tokenizer) -> str:  # Jinja source
     "The tokenizer's chat template; raises `InputError` when it has none."
     try: return tokenizer.get_chat_template()
     except ValueError:
-        several = tokenizer.chat_template
-        only = f" of its own, only {sorted(several)}" if several and isinstance(several, dict) else ""
-        raise InputError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template{only}",
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template",
                          remedy="take the model's chat version, or put a chat_template.jinja into its folder") from None
 
 
@@ -150,10 +145,8 @@ THOUGHT = re.compile(rf"\s*(?:{OPENS})(.*?)(?:{CLOSES})(.*)"
 def split_reasoning(text: str) -> tuple:  # (reasoning or None, response)
     "Split a given response from the reasoning before it; raises `InputError` when the reasoning does not end."
     if found := THOUGHT.fullmatch(text): return tuple(part.strip() for part in found.groups() if part is not None)
-    if re.match(rf"\s*(?:{OPENS})", text):
-        remedy = "remove the row, or its reasoning"
-        raise InputError(f"begins to reason and does not end: {shorten(text)}", remedy=remedy)
-    return None, text
+    if not re.match(rf"\s*(?:{OPENS})", text): return None, text
+    raise InputError(f"begins to reason and does not end: {shorten(text)}", remedy="remove the row, or its reasoning")
 
 
 def last_thought(text: str) -> tuple:  # (reasoning, response); all is response when no reasoning ends
@@ -228,8 +221,8 @@ def require_same(rendered: str, parts: tuple, contents: dict) -> None:
                      remedy="remove the row, or give the model another chat_template.jinja")
 
 # %% ../../nbs/lm/00_template.ipynb #a2c78cf9
-# What looks like a chat marker: a template may put it together from pieces.
-CHAT = re.compile(r"<[|｜].*|.*[|｜]>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>")
+CHAT = re.compile(r"<[|｜].*|.*[|｜]>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>")  # A template may put it together
+ANCHORS = ("\n", ".", "|", "a ")  # Texts to encode another one behind
 MARKER = re.compile(r"<{1,2}/?[\w|｜▁]+>{1,2}|\[/?[A-Z_]{3,}\]|/(?:no_?)?think\b")  # In the source of a template
 
 
@@ -273,13 +266,9 @@ def encode_plain(tokenizer, text: str) -> list[int]:  # Token ids
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
-    if backend.truncation: backend.no_truncation()  # Left over from a file or an earlier call
-    if backend.padding: backend.no_padding()
-    if backend.encode_special_tokens: backend.encode_special_tokens = False
+    backend.no_truncation(), backend.no_padding()  # Left over from a file or an earlier call
+    backend.encode_special_tokens = False
     return backend.encode(text, add_special_tokens=False).ids
-
-
-ANCHORS = ("\n", ".", "|", "a ")  # Texts to encode another one behind
 
 
 def after(tokenizer, anchor: str, text: str) -> list[int] | None:  # None when the two share a token

@@ -17,7 +17,7 @@ from templates import USUAL, tokenizer_of
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import resource
 from s3ft_nb.lm.doctor import set_policy
-from s3ft_nb.lm.labels import encode_row
+from s3ft_nb.lm.labels import encode_rows
 
 WORDS = "the moon is far and the tide comes in when nobody looks at it for long so we wait here by the harbour".split()
 
@@ -38,7 +38,7 @@ def measure(name, n):
     set_policy(tokenizer)
     process, tokens, at_tenth, began = psutil.Process(), 0, 0, time.perf_counter()
     for i, row in enumerate(rows(n, 8, 24)):
-        one = encode_row(tokenizer, row, 4096, Ledger("bench"))
+        (one,) = encode_rows(tokenizer, [row], 4096, Ledger("bench"))
         tokens += len(one["input_ids"])
         if i == n // 10: at_tenth = process.memory_info().rss
     seconds = time.perf_counter() - began

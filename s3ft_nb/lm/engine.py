@@ -197,7 +197,7 @@ class TransformersEngine:
         return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
     def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
-        "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, and `pieces` of log-probabilities."
+        "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, `pieces` of log-probabilities."
         written = ids
         ended, keep = ids[-1] in stop_ids(self.lm.tokenizer), self.lm.policy.reasoning == "keep"
         ids, n = ids[:-1] if ended else ids, len(ids)

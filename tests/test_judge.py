@@ -91,7 +91,7 @@ def test_mass_outside_the_letters_and_failed_requests_are_undecided():
         found = make_judge(Fake(outside=0.7), way)(responses, [RULE])
         assert all(row.satisfied is None and row.applicable and "70% outside" in row.rationale for row in found)
     assert {row["winner"] for row in judge_pairs(Fake(outside=0.7), PAIRS)} == {None}
-    down = types.SimpleNamespace(name="down", score=lambda requests, labels: [{"id": one["id"], "error": "429"} for one in requests])
+    down = types.SimpleNamespace(name="down", score=lambda requests, labels, progress=None: [{"id": one["id"], "error": "429"} for one in requests])
     for way in ("letters", "discriminator"):
         assert {row.rationale for row in make_judge(down, way)(responses, [RULE])} == {"no response from the judge"}
 
@@ -117,7 +117,7 @@ def test_one_score_has_one_reading(tmp_path, p, outside, wanted):
 def test_calibration_and_threshold_reach_the_verdict():
     score = {"logprobs": [math.log(one) for one in MILD[0]], "outside": 0.0}
     fixed = Fake()
-    fixed.score = lambda requests, labels: [score | {"id": one["id"]} for one in requests]
+    fixed.score = lambda requests, labels, progress=None: [score | {"id": one["id"]} for one in requests]
     decide = lambda **more: make_judge(fixed, "discriminator", **more)([response_of(0)], [RULE])[0].satisfied
     assert [decide(threshold=t) for t in (0.5, 0.6)] == [True, False]
     assert [decide(threshold=0.6, calibration={"temperature": t}) for t in (0.3, 1.0)] == [True, False]

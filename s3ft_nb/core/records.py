@@ -222,6 +222,7 @@ class Score(Row):
     sample_id: str
     probabilities: dict[Label, float]  # Calibrated, sum 1
     outside: float = Field(default=0.0, ge=0, le=1)  # Probability of anything but a label
+    explanation: str = ""  # What the discriminator wrote before it was read
 
     @field_validator("probabilities")
     @classmethod

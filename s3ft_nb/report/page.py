@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'optional', 'rows_in', 'read_numbers', 'write_section', 'with_interval', 'main_history', 'shown_rows',
-           'headline', 'measurement_tiles', 'texts_in', 'cautions', 'measurement_section', 'draw_dialogues', 'browse',
-           'steps_table', 'facts_table', 'as_json', 'shown_section', 'write_report', 'step_folders']
+           'headline', 'measurement_tiles', 'cautions', 'measurement_section', 'draw_dialogues', 'browse',
+           'steps_table', 'facts_table', 'shown_section', 'write_report', 'step_folders']
 
 # %% ../../nbs/report/02_page.ipynb #c07f20d8
 import base64
@@ -122,11 +122,6 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
     return [dict(zip(("name", "value", "detail"), tile)) for tile in tiles]
 
 # %% ../../nbs/report/02_page.ipynb #f6293e67
-def texts_in(folders: list[Path], name: str, key: str, value: str) -> dict[str, str]:
-    "One field of a file of rows by another, such as rule id to text; empty without the file."
-    return {row[key]: row[value] for _, row in rows_in(folders, name) if key in row and value in row}
-
-
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json
     "What must be known before a measurement's numbers are believed."
     out = [] if about.get("complete", True) else ["The measurement was stopped early; it covers what was judged."]
@@ -147,8 +142,8 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
     folder, numbers = Path(folder), read_numbers(folder)
     if not numbers: raise InputError("holds no numbers", folder / "numbers.jsonl", remedy="measure first")
     history = main_history(numbers)
-    words = texts_in([folder], "rules.jsonl", "id", "text")
-    prompts = texts_in([folder], "dialogues.jsonl", "system_prompt_id", "system_prompt")
+    words = {row["id"]: row["text"] for _, row in rows_in([folder], "rules.jsonl")}
+    prompts = {row.get("system_prompt_id"): row.get("system_prompt") for _, row in rows_in([folder], "dialogues.jsonl")}
     named = {"type": "type of rule", "prompt": "system prompt", "stance": "stance of the user", "model": "model",
              "n_rules": "number of rules"}
     shown = [part for part in named if select(numbers, metric="adherence", part=part)]
@@ -239,7 +234,7 @@ def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None
             system = (one.get("system") or {}).get("system_prompt") or ""
             dialogues[row["id"]]["plan"][turn] = {"stance": one.get("stance") or "", "system": system[:LONGEST]}
     used = {verdict["rule_id"] for verdicts in responses.values() for verdict in verdicts}
-    texts = {id: text[:LONGEST] for id, text in texts_in(folders, "rules.jsonl", "id", "text").items() if id in used}
+    texts = {row["id"]: row["text"][:LONGEST] for _, row in rows_in(folders, "rules.jsonl") if row["id"] in used}
     lead = f"{len(picked)} of {total} dialogues, drawn at random." if len(picked) < total else f"All {total} dialogues."
     arms = list(dict.fromkeys(one["arm"] for dialogue in dialogues.values() for one in dialogue["responses"]))
     return {"lead": lead, "arms": arms, "rules": texts, "dialogues": list(dialogues.values())}
@@ -272,13 +267,6 @@ def facts_table(folders: list[Path]) -> Table:
     return Table("Versions and parameters", ["Fact", "Value"], rows, "What is needed to repeat it.", "facts")
 
 # %% ../../nbs/report/02_page.ipynb #61459ed5
-def as_json(value) -> str:
-    "JSON that stays data inside a script element, whatever its texts hold."
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    for character in "<>&\u2028\u2029": text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
 def shown_section(section: dict, out: Path, place: str, name: str) -> dict:  # place: sub-folder of its files, "name/"
     "A section, as in section.json, for the template: figures embedded, tables with their alignment."
     def figure(one: dict) -> dict:
@@ -319,7 +307,6 @@ def write_report(
     last = {"title": "Steps and versions", "lead": "What it took and what is needed to repeat it.", "figures": []}
     sections.append(shown_section(last | {"tables": list(map(asdict, tables))}, out, "", "run"))
     played = [folder for folder in map(Path, dialogues or folders) if (folder / "verdicts.jsonl").is_file()]
-    found = browse(played, n_dialogues, seed)
     text = lambda name: resource("data", "report", name).read_text(encoding="utf-8")
     digest = lambda name: f"'sha256-{base64.b64encode(hashlib.sha256(text(name).encode()).digest()).decode()}'"
     policy = (f"default-src 'none'; img-src data:; style-src {digest('page.css')}; script-src {digest('page.js')}; "
@@ -329,12 +316,13 @@ def write_report(
     eyebrow = [title, run.get("recipe"), f"seed {run['seed']}" if "seed" in run else ""]
     pages = Environment(loader=FunctionLoader(text), autoescape=True, undefined=StrictUndefined)
     pages.globals.update(cell_text=cell_text, is_missing=is_missing)
+    pages.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": True}
     page = pages.get_template("page.html").render(
         title=title, eyebrow=", ".join(filter(None, eyebrow)), tiles=gather("tiles"), sections=sections,
         what="this run" if run else "this measurement", policy=policy, style=text("page.css"), script=text("page.js"),
         headline=[title, *(section["headline"] for section in published.values() if section["headline"])][-1],
         notes=[*(part.strip() for part in note.split("\n\n") if part.strip()), *dict.fromkeys(gather("notes"))],
-        browser=found and {"lead": found["lead"], "data": as_json(found)})
+        browser=browse(played, n_dialogues, seed))
     write_rows(out / "numbers.jsonl", read_numbers(folders))
     return write_bytes(out / "index.html", (page.strip() + "\n").encode())
 

@@ -94,7 +94,7 @@ RATES = {  # {machine: (read, write, train, ceiling for writing)}, tokens/s at 1
 }
 
 
-def time_and_memory(params: dict, work: dict, size: Size | None) -> tuple[dict, float | None]:  # {machine: seconds}, GiB
+def time_and_memory(params: dict, work: dict, size: Size | None) -> tuple[dict, float | None]:  # seconds, GiB
     "How long a step takes on each machine, and the memory it needs; None where the model's size is not known."
     if not work["read"] + work["trained"]: return dict.fromkeys(RATES, 3), 0.3  # to start a kernel
     if size is None: return dict.fromkeys(RATES), None

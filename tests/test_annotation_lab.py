@@ -90,7 +90,7 @@ def test_thirty_items_in_jupyterlab(lab, tmp_path):
 
 
 def test_hostile_content_in_jupyterlab(lab, tmp_path):
-    rows = [sample(0, **{name: getattr(one, name) for name in ("id", "system_prompt", "prompt", "original", "response")}) for one in hostile_task().items]
+    rows = [sample(0, **{name: one[name] for name in ("id", "system_prompt", "prompt", "original", "response")}) for one in hostile_task().items]
     write_rows(tmp_path / "items.jsonl", rows)
     with playing() as playwright:
         context = profile(playwright, tmp_path / "profile", viewport={"width": 1400, "height": 1000})

@@ -326,12 +326,12 @@ def test_a_wrong_link_says_so(serving, browser):
 
 def test_hostile_content_is_inert_over_the_network(serving, browser, tmp_path):
     items = hostile_task().items
-    rows = [sample(0, **{name: getattr(one, name) for name in ("id", "system_prompt", "prompt", "original", "response")}) for one in items]
+    rows = [sample(0, **{name: one[name] for name in ("id", "system_prompt", "prompt", "original", "response")}) for one in items]
     server = serving(rows, "--annotators", "<b>ann</b>", "--title", HOSTILE[1])
     page = visit(browser(), server.links["<b>ann</b>"])
     walk_hostile(page)
     settled(page)
-    assert [row.sample_id for row in stored(tmp_path / "annotations.sqlite")] == [one.id for one in items] and not page.wrong
+    assert [row.sample_id for row in stored(tmp_path / "annotations.sqlite")] == [one["id"] for one in items] and not page.wrong
     assert page.evaluate("() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }") == "refused"
     frame = page.evaluate("""(url) => new Promise((done) => { const f = document.createElement("iframe"); f.src = url; f.onload = () => { let inside = null; try { inside = f.contentDocument?.getElementById("app"); } catch {} done(!!inside); }; document.body.append(f); setTimeout(() => done(false), 1500); })""", f"http://127.0.0.1:{server.port}/")
     assert frame is False  # not even we may put it into a frame

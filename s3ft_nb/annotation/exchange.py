@@ -105,7 +105,9 @@ def from_label_studio(tasks: list, people: dict | None = None, names: dict | Non
             note = "\n".join(text for kind, value in values if kind == "textarea" for text in value.get("text", []))
             row = {"annotator": who, "seconds": entry.get("lead_time")}
             if is_pair: row |= {"pair_id": id, "choice": labels[0], "reason": note}
-            else: row |= {"sample_id": id, "label": (names or {}).get(labels[0], labels[0]), "note": note, "spans": spans}
+            else:
+                label = (names or {}).get(labels[0], labels[0])
+                row |= {"sample_id": id, "label": label, "note": note, "spans": spans}
             out.append(row_of(Preference if is_pair else Annotation, row, f"annotation of {id}"))
     return keep_last(out, ledger)
 

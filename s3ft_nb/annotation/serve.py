@@ -206,7 +206,7 @@ def serve_annotation(
     "Serve a task to several people, each with a personal link. Stop with Ctrl-C; the same command resumes."
     task = read_task(items, title, language, mix) if items else None
     names = [name.strip() for name in annotators.split(",") if name.strip()]
-    ids = [item.id for item in (task or Store(store).task).items] if names else []
+    ids = [item["id"] for item in (task or Store(store).task).items] if names else []
     opened = Store(store, task, read_assignments(assignments, names, ids))
     if not opened.tokens: raise InputError("has no annotators yet", store, remedy="use --annotators or --assignments")
     link, hosts = public_address(host, port, address)

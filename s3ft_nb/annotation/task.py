@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CSV', 'ROWS', 'FORMULA', 'NEIGHBOURS', 'MAX_NOTE', 'write_csv', 'csv_lines', 'item_of', 'read_annotations',
-           'simulate', 'Item', 'LabelItem', 'PairItem', 'Task', 'make_task', 'for_annotator', 'read_items', 'read_task',
-           'draw_pairs', 'write_pairs', 'page_words', 'task_payload', 'Change', 'checked_change', 'read_assignments']
+           'simulate', 'Task', 'make_task', 'for_annotator', 'read_items', 'read_task', 'draw_pairs', 'write_pairs',
+           'page_words', 'task_payload', 'Change', 'checked_change', 'read_assignments']
 
 # %% ../../nbs/annotation/00_task.ipynb #62c1ece9
 import csv
@@ -23,7 +23,7 @@ from pydantic import Field, RootModel
 
 from ..core.files import (InputError, decode, iter_lines, read_bytes, read_json, read_rows, resource, row_of,
                                 stable_id, write_bytes, write_rows)
-from ..core.records import Annotation, Message, Pair, Preference, Response, Row, Sample
+from ..core.records import Annotation, Pair, Preference, Response, Row, Sample
 from ..core.stage import Ledger
 from ..judging.rubric import LETTERS, RUBRIC
 
@@ -99,32 +99,13 @@ def simulate(truth: dict, annotator: str, error_rate: float, seed: int) -> list[
     return out
 
 # %% ../../nbs/annotation/00_task.ipynb #6242431f
-class Item(Row):
-    "What every item shows."
-    id: str = Field(min_length=1)  # Of the sample or pair
-    system_prompt: str
-    prompt: list[Message] = Field(min_length=1)  # Earlier messages and the last user message
-
-
-class LabelItem(Item):
-    "One response to be given one of five labels."
-    response: str  # Response to label
-    original: str = ""  # Response before it was rewritten, shown on demand
-
-
-class PairItem(Item):
-    "Two responses, one of which may be better."
-    first: str  # Shown as A
-    second: str  # Shown as B
-
-
 class Task(Row):
     "What a page, the server or the widget shows."
     kind: Literal["label", "pair"]  # Five labels, or a choice between two
     id: str  # Depends on the items, not on their order
     title: str = ""  # Shown above
     language: Literal["en", "zh"] = "en"  # The page starts in
-    items: list[LabelItem] | list[PairItem]  # In the order they are shown
+    items: list[dict]  # In the order they are shown: id, system_prompt, prompt, and the texts that `make_task` names
 
 # %% ../../nbs/annotation/00_task.ipynb #2fc415ad
 def make_task(rows: list, title: str = "", language: str = "en", mix: int | None = None) -> Task:
@@ -133,18 +114,18 @@ def make_task(rows: list, title: str = "", language: str = "en", mix: int | None
     twice = [id for id, n in Counter(row.id for row in rows).items() if n > 1]
     if twice: raise InputError(f"{len(twice)} ids occur twice, first {twice[0]}", remedy="make ids unique")
     if not rows: raise InputError("a task without items", field="items", remedy="pass at least one sample or pair")
-    kind, model = ("pair", PairItem) if isinstance(rows[0], Pair) else ("label", LabelItem)
+    kind, texts = ("pair", {"first", "second"}) if isinstance(rows[0], Pair) else ("label", {"response", "original"})
     empty = [row.id for row in rows if kind == "label" and not row.response]
     if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy="restyle it")
-    items = [model(**{name: getattr(row, name) for name in model.model_fields}) for row in rows]
+    items = [row.model_dump(include={"id", "system_prompt", "prompt", *texts}, mode="json") for row in rows]
     id = stable_id(kind, sorted(stable_id(item) for item in items))
-    if mix is not None: items.sort(key=lambda item: stable_id(mix, item.id))
+    if mix is not None: items.sort(key=lambda item: stable_id(mix, item["id"]))
     return row_of(Task, {"kind": kind, "id": id, "title": title, "language": language, "items": items})
 
 
 def for_annotator(task: Task, ids: list[str]) -> Task:  # The items of one person, in this order
     "One person's part of a task; raises `InputError` on an unknown or repeated id."
-    items = {item.id: item for item in task.items}
+    items = {item["id"]: item for item in task.items}
     wrong = [id for id, n in Counter(ids).items() if n > 1 or id not in items]
     message = f"no item {wrong[0]!r} in the task, or twice" if wrong else "no items"
     if wrong or not ids: raise InputError(message, field="ids", remedy="name items of this task, each once")
@@ -233,17 +214,17 @@ def checked_change(task: Task, annotator: str, value: Any) -> tuple[str, Annotat
     """Item, checked row or None, and whether it was skipped, of a `Change`.
     Raises `InputError` when it is malformed, too long, or of another person, item or task."""
     change, labels = row_of(Change, value), task.kind == "label"
-    item = next((item for item in task.items if item.id == change.item), None)
+    item = next((item for item in task.items if item["id"] == change.item), None)
     if item is None: raise InputError("is not an item of this task", field="item")
-    if change.row is None: return item.id, None, change.skipped
+    if change.row is None: return change.item, None, change.skipped
     row = row_of(ROWS[task.kind], change.row)
-    if item_of(row) != item.id: raise InputError("is about another item", field="row")
+    if item_of(row) != change.item: raise InputError("is about another item", field="row")
     if row.annotator != annotator: raise InputError("is somebody else", field="annotator")
     if len(row.note if labels else row.reason) > MAX_NOTE:
         raise InputError(f"is longer than {MAX_NOTE} characters", field="note", remedy="cut it")
-    if labels and any(end > len(item.response) for _, end in row.spans):
+    if labels and any(end > len(item["response"]) for _, end in row.spans):
         raise InputError("ends after the response", field="spans")
-    return item.id, row, False
+    return change.item, row, False
 
 # %% ../../nbs/annotation/00_task.ipynb #377e29e0
 def read_assignments(path: str | Path | None, names: list[str] = (), ids: list[str] = ()) -> dict[str, list[str]]:

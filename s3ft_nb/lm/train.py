@@ -222,7 +222,8 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
         save_adapter(trainer, lm, out)
     names = ("step", "loss", "learning_rate")
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
-              "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy), "settings": settings.model_dump(),
+              "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy),
+              "settings": settings.model_dump(),
               "loss": [{name: one[name] for name in names} for one in trainer.state.log_history if "loss" in one],
               "steps": trainer.state.global_step, "tokens": sum(lengths[i] for i in order),
               "supervised_tokens": sum(id != -100 for i in order for id in encoded[i]["labels"]),

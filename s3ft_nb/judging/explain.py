@@ -175,6 +175,8 @@ def rationales(
 ) -> list[dict]:  # `{"id", "messages", "response"}` for `lm.train.sft`: the label's letter, then the explanation
     "Explanations that lead to the annotated label, as training rows (Zelikman et al. 2022, STaR)."
     known = [(row, request) for row, request in zip(rows, requests) if labels.get(row["id"])]
+    for id in labels:
+        if labels[id] is None: stage.ledger.drop(id, "tie")
     texts = {row["id"]: [row["text"]] for row, _ in known}
     again = [request | {"id": f"{row['id']}#{k}"} for row, request in known if implied_label(row["text"], language)
              != labels[row["id"]] for k in range(draws)]

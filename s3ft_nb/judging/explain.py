@@ -77,11 +77,11 @@ def explain(
     language: str = "en",  # Of the rubric
     claim: Any = (),  # What else the result depends on, such as a hash of the model
     settled: float = 0.0,  # A response whose letter gives *good* less than this probability is not explained
-) -> list[dict]:  # `{id, logprobs, outside, text, told, shown}`, the last two None where nothing is known
+) -> list[dict]:  # `{id, logprobs, outside, text, told, shown}`, the last two None where nothing is known; text None where settled
     "Letter, explanation and the likelihoods of its claims, in the order of the requests."
     part = lambda name: stage and stage.part(name)
     scores = ask(requests, engine, part("letters"), claim, labels=list(LETTERS.values()))
-    rows = [{name: one[name] for name in ("id", "logprobs", "outside")} | {"text": "", "told": None, "shown": None}
+    rows = [{name: one[name] for name in ("id", "logprobs", "outside")} | {"text": None, "told": None, "shown": None}
             for one in scores]
     due = [(row, request) for row, request in zip(rows, requests) if softmax(row["logprobs"])[0] >= settled]
     written = ask([request | {"pieces": True} for _, request in due], engine, part("explanations"), claim) if due else []
@@ -111,7 +111,7 @@ def features(row: dict) -> list[float]:  # (12,)
 def fit_labels(rows: list[dict], labels: dict, strength: float = 1.0) -> dict:  # {classes, mean, scale, weights, bias, n}
     """Fit a multinomial logistic regression of annotations {id: label} on rows of `explain`.
     Raises `InputError` when fewer than two labels occur. JSON can hold the result."""
-    known = [row for row in rows if labels.get(row["id"]) and row["text"]]
+    known = [row for row in rows if labels.get(row["id"]) and row["text"] is not None]
     given = [labels[row["id"]] for row in known]
     if len(set(given)) < 2:
         raise InputError(f"{len(given)} annotations of {len(set(given))} label(s)", field="labels",
@@ -130,7 +130,8 @@ def predict_labels(model: dict, rows: list[dict]) -> list[dict]:  # {label: prob
     scaled = (np.array([*map(features, rows)]) - model["mean"]) / model["scale"]
     found = softmax(scaled @ np.array(model["weights"]).T + model["bias"], axis=1)
     explained = [dict.fromkeys(LABELS, 0.0) | dict(zip(model["classes"], row)) for row in found.tolist()]
-    return [one if row["text"] else dict(zip(LABELS, softmax(row["logprobs"]).tolist())) for row, one in zip(rows, explained)]
+    return [dict(zip(LABELS, softmax(row["logprobs"]).tolist())) if row["text"] is None else one
+            for row, one in zip(rows, explained)]
 
 # %% ../../nbs/judging/04_explain.ipynb #854bced6
 def label_probabilities(logprobs: list, temperature: float = 1.0) -> dict:  # {label: probability}, sum 1
@@ -147,7 +148,7 @@ def judge_labels(
     calibration = calibration or {}
     if "explain" in calibration:
         rows = explain(requests, engine, stage, language, claim)
-        return [{"id": row["id"], "probabilities": found, "outside": row["outside"], "text": row["text"]}
+        return [{"id": row["id"], "probabilities": found, "outside": row["outside"], "text": row["text"] or ""}
                 for row, found in zip(rows, predict_labels(calibration["explain"]["model"], rows))]
     rows = ask(requests, engine, stage, claim, "keep", labels=list(LETTERS.values()))
     return [one if "error" in one else {
@@ -175,8 +176,10 @@ def rationales(
 ) -> list[dict]:  # `{"id", "messages", "response"}` for `lm.train.sft`: the label's letter, then the explanation
     "Explanations that lead to the annotated label, as training rows (Zelikman et al. 2022, STaR)."
     known = [(row, request) for row, request in zip(rows, requests) if labels.get(row["id"])]
-    texts = {row["id"]: [row["text"]] for row, _ in known}
-    again = [request | {"id": f"{row['id']}#{k}"} for row, request in known if implied_label(row["text"], language)
+    for id in labels:
+        if labels[id] is None: stage.ledger.drop(id, "tie")
+    texts = {row["id"]: [row["text"] or ""] for row, _ in known}
+    again = [request | {"id": f"{row['id']}#{k}"} for row, request in known if implied_label(row["text"] or "", language)
              != labels[row["id"]] for k in range(draws)]
     drawn = ask(again, sampler, stage.part("rationales"), claim) if again else []
     for one in drawn: texts[one["id"].rsplit("#", 1)[0]].append(one["text"])

@@ -8,13 +8,12 @@ __all__ = ['QUOTE', 'LONGEST_DEMAND', 'RULE_TYPES', 'load_patterns', 'match_patt
 
 # %% ../../nbs/judging/03_rules.ipynb #d3ad86b3
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from ..core.files import InputError, iter_lines, resource, row_of, shorten, stable_id
+from ..core.files import InputError, iter_lines, read_toml, resource, row_of, shorten, stable_id
 from ..core.records import Check, Rule, SystemPrompt
 from ..core.stage import Ledger, Stage
 from .checks import assert_check, folded, split_words
@@ -29,7 +28,7 @@ LONGEST_DEMAND = 300  # Characters; a longer sentence says more than any pattern
 @cache
 def load_patterns() -> dict:  # {pattern, hint: rows with `regex`, prose: {name: regex}, numbers, languages, ask}
     "`data/rules/patterns.toml` with its patterns compiled."
-    data = tomllib.loads(resource("data", "rules", "patterns.toml").read_text(encoding="utf-8"))
+    data = read_toml(resource("data", "rules", "patterns.toml"))
     longest_first = lambda names: "|".join(sorted(names, key=len, reverse=True))
     slots = data["slots"] | {
         "n": rf"(?P<n>\d{{1,4}}|{longest_first(data['numbers'])})",

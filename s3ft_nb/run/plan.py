@@ -17,8 +17,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 
-from ..core.files import InputError, read_json, shorten
-from .recipe import PLACE, Step, fill_places, unknown
+from ..core.files import InputError, model_folder, read_json, shorten, unknown
+from .recipe import PLACE, Step, fill_places
 from .runner import STARTED, fingerprint, finished, prepare_run
 
 # %% ../../nbs/run/03_plan.ipynb #91d344f3
@@ -52,7 +52,7 @@ def folder_size(folder: Path) -> Size | None:  # None when it has no configurati
 def model_size(model: str) -> Size | None:  # folder or name; None when nothing can be known
     "Size of a model, from disk where it is there, else guessed from a name that holds 0.6B or 135M."
     hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"), "hub")
-    folders = (Path(model), *hub.glob(f"models--{model.replace('/', '--')}/snapshots/*"))
+    folders = (Path(model_folder(model)), *hub.glob(f"models--{model.replace('/', '--')}/snapshots/*"))
     if size := next(filter(None, map(folder_size, folders)), None): return size
     found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", model.rsplit("/", 1)[-1], re.IGNORECASE)
     if not found: return None

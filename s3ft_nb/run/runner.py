@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'path_hash', 'contents', 'record', 'clean',
-           'start', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint', 'prepare_run', 'locked',
-           'write_run', 'make_step', 'resume_command', 'run_recipe']
+           'start', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint', 'prepare_run', 'write_run',
+           'make_step', 'resume_command', 'run_recipe']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
-import fcntl
 import hashlib
 import json
 import os
@@ -18,8 +17,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import cache
@@ -27,10 +25,11 @@ from importlib import metadata
 from pathlib import Path
 
 import s3ft_nb
-from ..core.files import InputError, read_json, redact, resource, stable_id, write_bytes, write_json
+from ..core.files import (InputError, locked, printable, read_json, redact, resource, stable_id, unknown,
+                                write_bytes, write_json)
 from ..core.stage import file_hash
 from .execute import WAITING, StepFailed, execute, kernel_environment, watch
-from .recipe import Recipe, Step, fill_places, load_recipe, map_texts, unknown
+from .recipe import Recipe, Step, fill_places, load_recipe, map_texts
 
 # %% ../../nbs/run/02_runner.ipynb #5c45c87e
 def quick_hash(path: Path) -> str:  # SHA-256, hexadecimal
@@ -60,7 +59,8 @@ STARTED, DONE, PROGRESS, NOTEBOOK = OURS = ("step.json", "done.json", "events.js
 
 def contents(folder: Path) -> list[str]:  # sorted paths inside it, hidden ones included
     "All files in a step's folder, which may be absent."
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name != ".lock")
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def record(path: Path) -> dict:
@@ -170,17 +170,6 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
             raise InputError("holds the value of a secret variable", field=f"{step.id}.{key}", remedy=remedy)
     return replace(loaded, folder=folder)
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    "Keep other runs out of a folder while the context is open; raises `InputError` when one is in it."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("is in use by another run", folder, remedy="wait, or choose another --out") from None
-        yield
-
 # %% ../../nbs/run/02_runner.ipynb #94770a55
 def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is the last thing the run does
     "Write `run.json`."
@@ -205,7 +194,7 @@ def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is
 
 def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew: bool = False) -> dict:
     "Skip, resume or make one step, and return what done.json holds; `dones` are those of the steps it needs."
-    home, log = run.folder / step.id, lambda text: print(redact(title + text), file=sys.stderr, flush=True)
+    home, log = run.folder / step.id, lambda text: print(printable(redact(title + text)), file=sys.stderr)
     done, key, events = finished(home), fingerprint(step, dones), home / PROGRESS
     if done and done["fingerprint"] == key and not anew:
         log(" is done, skipped")

@@ -99,7 +99,7 @@ def explain_samples(
 
 def explained_scores(rows: list[dict], model: dict) -> list[Score]:  # model: see `judging.explain.fit_labels`
     "Calibrated scores of explained samples."
-    return [Score(sample_id=row["id"], probabilities=found, outside=row["outside"], explanation=row["text"])
+    return [Score(sample_id=row["id"], probabilities=found, outside=row["outside"], explanation=row["text"] or "")
             for row, found in zip(rows, predict_labels(model, rows))]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #cf9d050c

@@ -15,7 +15,6 @@ import json
 import re
 import signal
 import threading
-import tomllib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -26,7 +25,7 @@ from unicodedata import normalize
 
 import jinja2
 
-from ..core.files import InputError, resource, row_of, shorten
+from ..core.files import InputError, read_toml, resource, row_of, shorten
 from ..core.records import Message, check_order
 
 # %% ../../nbs/lm/00_template.ipynb #e079087e
@@ -81,7 +80,7 @@ def fold(messages: list, system: str = "native") -> list[dict]:  # `{"role", "co
     return [one | {"content": f"{text}\n\n{one['content']}"} if into(i, one) else one for i, one in enumerate(rest)]
 
 # %% ../../nbs/lm/00_template.ipynb #942ad0b4
-JINJA = tomllib.loads(resource("data", "template", "policy.toml").read_text(encoding="utf-8"))
+JINJA = read_toml(resource("data", "template", "policy.toml"))
 HEAD, BEGIN, END = "{# s3ft_nb policy ", "{# s3ft_nb begin #}\n", "{# s3ft_nb end #}"
 UNREADABLE = {"message": "the chat template's policy is unreadable", "file": "chat_template.jinja",
               "remedy": "run s3ft doctor on the base model and save the template again"}

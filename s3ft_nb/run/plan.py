@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'RATES', 'Size', 'folder_size', 'model_size', 'work_of',
-           'time_and_memory', 'duration', 'make_plan', 'plan_text']
+           'time_and_memory', 'duration', 'make_plan', 'plan_text', 'add_plans']
 
 # %% ../../nbs/run/03_plan.ipynb #f39cc524
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,3 +166,17 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
         f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}", "", *lines, "",
         "Parameters", *(f"{row['step']}: {stated(row)}" for row in steps), "",
         "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])
+
+# %% ../../nbs/run/03_plan.ipynb #339d9c2f
+def add_plans(plans: list[dict]) -> dict:  # as made by `make_plan`, of one recipe with several seeds
+    "What all seeds together would do and cost."
+    add = lambda values: None if None in values else round(sum(values), 1)
+    times = lambda parts: {machine: add([part[machine] for part in parts]) for machine in RATES}
+    steps, counts = [], ("rows", "read", "written", "trained")
+    for rows in zip(*(plan["steps"] for plan in plans)):
+        states = Counter(row["state"] for row in rows)
+        state = ", ".join(f"{n} {state}" for state, n in states.items()) if len(states) > 1 else rows[0]["state"]
+        summed = {key: sum(row[key] for row in rows) for key in counts}
+        steps.append(rows[0] | summed | {"state": state, "seconds": times([row["seconds"] for row in rows])})
+    return plans[0] | {"steps": steps, "total_seconds": times([plan["total_seconds"] for plan in plans]),
+                       "folder": ", ".join(plan["folder"] for plan in plans)}

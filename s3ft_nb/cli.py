@@ -89,10 +89,11 @@ def run(
 ):
     "Run a recipe. Finished steps are skipped, an interrupted one resumes where it was."
     from s3ft_nb.run.runner import run_recipe, run_seeds, seed_runs
+    words = sort_words(recipe, set)
     if seeds:
-        runs = seed_runs(*sort_words(recipe, set), out, seeds)
-        return pool_seeds(run_seeds(runs, only=only, begin=from_, fresh=fresh))
-    folder = run_recipe(*sort_words(recipe, set), out, only, from_, fresh)
+        folder = run_seeds(words[0], seed_runs(*words, out, seeds), only=only, begin=from_, fresh=fresh)
+        return [f"results: {folder}"] if only else pool_seeds(folder)
+    folder = run_recipe(*words, out, only, from_, fresh)
     pages = [folder / id / "index.html" for id in reversed(read_json(folder / "run.json")["steps"])]
     return [f"results: {next((page for page in pages if page.is_file()), folder)}"]
 
@@ -103,9 +104,9 @@ def pool_seeds(
     "Make numbers.jsonl and the page over the seeds of a run again, from the seeds that are measured."
     from s3ft_nb.measure.metrics import seed_numbers
     from s3ft_nb.report.page import seeds_section, write_report
-    from s3ft_nb.run.runner import gather_seeds
-    if not (files := gather_seeds(run)): return [f"results: {run} (no seed is measured)"]
-    params = read_json(run / "run.json")["params"].values()
+    from s3ft_nb.run.runner import measured_seeds
+    files = measured_seeds(run)
+    params = read_json(run / f"seed-{next(iter(files))}" / "run.json")["params"].values()
     main = next((own["main"] for own in params if own.get("main")), "")
     write_rows(run / "pooled" / "numbers.jsonl", seed_numbers(files, main))
     section = seeds_section(run / "pooled", main)
@@ -121,10 +122,11 @@ def plan(
     seeds: str = "",  # Of all these seeds together, like 0-4 or 0,2,5
 ):
     "Show steps, parameters and an estimate of rows, tokens, time and memory. Nothing is run."
-    from s3ft_nb.run.plan import add_plans, make_plan, plan_text
+    from s3ft_nb.run.plan import make_plan, plan_text
     from s3ft_nb.run.runner import seed_runs
-    words = sort_words(recipe, set)
-    made = add_plans([make_plan(*one) for one in (seed_runs(*words, out, seeds).values() if seeds else [(*words, out)])])
+    name, settings = sort_words(recipe, set)
+    runs = seed_runs(name, settings, out, seeds) if seeds else {out: settings}
+    made = make_plan(name, *list(runs.items())[0][::-1], len(runs))
     return [json.dumps(made, indent=2, ensure_ascii=False) if json_ else plan_text(made)]
 
 # %% ../nbs/00_cli.ipynb #6c28e18f

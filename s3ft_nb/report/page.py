@@ -121,56 +121,44 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
                             f"{ends(with_interval(apart, True))}; {outcome(apart)}"))
     return [dict(zip(("name", "value", "detail"), tile)) for tile in tiles]
 
-# %% ../../nbs/report/02_page.ipynb #8e5b3b1c
+# %% ../../nbs/report/02_page.ipynb #6ee96e4d
 def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last arm when empty
-    "Publish numbers over seeds, as `measure.metrics.seed_numbers` made them; beside the folder lies the run's run.json."
-    folder, numbers = Path(folder), read_numbers(folder)
-    cells = {tuple(row[key] for key in ("arm", "against", "history", "part", "key")): row
-             for row in select(numbers, metric="adherence", against=None)}
-    arms, seeds, turns = (distinct(key[i] for key in cells if key[3] == part) for i, part in ((0, "all"), (4, "seed"), (4, "turn")))
-    history, main, ends = main_history(numbers), main if main in arms else arms[-1], [turns[0], turns[-1]]
-    pairs = {key[:2]: row for key, row in cells.items() if key[1] and key[2:4] == (history, "all")}
-    clear = lambda row: row["low"] is not None and row["low"] * row["high"] > 0
-
-    def line(arm: str, against: str = "", history: str = history) -> list:
-        get = lambda part, key: cells.get((arm, against, history, part, key))
-        alone = [get("seed", seed) and get("seed", seed) | {"low": None, "high": None} for seed in seeds]
-        return [get("all", ""), *(get("turn", turn) for turn in ends), *alone]
-
-    heads = [*(f"Turn {turn}" for turn in ends), *(f"Seed {seed}" for seed in seeds)]
-    caption = "Mean over seeds [95 % interval that holds seeds and conversations]; beside it each seed alone."
-    tables = [Table(f"Adherence over seeds, {one} history, %", ["Arm", "All turns", *heads], caption=caption, name=f"seeds_{one}",
-                    rows=[[arm, *line(arm, history=one)] for arm in arms if line(arm, history=one)[0]])
-              for one in distinct(key[2] for key in cells)]
-    rows = [[f"{arm} minus {against}", *line(arm, against), row["p"], "yes" if clear(row) else "no"]
-            for (arm, against), row in pairs.items()]
-    apart = Table("Paired differences over seeds, points", ["Arms", "Difference", *heads, "p", "Excludes 0"], rows, caption +
-                  " p: of the same interval, adjusted for all differences of both histories (Holm).", "seeds_differences")
-    others = [row for row in select(numbers, part="all", history=history) if row["metric"] != "adherence"]
-    whole, n = cells[main, "", history, "all", ""], len(seeds)
-    alone = ", ".join(number_text(cell["mean"], "percent", 0) for cell in line(main)[3:] if cell)
-    over = f"mean of {n} seeds ({alone})" if n > 1 else f"with one seed, {seeds[0]}"
-    text = f"{main} follows its system prompt in {with_interval(whole)} of its turns, {over}; " + ", ".join(
-        f"{with_interval(cell)} at turn\u00a0{turn}" for turn, cell in zip(ends, line(main)[1:3]))
-    said = {word: ", ".join(f"{row['against']} ({with_interval(row, signed=True)})" for (arm, _), row in pairs.items() if arm == main
-                            and word == ("not shown to differ from" if not clear(row) else "better than" if row["mean"] > 0 else "worse than"))
-            for word in ("better than", "worse than", "not shown to differ from")}
-    facts, shared = optional(folder.parent / "run.json"), whole["n_clusters"] < sum(
-        cells[key]["n_clusters"] for key in cells if key[:4] == (main, "", history, "seed"))
-    how = ("the seeds share conversations, whose covariance between seeds is added: it does not shrink with more seeds" if shared else
-           "each seed has conversations of its own, so the spread of the seeds holds both")
-    notes = [f"Intervals over seeds hold seeds and conversations: {how}." if n > 1 else
-             "One seed: intervals hold conversations only. Another seed may lie outside them.",
-             f"{n} seeds are few: intervals are wide (Student's t with {n - 1} degrees of freedom)." if 1 < n < 5 else "",
-             f"Seeds not measured yet: {', '.join(map(str, facts.get('seeds_not_measured') or []))}." if facts.get("seeds_not_measured") else "",
-             "" if facts.get("same_settings", True) else "The seeds were run with different settings or versions: their mean is of different things."]
-    tiles = [{"name": f"{main}: adherence", "value": f"{number_text(whole['mean'], 'percent', 0)}\u00a0%",
-              "detail": f"{with_interval(whole)}; seeds {alone}"}]
-    return write_section(
-        folder, "Adherence over seeds", "A turn adheres when the response satisfies every rule that applies to it.",
-        [draw.curves(select(numbers, history=history), name="drift_over_seeds")],
-        [*tables, apart, pivot(others, "metric", title="Other metrics over seeds", caption=caption, name="seeds_metrics")],
-        tiles, "; ".join([text, *(f"{word} {these}" for word, these in said.items() if these)]) + ".", list(filter(None, notes)))
+    "Publish means over seeds, as `measure.metrics.seed_numbers` has them."
+    folder, rows = Path(folder), select(read_numbers(folder), metric="adherence", against=None)
+    arms, turns, seeds = (distinct(row[field] for row in rows if row["part"] == part)
+                          for field, part in (("arm", "all"), ("key", "turn"), ("key", "seed")))
+    history, main, n = main_history(rows), main if main in arms else arms[-1], len(seeds)
+    heads = {("all", ""): "All turns"} | {("turn", turn): f"Turn {turn}" for turn in (turns[0], turns[-1])}
+    heads |= {("seed", seed): f"Seed {seed}" for seed in seeds}
+    caption = "Mean over seeds [95 % interval over seeds and conversations], and each seed alone; differences are paired."
+    clear, tables = lambda row: row["low"] is not None and row["low"] * row["high"] > 0, []
+    cells = {(row["history"], row["arm"], row["against"], row["part"], row["key"]):
+             row | ({"low": None, "high": None} if row["part"] == "seed" else {}) for row in rows}
+    for one, body in ((one, []) for one in distinct(key[0] for key in cells)):
+        for arm, against in dict.fromkeys(key[1:3] for key in cells if key[0] == one):
+            line = [cells.get((one, arm, against, *place)) for place in heads]
+            zero = ["" if not against else "yes" if clear(line[0]) else "no"]
+            body.append([f"{arm} minus {against}" if against else arm, *line, *zero])
+        tables.append(Table(f"Adherence over seeds, {one} history, %", ["Arm", *heads.values(), "Excludes 0"], body, caption))
+    whole, first, last, *alone = (cells.get((history, main, "", *place)) for place in heads)
+    alone = [cell for cell in alone if cell]
+    single = ", ".join(number_text(cell["mean"], "percent", 0) for cell in alone)
+    text = f"{main} follows its system prompt in {with_interval(whole)} of its turns, "
+    text += f"mean of {n} seeds ({single})" if n > 1 else f"with one seed, {seeds[0]}"
+    text += "".join(f", {with_interval(cell)} at turn\u00a0{cell['key']}" for cell in (first, last) if cell)
+    for row in select(rows, history=history, arm=main, part="all", against=arms):
+        said = "not shown to differ from" if not clear(row) else "better than" if row["mean"] > 0 else "worse than"
+        text += f"; {said} {row['against']} ({with_interval(row, signed=True)})"
+    lost = [seed for seed in optional(folder.parent / "run.json").get("seeds", []) if str(seed) not in seeds]
+    how = ("Each seed has conversations of its own: the spread of the seeds' means holds both." if whole["n_clusters"]
+           == sum(cell["n_clusters"] for cell in alone) else "The seeds share conversations: the covariance between "
+           "seeds that comes from them is added, which does not shrink with seeds.")
+    notes = [f"Not in these means: seeds {', '.join(map(str, lost))}, which are not measured."] * bool(lost)
+    notes += [f"Intervals over seeds hold seeds and conversations. {how}", *["Few seeds: intervals are wide."] * (n < 5)]
+    if n == 1: notes = [*notes[:-2], "One seed: intervals hold conversations only; another seed may lie outside them."]
+    return write_section(folder, "Adherence over seeds", "A turn adheres when it satisfies every rule that applies.",
+                         [draw.curves(select(rows, history=history), name="drift_over_seeds")], tables,
+                         headline=f"{text}.", notes=notes)
 
 # %% ../../nbs/report/02_page.ipynb #f6293e67
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'RATES', 'Size', 'folder_size', 'model_size', 'work_of',
-           'time_and_memory', 'duration', 'make_plan', 'plan_text', 'add_plans']
+           'time_and_memory', 'duration', 'make_plan', 'plan_text']
 
 # %% ../../nbs/run/03_plan.ipynb #f39cc524
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +119,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 # %% ../../nbs/run/03_plan.ipynb #8a5a416a
-def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> dict:  # a JSON value
-    "What a run would do and cost; raises `InputError` as the run would."
+def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None, runs: int = 1) -> dict:
+    "What a run, or several that differ by the seed, would do and cost, as JSON; raises `InputError` as the run would."
     run = prepare_run(recipe, settings, out)
     made, dones, rows = {}, {}, []
     folders = {step.id: run.folder / step.id for step in run.steps}
@@ -131,7 +130,7 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         if same: dones[step.id] = done
         state = "done" if same else "started" if (folders[step.id] / STARTED).is_file() and not done else "to do"
         work = work_of(step, made)
-        made[step.id] = work["rows"]
+        made[step.id], work = work["rows"], {key: runs * n for key, n in work.items()}
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         times, gib = time_and_memory(step.values, work, model_size(model) if model else None)
@@ -146,7 +145,8 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
                 f"a prompt takes {PROMPT_FRACTION:.0%} of max_length, a response {RESPONSE_FRACTION:.0%} of its limit",
                 f"rates in tokens/s for 1e9 parameters (read, write, train): {speeds}",
                 "memory: NF4 weights 0.55 bytes, embeddings 2, adapter 16, activations with checkpointing",
-                "estimates are good to a factor of two or three"]}
+                "estimates are good to a factor of two or three",
+                *([f"rows, tokens and times are those of {runs} seeds together, states of the first"] * (runs > 1))]}
 
 
 def plan_text(plan: dict) -> str:  # as made by `make_plan`
@@ -166,17 +166,3 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
         f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}", "", *lines, "",
         "Parameters", *(f"{row['step']}: {stated(row)}" for row in steps), "",
         "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])
-
-# %% ../../nbs/run/03_plan.ipynb #339d9c2f
-def add_plans(plans: list[dict]) -> dict:  # as made by `make_plan`, of one recipe with several seeds
-    "What all seeds together would do and cost."
-    add = lambda values: None if None in values else round(sum(values), 1)
-    times = lambda parts: {machine: add([part[machine] for part in parts]) for machine in RATES}
-    steps, counts = [], ("rows", "read", "written", "trained")
-    for rows in zip(*(plan["steps"] for plan in plans)):
-        states = Counter(row["state"] for row in rows)
-        state = ", ".join(f"{n} {state}" for state, n in states.items()) if len(states) > 1 else rows[0]["state"]
-        summed = {key: sum(row[key] for row in rows) for key in counts}
-        steps.append(rows[0] | summed | {"state": state, "seconds": times([row["seconds"] for row in rows])})
-    return plans[0] | {"steps": steps, "total_seconds": times([plan["total_seconds"] for plan in plans]),
-                       "folder": ", ".join(plan["folder"] for plan in plans)}

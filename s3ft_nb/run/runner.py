@@ -6,7 +6,7 @@
 __all__ = ['RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'path_hash', 'contents', 'record', 'clean',
            'start', 'machine_kind', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint',
            'prepare_run', 'write_run', 'make_step', 'resume_command', 'run_recipe', 'seed_runs', 'run_seeds',
-           'gather_seeds']
+           'measured_seeds']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
@@ -92,13 +92,12 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
 
 
 def machine_kind() -> str:  # "x86_64 avx2 avx512f, 2 threads"
-    "What decides the last digits of results: processor, its features, threads, and GPUs."
+    "What decides the last digits of results: processor and its features, threads, GPUs."
     places = Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     texts = [path.read_text(errors="replace") if path.is_file() else "" for path in places]
-    features = re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", texts[0])
+    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", texts[0]))
     threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
-    gpus = re.findall(r"Model:\s*(.+)", "".join(texts[1:]))
-    return ", ".join([" ".join([platform.machine(), *dict.fromkeys(features)]), threads, *gpus])
+    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"Model:\s*(.+)", "".join(texts[1:]))])
 
 
 def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
@@ -268,55 +267,50 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
         write_run(run, over=True)
     return run.folder
 
-# %% ../../nbs/run/02_runner.ipynb #4d4fa499
-def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, seeds: str) -> dict[int, tuple]:
-    """What `run_recipe` takes for each seed, such as 0-4 or 0,2,5: {seed: (recipe, settings, folder)}, in
-    runs/NAME-seeds without `out`. Raises `InputError` when one of them could not start. Writes nothing."""
+# %% ../../nbs/run/02_runner.ipynb #4fd17a11
+def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, seeds: str) -> dict[Path, list[str]]:
+    """Folder and settings of the run of every seed, such as 0-4 or 0,2,5, in runs/NAME-seeds without `out`.
+    Raises `InputError` when one of them could not start. Writes nothing."""
     spans = [re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part) for part in seeds.split(",")]
-    spans = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in spans]
+    spans = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in spans]
     if not all(0 < len(span) <= 100 for span in spans):
         raise InputError(f"{seeds!r} does not name seeds", field="--seeds", remedy="like 0-4 or 0,2,5")
     if any(re.match(r"[^=]*\bseed\s*=", one) for one in settings):
         raise InputError("cannot be combined with --set seed=...", field="--seeds", remedy="give one of them")
     folder = Path(out or Path("runs", f"{load_recipe(recipe, settings).name}-seeds")).expanduser().resolve()
-    if folder.is_dir() and "seeds" not in record(folder / RUN) and any(path.name[0] != "." for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()) and "seeds" not in record(folder / RUN):
         raise InputError("holds something else than runs over seeds", folder, remedy="choose another --out")
-    runs = {seed: (recipe, [*settings, f"seed={seed}"], folder / f"seed-{seed}") for span in spans for seed in span}
-    for one in runs.values(): prepare_run(*one)
+    runs = {folder / f"seed-{seed}": [*settings, f"seed={seed}"] for span in spans for seed in span}
+    for own, words in runs.items(): prepare_run(recipe, words, own)
     return runs
 
 
-def run_seeds(runs: dict[int, tuple], **how) -> Path:  # runs: see `seed_runs`; how: as for `run_recipe`
-    "Run a recipe with several seeds, one after the other; raises as `run_recipe` does, naming the seed."
-    folder, waiting = [*runs.values()][0][2].parent, []
+def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  # as `seed_runs`, `run_recipe` have it
+    "Run a recipe with several seeds, one after the other, and return the folder of all; raises as `run_recipe` does."
+    folder, waiting = next(iter(runs)).parent, []
     with locked(folder):
-        write_json(folder / RUN, {"made_by": "s3ft_nb", "seeds": [*runs]} | record(folder / RUN))
-        for seed, one in runs.items():
-            print(f"seed {seed}", file=sys.stderr, flush=True)
-            try: run_recipe(*one, **how)
-            except InputError as error: raise InputError(f"seed {seed}: {error}") from None
+        seeds = {*record(folder / RUN).get("seeds", ()), *(int(own.name[5:]) for own in runs)}
+        write_json(folder / RUN, {"made_by": "s3ft_nb", "seeds": sorted(seeds)})
+        for own, words in runs.items():
+            print(own.name, file=sys.stderr, flush=True)
+            try: run_recipe(recipe, words, own, **how)
             except StepFailed as error:
-                if error.code != WAITING: raise StepFailed(f"seed {seed}: {error}", error.code) from None
-                waiting.append(f"seed {seed}: {error}")
+                if error.code != WAITING: raise
+                waiting.append(str(error))
     if waiting: raise StepFailed("\n".join([*waiting, shlex.join(["s3ft", "seeds", str(folder)])]), WAITING)
     return folder
 
 
-def gather_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
-    "The measured seeds of a run over seeds, whose run.json is made anew; raises `InputError` when it is none."
-    places = {int(path.parent.name[5:]): path.parent for path in folder.glob("seed-*/run.json")
-              if path.parent.name[5:].isdigit()}
-    runs = {str(seed): record(places[seed] / RUN) for seed in sorted(places)}
-    files = {seed: folder / f"seed-{seed}" / id / "verdicts.jsonl" for seed, run in runs.items() for id in run["steps"]
-             if all((folder / f"seed-{seed}" / id / name).is_file() for name in ("verdicts.jsonl", DONE))}
-    if not runs: raise InputError("holds no runs over seeds", folder, remedy="make them with s3ft run --seeds")
-    if not files: return files
-    used, first = [runs[seed] for seed in files], runs[next(iter(files))]
-    same = [[run["recipe"], run["versions"], [own | {"seed": 0} for own in run["params"].values()]] for run in used]
-    write_json(folder / RUN, {key: first[key] for key in ("made_by", "recipe", "description", "versions", "params")} | {
-        "seeds": [int(seed) for seed in files], "seeds_not_measured": [int(seed) for seed in runs if seed not in files],
-        "same_settings": all(one == same[0] for one in same),
-        "dtype": sorted({own["dtype"] for run in used for own in run["params"].values() if "dtype" in own}),
-        "machines": sorted({one for run in used for one in run.get("machines", [])}),
-        "seconds": {f"seed-{seed}": run["seconds"]["total"] for seed, run in runs.items()}})
-    return files
+def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
+    "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
+    files, settings = {}, []
+    for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
+        run, homes = read_json(path), [path.parent / id for id in read_json(path)["steps"]]
+        done = [home for home in homes if (home / "verdicts.jsonl").is_file() and (home / DONE).is_file()]
+        if not done: continue
+        files[path.parent.name[5:]] = done[-1] / "verdicts.jsonl"
+        settings.append([run["recipe"], [own | {"seed": 0} for own in run["params"].values()]])
+        if settings[-1] == settings[0]: continue
+        raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
+    if files: return files
+    raise InputError("holds no measured seed", folder, remedy="make them with s3ft run --seeds")

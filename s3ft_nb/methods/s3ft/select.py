@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lower_bound', 'threshold_curve', 'choose_threshold', 'lowered_threshold', 'expectations', 'redrawn', 'stability',
-           'score_table', 'select_samples', 'candidates', 'text_length', 'random_same_text', 'sft_rows',
-           'discriminator_numbers', 'yields']
+           'score_table', 'select_samples', 'candidates', 'text_length', 'random_same_text', 'ablation_arms',
+           'sft_rows', 'discriminator_numbers', 'yields']
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #51e241b2
 import random
@@ -74,7 +74,7 @@ def lowered_threshold(threshold: float, p_good: list, at_least: int) -> float:
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #53e9aa85
 def expectations(p_good: list, threshold: float, precision: float) -> dict:  # p_good: calibrated, of the candidates
-    "`{good, precision, recall, allowed}` that the probabilities themselves expect; allowed: samples at the stated precision."
+    "`{good, precision, recall, allowed}` that the probabilities expect; allowed: samples at the stated precision."
     p = -np.sort(-np.asarray(p_good, dtype=float))
     kept, mean = p[p >= threshold], p.cumsum() / np.arange(1, len(p) + 1)
     return {"good": float(p.sum()), "precision": float(kept.mean()) if len(kept) else None,
@@ -109,7 +109,8 @@ def stability(
             found = predict_labels(fit_labels(redrawn(fitted, homes, rng), taught), rows)
             p = {row["id"]: one["good"] for row, one in zip(rows, found)}
         some = redrawn(known, homes, rng)
-        chosen = choose_threshold([p[row["id"]] for row in some], [row["label"] == "good" for row in some], precision, level)
+        chosen = choose_threshold([p[row["id"]] for row in some], [row["label"] == "good" for row in some], precision,
+                                  level)
         again = {id for id in candidates if p[id] >= chosen["threshold"]}
         overlaps.append(len(again & kept) / max(1, len(again | kept)))
         sizes.append(len(again))
@@ -175,6 +176,21 @@ def random_same_text(samples: list[Sample], length: int, seed: int) -> list[Samp
         drawn.add(sample.id)
         left -= text_length(sample)
     return [sample for sample in samples if sample.id in drawn]
+
+
+def ablation_arms(kept: list[Sample], seed: int) -> dict:  # {arm: samples}
+    """Arms that take something away from the selected samples. `half` and `quarter` of the text; `single`: one sample a
+    conversation, so that no context has two targets; `contrast`: whole conversations, as much text as `single`."""
+    drawn = sorted(kept, key=lambda sample: random.Random(f"{seed}/ablation/{sample.id}").random())
+    single = {sample.id for sample in {sample.conversation_id: sample for sample in drawn}.values()}
+    total, left, whole = sum(map(text_length, kept)), sum(text_length(one) for one in kept if one.id in single), set()
+    for name in dict.fromkeys(sample.conversation_id for sample in drawn):
+        if left <= 0: break
+        whole.add(name)
+        left -= sum(text_length(one) for one in kept if one.conversation_id == name)
+    return {"half": random_same_text(kept, total // 2, seed), "quarter": random_same_text(kept, total // 4, seed),
+            "single": [one for one in kept if one.id in single],
+            "contrast": [one for one in kept if one.conversation_id in whole]}
 
 
 def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:  # `{"id", "messages", "response"}`

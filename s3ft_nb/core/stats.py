@@ -6,7 +6,8 @@
 __all__ = ['ratio', 'contrast', 'with_rows', 'RATE', 'MEAN', 'cluster_sums', 'jackknife', 'standard_error', 'wilson', 'score_end',
            'rate_ends', 'mover', 'interval', 'Metric', 'finite', 'estimate_sums', 'estimate', 'number_row', 'rate',
            'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion', 'cohen_kappa',
-           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification', 'calibration_error']
+           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'over_seeds', 'classification',
+           'calibration_error']
 
 # %% ../../nbs/core/04_stats.ipynb #96c063a2
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -260,6 +262,31 @@ def fleiss_kappa(counts: np.ndarray, clusters: Sequence | None = None, level: fl
         raise InputError("samples need the same number of ratings, two or more", field="counts", remedy="use alpha")
     table, of = cluster_sums(alpha_terms(counts), clusters), lambda sums: alpha_of(sums, one=0)
     return estimate_sums(of, table, len(counts), "agreement", level)
+
+# %% ../../nbs/core/04_stats.ipynb #35986a22
+def over_seeds(of: Callable, tables: Sequence, kind: str = "real", level: float = 0.95) -> dict:
+    """Mean over seeds of a value of sums, {mean, low, high, n = seeds, n_clusters, p of 0 (none for a rate)}.
+    `tables`: of each seed, the same clusters, zeros where a seed lacks one; undefined seeds are left out."""
+    tables = np.stack(tables).astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"): values, apart, c = jackknife(of, tables)
+    known = np.isfinite(values)
+    values, used, k = values[known], tables[known].any(axis=-1), int(known.sum())
+    found = {"mean": float(values.mean()) if k else None, "low": None, "high": None, "n": k,
+             "n_clusters": int(used.any(axis=0).sum()), "p": None}
+    if k < 2: return found
+    apart, n_shared = apart[known] * np.sqrt(1 - 1 / c[known])[:, None], int((used.sum(axis=0) > 1).sum())
+    common = ((apart.sum(axis=0) ** 2).sum() - (apart**2).sum()) / (k * (k - 1))
+    variances = np.array([values.var(ddof=1) / k, max(common, 0)])
+    if not (variance := variances.sum()) > 1e-20: return found
+    half = lambda level: np.sqrt(student.ppf((1 + level) / 2, [k - 1, max(n_shared - 1, 1)]) ** 2 @ variances)
+    low, high = found["mean"] - half(level), found["mean"] + half(level)
+    if kind == "rate":
+        n, q = found["mean"] * (1 - found["mean"]) / variance, half(level) / np.sqrt(variance)
+        low, high = score_end(found["mean"], n, np.array([-q, q]))
+    else:
+        gap = lambda level: half(level) - abs(found["mean"])
+        found["p"] = 1e-9 if gap(1 - 1e-9) < 0 else 1 - brentq(gap, 0, 1 - 1e-9)
+    return found | {"low": float(low), "high": float(high)}
 
 # %% ../../nbs/core/04_stats.ipynb #cac5b2ae
 def classification(truth: Sequence, predicted: Sequence, labels: Sequence, clusters: Sequence | None = None,

@@ -228,6 +228,9 @@ def load(
     weights = load_weights(base, quantization, dtype, device)
     if len(tokenizer) > weights.get_input_embeddings().num_embeddings:
         raise InputError("the tokenizer has more tokens than the model", str(base), remedy="name the folder of both")
+    ends = getattr(weights.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    tokenizer.declared_ends = tuple(id for id in ends if isinstance(id, int) and 0 <= id < len(tokenizer))
     if adapter: weights = add_adapter(weights, adapter, dtype)
     name = base.resolve().name if isinstance(base, Path) else base
     if adapter: name += f"+{'/'.join(Path(adapter).parts[-2:])}"

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 
 from ..core.files import CONTROL, InputError, read_toml, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
-from .template import (OPENS, REASONING_TAGS, Policy, apply, chat_template, checked_messages, control_tokens,
+from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages, control_tokens,
                                  frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
@@ -30,8 +30,9 @@ def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = Tr
 
 
 def error_of(work: Callable) -> InputError | None:
-    "What a call is refused with; None when it works."
+    "What a call is refused with; None when it works. Raises `TemplateLimit`: no other decision mends that."
     try: work()
+    except TemplateLimit: raise
     except InputError as error: return error
 
 
@@ -133,7 +134,8 @@ def injection_risk(tokenizer, policy: Policy) -> str:  # "" when typed control t
     for part, what in ((talk[2], "a response"), (talk[4], "a user's turn")):
         if not pattern.search(part): return f"what opens {what} is plain text: {shorten(part)}"
     words = "".join(sorted({*tokenizer.get_added_vocab()}))
-    typed = lambda text: [{"role": role, "content": text} for role in TALK[1:4]]
+    safe = lambda role, text: THINKS.sub("", text) if role == "assistant" else text  # there, thoughts are refused
+    typed = lambda text: [{"role": role, "content": safe(role, text)} for role in TALK[1:4]]
     count = lambda text: sum(id in control for id in prompt_ids(tokenizer, typed(text), policy))
     try: return "" if count(f"x{words}") == count("x") else "typed control tokens are taken for the template's"
     except InputError as error: return error.message

@@ -22,7 +22,7 @@ from ..core.files import (InputError, locked, model_folder, read_json, read_rows
                                 write_rows)
 from ..core.records import SystemPrompt, Rule
 from ..core.stage import Stage, file_hash, rows_hash
-from ..judging.judge import judge_agreement, make_judge, read_calibration, same_family, verdicts
+from ..judging.judge import adapter_of, judge_agreement, make_judge, read_calibration, same_family, verdicts
 from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
@@ -144,15 +144,18 @@ def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str) -
     """The judge's model, `base` or that of the config, and what makes a judge, see `judging.judge.make_judge`, for a
     stage (None inside the work of one)."""
     asked, model = config.judge, base
-    name, adapter = asked.judge or config.model.model, asked.judge_adapter
+    name, adapter = asked.judge or config.model.model, asked.judge_adapter and adapter_of(asked.judge_adapter)
     if base is None:  # a name beside a server is a model of that server
-        local = adapter or config.model.engine == "transformers" or Path(model_folder(name)).is_dir()
+        local = asked.judge_adapter or config.model.engine == "transformers" or Path(model_folder(name)).is_dir()
         url = asked.judge_url or ("" if local else config.model.base_url)
         model = load_model(replace(config.model, engine="http" if url else "transformers", model=name, base_url=url,
                                    tokenizer="", temperature=0.0, max_new_tokens=0), adapter)
-    way = asked.judge_way or ("discriminator" if adapter else "letters")
-    calibration = read_calibration(adapter) if adapter else None
-    claim = [model_hash(folder) for folder in (name, adapter) if folder]
+    way = asked.judge_way or ("discriminator" if asked.judge_adapter else "letters")
+    calibration = read_calibration(asked.judge_adapter) if asked.judge_adapter else {}
+    if (fitted := calibration.get("explain", {}).get("base")) and fitted != model_hash(name):
+        raise InputError(f"was fitted on the explanations of another model than {name}", asked.judge_adapter,
+                         field="judge_adapter", remedy="name that model with --judge")
+    claim = [*(model_hash(folder) for folder in (name, adapter) if folder), calibration]
     return model, lambda stage: make_judge(model.engine, way, language, calibration, count=model.count, room=model.room,
                                            stage=stage, claim=claim)
 

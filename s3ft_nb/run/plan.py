@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'RATES', 'Size', 'folder_size', 'model_size', 'work_of',
-           'time_and_memory', 'duration', 'make_plan', 'plan_text']
+           'time_and_memory', 'duration', 'make_plan', 'plan_line', 'plan_text']
 
 # %% ../../nbs/run/03_plan.ipynb #f39cc524
 import math
@@ -147,6 +147,14 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
                 "memory: NF4 weights 0.55 bytes, embeddings 2, adapter 16, activations with checkpointing",
                 "estimates are good to a factor of two or three",
                 *([f"rows, tokens and times are those of {runs} seeds together, states of the first"] * (runs > 1))]}
+
+
+def plan_line(plan: dict) -> str:  # as made by `make_plan`
+    "What a run is about to do, where, and how long that takes, in one line."
+    due = [row for row in plan["steps"] if row["state"] != "done"]
+    cpu, gpu = (duration(sum(row["seconds"][machine] or 0 for row in due)) for machine in ("cpu", "T4"))
+    time = f"about {cpu} on a CPU, {gpu} on a small GPU" if due else "nothing to do"
+    return f"{plan['recipe']}: {len(due)} of {len(plan['steps'])} steps in {plan['folder']}, {time}"
 
 
 def plan_text(plan: dict) -> str:  # as made by `make_plan`

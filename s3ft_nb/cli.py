@@ -125,7 +125,7 @@ def run(
     name, settings = sort_words(recipe, set)
     runs = seed_runs(name, settings, out, seeds) if seeds else {out: settings}
     if not (only or from_ or fresh):
-        typer.echo(printable(plan_line(make_plan(name, *[*runs.items()][0][::-1], len(runs)))), err=True)
+        for own, words in runs.items(): typer.echo(printable(plan_line(make_plan(name, words, own))), err=True)
     if seeds:
         folder = run_seeds(name, runs, only=only, begin=from_, fresh=fresh)
         return [f"results: {folder}"] if only else pool_seeds(folder)

@@ -308,14 +308,10 @@ def seed_numbers(files: dict[str, Path], main: str = "", level: float = 0.95) ->
             own = {seed: (difference if pair[1:] else estimate)(metric, *both, level) for seed, both in sides.items()}
             own = {seed: found for seed, found in own.items() if found["mean"] is not None}
             sums = [np.hstack([metric.table(side) for side in sides[seed]]) for seed in own]
-            def of(columns): return reduce(np.subtract, map(metric.of, np.split(columns, len(pair), axis=-1)))
-            if len(own) > 1: found = over_seeds(of, sums, metric.kind if not pair[1:] else "real", level)
-            else: found = {"mean": None} | next((one | {"n": 1} for one in own.values()), {})
-            if found["mean"] is not None: out.append(row(found=found, part=part, key=key))
+            of = lambda columns: reduce(np.subtract, map(metric.of, np.split(columns, len(pair), axis=-1)))
+            found = [over_seeds(of, sums, "real" if pair[1:] else metric.kind, level)] if len(own) > 1 else own.values()
+            out += [row(found=one | {"n": len(own), "p": None}, part=part, key=key) for one in found]
             if part == "all": out += [row(found=one | {"p": None}, part="seed", key=seed) for seed, one in own.items()]
-    for part in ("all", "turn"):
-        rows = [row for row in out if row["part"] == part and row["against"]]
-        for row, p in zip(rows, holm([row["p"] for row in rows])): row["p"] = p
     return out
 
 # %% ../../nbs/measure/01_metrics.ipynb #f4f05e4b

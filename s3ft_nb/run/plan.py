@@ -130,12 +130,13 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         if same: dones[step.id] = done
         state = "done" if same else "started" if (folders[step.id] / STARTED).is_file() and not done else "to do"
         work = work_of(step, made)
-        made[step.id], work = work["rows"], {key: runs * n for key, n in work.items()}
+        made[step.id] = work["rows"]
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         times, gib = time_and_memory(step.values, work, model_size(model) if model else None)
-        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, **work,
-                     "model": model, "seconds": times, "memory_gib": gib})
+        times = {machine: seconds and runs * seconds for machine, seconds in times.items()}
+        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, "model": model,
+                     **{key: runs * n for key, n in work.items()}, "seconds": times, "memory_gib": gib})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
     return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,

@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text()
 ANY_LANGUAGE = [id for id in IFEVAL if id not in LANGUAGE_KINDS]
 SENTENCES = {"length_constraints:number_sentences": [{"num_sentences": 3, "relation": "at least"}]}
 OURS = [kind for kind in CHECKS if kind not in IFEVAL]
-PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]"}
+PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]", "num_words": 9, "num_least": 1, "num_most": 3}
 
 
 def check(kind): return Check(kind=kind, params={name: PARAMS[name] for name in schema(kind).model_fields})

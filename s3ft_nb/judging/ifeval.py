@@ -57,6 +57,7 @@ def hide_marks(text: str) -> str:  # The same length
     text = re.sub(rf"((?:\b[A-Z]\.)+[A-Z])\.(?=\s+(?!(?:{STARTERS})\b)[A-Z])", r"\1,", text)  # U.S. Senate
     text = re.sub(r"(?:…|(?<=\.\.)\.)(?=\s+[^\W\d_a-z])|(?<=\bI)\.(?=\s)|(?<=\d)\.(?=\s+[a-z])|(?<=\b[ap]\.m)\.(?=\s+"
                   r"(?!Mon|Tue|Wed|Thu|Fri|Sat|Sun|[A-Z]{2})[A-Z])", "!", text)
+    text = re.sub(r"\b(ill|ok|ore|wash|reps?)\.(?=\s)", r"\1!", text)  # words that are short forms as well
     return re.sub(SHORT, lambda found: found[0][:-1] + ",", text, flags=re.IGNORECASE)
 
 

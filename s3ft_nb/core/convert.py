@@ -14,20 +14,19 @@ import math
 import os
 import re
 import sys
-import tomllib
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .files import (InputError, decode, read_bytes, resource, row_of, shorten, stable_id, values_of,
-                                write_rows)
+from .files import (
+    InputError, decode, read_bytes, read_toml, resource, row_of, shorten, stable_id, values_of, write_rows)
 from .records import Conversation, SystemPrompt, conversation, is_blank
 from .stage import Ledger, Progress
 
 # %% ../../nbs/core/03_convert.ipynb #bc8b9877
-CHAT_NAMES = tomllib.loads(resource("data", "formats", "chat.toml").read_text("utf-8"))
+CHAT_NAMES = read_toml(resource("data", "formats", "chat.toml"))
 SPEAKER, TEXT, LISTS, ASKED, RESPONSE, IDS, SYSTEM = (tuple(names.split()) for names in CHAT_NAMES["fields"].values())
 SPEAKER_ROLES = {name: role for role, names in CHAT_NAMES["roles"].items() for name in names.split()}
 RawMessage = namedtuple("RawMessage", "where speaker text")  # Field of the row, for errors; as in the file, or None

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
-from ..core.files import InputError, read_json, shorten, write_bytes
+from ..core.files import InputError, model_folder, read_json, shorten, write_bytes
 from ..core.stage import file_hash
 from .doctor import set_policy
 from .labels import stop_ids
@@ -75,7 +75,7 @@ def safely(source: str | Path) -> dict:
 # %% ../../nbs/lm/04_model.ipynb #3134aa8a
 def located(model: str | Path, adapter: bool = False) -> str | Path:  # A folder as a path, a hub name as text
     "Raise `InputError` when a folder does not hold a model, or adapter, that loads without running its code."
-    if not is_folder(model): return str(model)
+    if not is_folder(model := model_folder(model)): return str(model)
     folder, wrong = Path(model).expanduser(), ""
     has = lambda pattern: any(folder.glob(pattern))
     remedy = "name a folder with config.json and *.safetensors, or a model on the hub"
@@ -101,7 +101,7 @@ WEIGHTY = ("*.safetensors", "*.json", "*.jinja", "*.model")  # What decides a mo
 
 def load_tokenizer(source: str | Path) -> Any:  # A transformers tokenizer
     "Load a tokenizer for chat; raises `InputError` when it has no chat template."
-    if is_folder(source) and not Path(source).expanduser().is_dir():
+    if is_folder(source := model_folder(source)) and not Path(source).expanduser().is_dir():
         raise InputError("there is no such folder", source, remedy="check the path")
     with loading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **safely(source))
@@ -228,6 +228,9 @@ def load(
     weights = load_weights(base, quantization, dtype, device)
     if len(tokenizer) > weights.get_input_embeddings().num_embeddings:
         raise InputError("the tokenizer has more tokens than the model", str(base), remedy="name the folder of both")
+    ends = getattr(weights.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    tokenizer.declared_ends = tuple(id for id in ends if isinstance(id, int) and 0 <= id < len(tokenizer))
     if adapter: weights = add_adapter(weights, adapter, dtype)
     name = base.resolve().name if isinstance(base, Path) else base
     if adapter: name += f"+{'/'.join(Path(adapter).parts[-2:])}"
@@ -236,7 +239,7 @@ def load(
 # %% ../../nbs/lm/04_model.ipynb #ab4d4300
 def model_hash(model: str | Path) -> str:  # 16 hexadecimal digits
     "Fingerprint of a model: of its files when it is a folder, of its name when it is on the hub."
-    if not is_folder(model): return hashlib.sha256(str(model).encode()).hexdigest()[:16]
+    if not is_folder(model := model_folder(model)): return hashlib.sha256(str(model).encode()).hexdigest()[:16]
     folder = Path(model).expanduser()
     if not folder.is_dir(): raise InputError("there is no such model folder", folder, remedy="check the path")
     files = sorted({file for pattern in WEIGHTY for file in folder.glob(pattern)})

@@ -142,6 +142,9 @@ def split_demand(text: str) -> list[str]:
 def split_prompt(text: str, system_prompt_id: str = "", ledger: Ledger | None = None) -> list[Rule]:
     "Rules of a system prompt by its sentences and list items; raises `InputError` when it demands nothing."
     parts, aside = demands_of(text)
+    if not parts:  # facts are better than nothing
+        parts = [(one, one) for reason, one in aside if reason == "background"]
+        aside = [one for one in aside if one[0] != "background"]
     halves = [half for part, whole in parts for half in (split_demand(part) if part == whole else [whole])]
     rules = [rule_from(half, "prompt", system_prompt_id) for half in halves]
     out = list({rule.id: rule for rule in rules}.values())

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from ..core.files import InputError, read_toml, resource, shorten
+from ..core.files import CONTROL, InputError, read_toml, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
 from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages, control_tokens,
                                  frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
@@ -205,7 +205,7 @@ def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: P
 
 def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal are removed from the texts."
-    clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+    clean = lambda text: CONTROL.sub("�", text)
     return "".join(re.sub("(.+)", f"\x1b[{COLOURS[kind][0]}m\\1\x1b[0m", clean(text)) for text, kind in pieces)
 
 

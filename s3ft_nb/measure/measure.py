@@ -133,8 +133,7 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     if in_process:
         bits = config.quantization if config.quantization != "auto" else "none" if pick_device() == "cpu" else "nf4"
         engine = make_engine("transformers", config.model, adapter or None, bits, config.dtype,
-                             batch_size=config.batch_size,
-                             **options)
+                             batch_size=config.batch_size, **options)
     else: engine = make_engine(config.engine, config.model, base_url=config.base_url, api_key_env=config.api_key_env,
                                **options)
     room = min(config.max_prompt_tokens or context, context - n)

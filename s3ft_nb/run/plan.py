@@ -121,8 +121,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 # %% ../../nbs/run/03_plan.ipynb #8a5a416a
-def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> dict:  # a JSON value
-    "What a run would do and cost; raises `InputError` as the run would."
+def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None, runs: int = 1) -> dict:
+    "What a run, or several that differ by the seed, would do and cost, as JSON; raises `InputError` as the run would."
     run = prepare_run(recipe, settings, out)
     made, dones, rows = {}, {}, []
     folders = {step.id: run.folder / step.id for step in run.steps}
@@ -136,8 +136,9 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         times, gib = time_and_memory(step.values, work, model_size(model) if model else None)
-        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, **work,
-                     "model": model, "seconds": times, "memory_gib": gib})
+        times = {machine: seconds and runs * seconds for machine, seconds in times.items()}
+        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, "model": model,
+                     **{key: runs * n for key, n in work.items()}, "seconds": times, "memory_gib": gib})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
     return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,
@@ -147,7 +148,8 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
                 f"a prompt takes {PROMPT_FRACTION:.0%} of max_length, a response {RESPONSE_FRACTION:.0%} of its limit",
                 f"rates in tokens/s for 1e9 parameters (read, write, train): {speeds}",
                 "memory: NF4 weights 0.55 bytes, embeddings 2, adapter 16, activations with checkpointing",
-                "estimates are good to a factor of two or three"]}
+                "estimates are good to a factor of two or three",
+                *([f"rows, tokens and times are those of {runs} seeds together, states of the first"] * (runs > 1))]}
 
 
 def plan_line(plan: dict) -> str:  # as made by `make_plan`

@@ -25,7 +25,7 @@ def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
     if path.parent.name == "discriminator": text = re.sub(r"(\.\d{4})\d+(?![\de])", r"\1", text)
-    if path.name == "scores.jsonl": text = re.sub(r',"explanation":".*?"(?=[,}])', "", text)
+    if path.name == "scores.jsonl": text = re.sub(r',\s*"explanation":.*"(?=})', "", text)
     if path.parent.name != "measure": return text
     rows = [json.loads(line) for line in text.splitlines()]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["part"] in ("all", "turn") and row["metric"] in ("adherence", "ssr"))

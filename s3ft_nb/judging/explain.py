@@ -30,10 +30,10 @@ CLAIMS = {"told": "asked",
 
 @cache
 def explanation_pattern(language: str) -> re.Pattern:
-    "The four parts of an explanation, on one line or four."
+    "The four parts of an explanation, on one line or four, with or without Markdown."
     names = words_of(language)["explain"]["names"]
-    parts = [rf"{re.escape(name)}\s*[:：]\s*(?P<{part}>[^\n]+?)" for part, name in names.items()]
-    return re.compile(r"[.。;；]?\s*".join(parts) + r"[.。]?[ \t]*$", re.MULTILINE | re.IGNORECASE)
+    parts = [rf"{re.escape(name)}[*_]*\s*[:：][*_]*\s*(?P<{part}>[^\n]+?)" for part, name in names.items()]
+    return re.compile(r"[.。;；]?[\s*_•-]*".join(parts) + r"[.。]?[ \t*_]*$", re.MULTILINE | re.IGNORECASE)
 
 
 def read_explanation(text: str,

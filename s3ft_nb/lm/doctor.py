@@ -11,17 +11,18 @@ __all__ = ['TALK', 'TEXTS', 'COLOURS', 'around', 'error_of', 'system_role', 'wor
 import html
 import os
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from ..core.files import InputError, read_toml, resource, shorten
+from ..core.files import InputError, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
-from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages, control_tokens,
-                                 frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
+from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages,
+                                 control_tokens, frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on
-TEXTS = read_toml(resource("data", "template", "doctor.toml"))
+TEXTS = tomllib.loads(resource("data", "template", "doctor.toml").read_text(encoding="utf-8"))
 
 
 def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = True) -> tuple:  # See `frame`

@@ -171,3 +171,21 @@ def test_seeds_that_cannot_be_pooled(tmp_path):
     assert s3ft("seeds", tmp_path).exit_code == 0
     (lone,) = pooled(tmp_path, part="all", arm="random", against="")
     assert lone["n"] == 1 and pooled(tmp_path, part="all", arm="s3ft", against="base")[0]["n"] == 2
+
+
+def test_the_readme_table_says_on_what_it_rests(tmp_path):
+    script = [sys.executable, ROOT / "tests/results.py"]
+    for n, words in ((1, ["with seed 0", "one seed only", "another seed may lie outside"]), (5, ["with seeds 0, 1, 2, 3, 4", "interval that holds seeds and conversations"])):
+        for seed in range(n): fake_seed(tmp_path / str(n), seed, RATES)
+        assert s3ft("seeds", tmp_path / str(n)).exit_code == 0
+        readme = write_bytes(tmp_path / "README.md", b"before\n<!-- results: written by make results -->\nold\n<!-- end of results -->\nafter\n")
+        for _ in range(2): subprocess.run([*script, tmp_path / str(n), readme], check=True)
+        text = " ".join(readme.read_text().split())
+        assert text.startswith("before <!--") and text.endswith("--> after") and " old " not in text
+        assert all(word in text for word in [*words, "x86_64 avx2, 1 threads", "float32", "torch 2.13.0", "| **s3ft** |", "minus base"]), text
+        (row,) = pooled(tmp_path / str(n), part="all", arm="s3ft", against="base")
+        assert f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" in text
+    refused = subprocess.run([*script, tmp_path / "5", write_bytes(tmp_path / "bare.md", b"text")], capture_output=True, text=True)
+    assert refused.returncode == 1 and "needs the lines" in refused.stderr
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("<!-- results: written by make results -->") == readme.count("<!-- end of results -->") == 1

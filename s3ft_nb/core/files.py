@@ -238,7 +238,7 @@ def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[
     import pandas
     import pyarrow.parquet
     def unwrap(value: Any, depth: int = 0) -> Any:
-        "JSON types: None (a field that other rows have) and NaN leave, JSON lists in cells are parsed, others are text."
+        "JSON types: None (a field that other rows have) and NaN leave, lists in cells are parsed, others are text."
         if isinstance(value, dict):
             inner = {str(key): unwrap(one, depth + 1) for key, one in value.items()}
             return {key: one for key, one in inner.items() if one is not None}

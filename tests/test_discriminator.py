@@ -54,18 +54,24 @@ pairs = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
 
 @given(pairs, st.sampled_from([0.3, 0.6, 0.8]))
 @settings(deadline=None, max_examples=80)
-def test_threshold_is_the_smallest_that_keeps_the_promise(rows, precision):
+def test_thresholds_are_tested_in_a_fixed_sequence(rows, precision):
+    "No annotation decides which thresholds are looked at, and none is taken beyond one that failed."
     p, good = zip(*rows)
     found = select.choose_threshold(p, good, precision, level=0.9)
-    bounds = {}
-    for threshold in sorted(set(p)):
-        kept = [is_good for value, is_good in rows if value >= threshold]
-        bounds[threshold] = float(select.lower_bound(sum(kept), len(kept), 0.9))
-    reached = [threshold for threshold, low in bounds.items() if low >= precision]
-    assert found["reached"] == bool(reached)
-    assert found["lower"] == pytest.approx(bounds[found["threshold"]])
-    assert found["threshold"] == (min(reached) if reached else found["threshold"])
-    assert reached or found["lower"] == pytest.approx(max(bounds.values()))
+    curve = select.threshold_curve(p, good, 0.9)
+    row = next(row for row in curve if row["threshold"] == found["threshold"])
+    assert found["lower"] == row["lower"] and found["reached"] == (found["reached"] and row["lower"] >= precision)
+    better = [True] * len(good)  # the same probabilities, all good: never a higher threshold
+    assert select.choose_threshold(p, better, precision, level=0.9)["threshold"] <= found["threshold"] or not found["reached"]
+    if not found["reached"]: assert found["lower"] == max(row["lower"] for row in curve)
+
+
+@pytest.mark.parametrize("n", [150, 400])
+def test_the_promise_is_rarely_false(n):
+    "True precision .88 wherever the threshold lies, .90 promised: said to be reached in at most 5 % of the draws."
+    rng = np.random.default_rng(n)
+    said = [select.choose_threshold(rng.uniform(size=n), rng.uniform(size=n) < 0.88, 0.9)["reached"] for _ in range(300)]
+    assert np.mean(said) < 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
 
 
 @given(st.integers(1, 200), st.data(), st.sampled_from([0.8, 0.95, 0.99]))
@@ -94,10 +100,12 @@ def test_select_ledger_names_every_sample(tmp_path):
 
 def test_random_arm_does_not_depend_on_order_or_content():
     samples = [make_sample(i) for i in range(50)]
-    drawn = select.random_same_size(samples, 20, seed=4)
+    length = 20 * select.text_length(samples[10])
+    drawn = select.random_same_text(samples, length, seed=4)
+    assert abs(sum(map(select.text_length, drawn)) - length) <= select.text_length(samples[10])
     mixed = random.Random(1).sample(samples, 50)
-    assert {one.id for one in select.random_same_size(mixed, 20, seed=4)} == {one.id for one in drawn}
-    assert {one.id for one in select.random_same_size(samples, 20, seed=5)} != {one.id for one in drawn}
+    assert {one.id for one in select.random_same_text(mixed, length, seed=4)} == {one.id for one in drawn}
+    assert {one.id for one in select.random_same_text(samples, length, seed=5)} != {one.id for one in drawn}
 
 
 def numbers_of(scores, labels, threshold, clusters=None):
@@ -170,8 +178,8 @@ def test_whole_way_on_a_tiny_model(tmp_path):
     labels = {one.id: "good" if i % 2 else "bad_system" for i, one in enumerate(samples)}
     train, held_out = dict(list(labels.items())[:32]), dict(list(labels.items())[32:])
     fast = {"num_train_epochs": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "device": "cpu"}
-    trained = discriminator.train(model, samples, train, tmp_path / "d", **fast)
-    assert trained["n_labelled"] == 32 and trained["labels"]["good"] == 16
+    trained = discriminator.train(model, discriminator.training_rows(samples, train), tmp_path / "d", **fast)
+    assert trained["n_trained"] == 32
     assert trained["loss"][-1]["loss"] < trained["loss"][0]["loss"]
     engine = TransformersEngine(load(model, adapter=tmp_path / "d" / "adapter", device="cpu"))
     scores = discriminator.score_samples(samples, engine, Stage(tmp_path / "scores", shard_size=16))
@@ -185,3 +193,42 @@ def test_whole_way_on_a_tiny_model(tmp_path):
     kept = select.select_samples(samples, calibrated, chosen["threshold"])
     rows = select.sft_rows(kept)
     assert [row["id"] for row in rows] == [one.id for one in kept]
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_a_model_that_knows_nothing_explains_nothing_and_says_so(tmp_path, ask):
+    "Random weights write no readable explanation: the letter is all there is, a resumed stage gives the same, tokens are metered."
+    from s3ft_nb.judging.explain import fit_labels
+    from s3ft_nb.lm.engine import TransformersEngine
+    from s3ft_nb.lm.model import load
+
+    engine = TransformersEngine(load(tiny_model(tmp_path / "model"), device="cpu"), max_new_tokens=8, temperature=0)
+    samples = [make_sample(i, "Aye aye aye aye." if i % 2 else "No no no no.") for i in range(24)]
+    labels = {one.id: "good" if i % 2 else "bad_system" for i, one in enumerate(samples)}
+    stage = Stage(tmp_path / "explained", shard_size=8)
+    rows = discriminator.explain_samples(samples, set(labels), engine, stage, asked=ask)
+    assert all(row["told"] is row["shown"] is None for row in rows) and stage.usage["generated"] > 0 < stage.usage["prompt"]
+    again = Stage(tmp_path / "explained", shard_size=8)
+    assert discriminator.explain_samples(samples, set(labels), engine, again, asked=ask) == rows and again.usage == stage.usage
+    scores = discriminator.explained_scores(rows, fit_labels(rows, labels))
+    found = numbers_of(scores, labels, 0.5)
+    assert abs(found["kappa", ""]) <= 1 and all(sum(one.probabilities.values()) == pytest.approx(1) for one in scores)
+
+
+def test_claims_are_scored_as_the_likelihood_says(tmp_path):
+    "What generation says about its own tokens is what a forward pass over the whole text says, and claims are its likelihood."
+    from s3ft_nb.judging import explain
+    from s3ft_nb.lm.engine import TransformersEngine
+    from s3ft_nb.lm.model import load
+
+    engine = TransformersEngine(load(tiny_model(tmp_path / "model"), device="cpu"), max_new_tokens=8, temperature=0)
+    request = {"id": "a", "messages": [{"role": "user", "content": "Judge."}]}
+    text = "A\nAsked: rain. Told: sun. Setting: a sailor. Shown: nothing."
+    spans = explain.read_explanation(text)
+    claimed, places = explain.as_claimed(text, spans)
+    assert claimed == "A\nAsked: rain. Told: rain. Setting: a sailor. Shown: a sailor."
+    [whole] = engine.likelihood([request | {"response": claimed, "pieces": True}])
+    [shorter] = engine.likelihood([request | {"response": claimed[: places["told"][1]], "pieces": True}])
+    [start] = engine.likelihood([request | {"response": claimed[: places["told"][0]], "pieces": True}])
+    inside, _ = explain.slot_logprob(whole["pieces"], places["told"])
+    assert inside == pytest.approx(explain.slot_logprob(shorter["pieces"], places["told"])[0], abs=1e-3) and start["pieces"]

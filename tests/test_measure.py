@@ -17,14 +17,14 @@ from fastcore.docments import docments
 from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
-from s3ft_nb.core.files import InputError, read_json, read_rows, write_rows
+from s3ft_nb.core.files import InputError, model_folder, read_json, read_rows, write_rows
 from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, verdict_of
 from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, make_fit, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
-from s3ft_nb.measure.config import make_config, model_folder, options
+from s3ft_nb.measure.config import make_config, options
 from s3ft_nb.measure.dialogues import change_system, compose, pair_scripts, user_blocks
 from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from s3ft_nb.core.files import resource
-from s3ft_nb.core.stats import RATE, classification, cluster_sums, cohen_kappa, difference, estimate_sums, fleiss_kappa, holm
+from s3ft_nb.core.stats import RATE, classification, cluster_sums, cohen_kappa, difference, estimate_sums, fleiss_kappa, holm, over_seeds
 from s3ft_nb.core.stats import krippendorff_alpha, paired_difference, rate, wilson
 
 ROOT = Path(__file__).parent
@@ -32,6 +32,24 @@ def test_the_shown_table_covers_as_it_says():
 def test_a_quick_part_of_the_table(only):
     low, high = binom.ppf([0.0005, 0.9995], 400, 0.95) / 4
     for row in bench.coverage(400, only, seed=3): assert low - 1 <= row["coverage"] <= high + 1.5, row
+
+
+def test_a_quick_part_of_the_table_over_seeds():
+    low, high = binom.ppf([0.0005, 0.9995], 200, 0.95) / 2
+    for row in bench.coverage_over_seeds(200, seed=5, n=30): assert low <= row["coverage"] <= high + 1, row
+    three, five = ([row["width"] for row in bench.coverage_over_seeds(40, seeds=(k,))] for k in (3, 5))
+    assert np.mean(three) > 1.4 * np.mean(five)
+
+
+def test_conversations_shared_by_seeds_do_not_average_out():
+    "Over ever more seeds the interval shrinks to that of the conversations, not to nothing; that of a paired difference does shrink."
+    rng = np.random.default_rng(0)
+    table = bench.seeded(rng, 60, 40, 0.8, True, arms=2, between=0.1)
+    whole = lambda of, k: (lambda found: found["high"] - found["low"])(over_seeds(of, table[:k]))
+    one = lambda sums: sums[..., 0] / sums[..., 1]
+    own = [bench.apart(bench.seeded(rng, 60, 40, 0.8, False, between=0.1))]
+    assert whole(one, 60) > 0.8 * whole(one, 20) and whole(one, 60) > 2.5 * (lambda f: f["high"] - f["low"])(over_seeds(one, own[0]))
+    assert whole(lambda sums: one(sums) - one(sums[..., 2:]), 60) < 0.75 * whole(lambda sums: one(sums) - one(sums[..., 2:]), 20)
 
 
 @pytest.mark.slow

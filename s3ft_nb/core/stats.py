@@ -6,7 +6,8 @@
 __all__ = ['ratio', 'contrast', 'with_rows', 'RATE', 'MEAN', 'cluster_sums', 'jackknife', 'standard_error', 'wilson', 'score_end',
            'rate_ends', 'mover', 'interval', 'Metric', 'finite', 'estimate_sums', 'estimate', 'number_row', 'rate',
            'exchange_p', 'difference', 'paired_difference', 'holm', 'kappa_of', 'confusion', 'cohen_kappa',
-           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'classification', 'calibration_error']
+           'alpha_terms', 'alpha_of', 'krippendorff_alpha', 'fleiss_kappa', 'over_seeds', 'classification',
+           'calibration_error']
 
 # %% ../../nbs/core/04_stats.ipynb #96c063a2
 from collections.abc import Callable, Sequence
@@ -260,6 +261,26 @@ def fleiss_kappa(counts: np.ndarray, clusters: Sequence | None = None, level: fl
         raise InputError("samples need the same number of ratings, two or more", field="counts", remedy="use alpha")
     table, of = cluster_sums(alpha_terms(counts), clusters), lambda sums: alpha_of(sums, one=0)
     return estimate_sums(of, table, len(counts), "agreement", level)
+
+# %% ../../nbs/core/04_stats.ipynb #35986a22
+def over_seeds(of: Callable, tables: Sequence, kind: str = "real", level: float = 0.95) -> dict:
+    """Mean over seeds of a value of sums, {mean, low, high, n = seeds, n_clusters}; undefined seeds are left out.
+    `tables`: of each seed, the same clusters, zeros where a seed lacks one."""
+    tables = np.stack(tables).astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"): values, apart, c = jackknife(of, tables)
+    known = np.isfinite(values)
+    values, used, k = values[known], tables[known].any(axis=-1), int(known.sum())
+    mean, n_clusters = values.mean() if k else np.nan, int(used.any(axis=0).sum())
+    found = {"mean": finite(mean), "low": None, "high": None, "n": k, "n_clusters": n_clusters}
+    if k < 2: return found
+    apart, n_shared = apart[known] * np.sqrt(1 - 1 / c[known])[:, None], int((used.sum(axis=0) > 1).sum())
+    common = ((apart.sum(axis=0) ** 2).sum() - (apart**2).sum()) / (k * (k - 1))
+    variances = np.array([values.var(ddof=1) / k, max(common, 0)])
+    if not (variance := variances.sum()) > 1e-20: return found
+    q = np.sqrt(student.ppf((1 + level) / 2, [k - 1, max(n_shared - 1, 1)]) ** 2 @ variances / variance)
+    ends = mean + np.array([-q, q]) * np.sqrt(variance)
+    if kind == "rate": ends = score_end(mean, mean * (1 - mean) / variance, np.array([-q, q]))
+    return found | {"low": float(ends[0]), "high": float(ends[1])}
 
 # %% ../../nbs/core/04_stats.ipynb #cac5b2ae
 def classification(truth: Sequence, predicted: Sequence, labels: Sequence, clusters: Sequence | None = None,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREE_LINES', 'JUDGE_WAYS', 'assert_turns', 'Judgement', 'verdict_of', 'verdicts', 'read_letters', 'read_labels',
-           'read_calibration', 'read_words', 'join_judgements', 'rule_request', 'make_judge', 'judge_agreement',
-           'same_family', 'pair_request', 'pair_outcome', 'judge_pairs', 'pair_summary']
+           'read_calibration', 'adapter_of', 'read_words', 'join_judgements', 'rule_request', 'make_judge',
+           'judge_agreement', 'same_family', 'pair_request', 'pair_outcome', 'judge_pairs', 'pair_summary']
 
 # %% ../../nbs/judging/04_judge.ipynb #06eaa35d
 import random
@@ -117,7 +117,7 @@ def read_labels(score: dict, threshold: float = 0.5) -> Judgement:  # A row of `
     return Judgement(follows >= threshold, rationale=f"follows {follows:.2f} {score['text']}".strip())
 
 
-def read_calibration(folder: str | Path) -> dict:  # {temperature, …}; empty when the adapter was never calibrated
+def read_calibration(folder: str | Path) -> dict:  # {temperature, …} or {explain, …}; empty when never calibrated
     "The `calibration.json` in a discriminator's folder or beside it; raises `InputError` when it is none."
     paths = [at / "calibration.json" for at in (Path(folder), Path(folder).parent)]
     path = next((path for path in paths if path.exists()), None)
@@ -125,6 +125,13 @@ def read_calibration(folder: str | Path) -> dict:  # {temperature, …}; empty w
     temperature = calibration.get("temperature") if isinstance(calibration, dict) else None
     if isinstance(temperature, (int, float)) and 0 < temperature < 1e3: return calibration if path else {}
     raise InputError(f"must be above 0, got {temperature!r}", path, field="temperature", remedy="calibrate again")
+
+
+def adapter_of(folder: str | Path) -> str:  # Empty for a discriminator that explains without one
+    "Folder of a discriminator's adapter: its own, or the one in it."
+    folder = Path(folder)
+    found = [at for at in (folder, folder / "adapter") if (at / "adapter_config.json").exists()]
+    return str(found[0]) if found else "" if "explain" in read_calibration(folder) else str(folder)
 
 # %% ../../nbs/judging/04_judge.ipynb #8ea9f79f
 THREE_LINES = re.compile(r"\s*verdict[:：] *(satisfied|violated|not applicable) *\n+evidence[:：] *(.+?) *\n+"

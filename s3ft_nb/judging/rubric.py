@@ -8,16 +8,15 @@ __all__ = ['LABELS', 'LETTERS', 'RUBRIC', 'label_of', 'words_of', 'quoted', 'sho
 
 # %% ../../nbs/judging/00_rubric.ipynb #7e8ff828
 import re
-import tomllib
 from typing import get_args
 
-from ..core.files import InputError, resource
+from ..core.files import InputError, read_toml, resource
 from ..core.records import Label
 
 # %% ../../nbs/judging/00_rubric.ipynb #d78e93b0
 LABELS = get_args(Label)
 LETTERS = dict(zip(LABELS, "ABCDE"))
-RUBRIC = tomllib.loads(resource("data", "rubric", "rubric.toml").read_text(encoding="utf-8"))  # {language: wording}
+RUBRIC = read_toml(resource("data", "rubric", "rubric.toml"))  # {language: wording}
 
 
 def label_of(applicable: bool, fits: bool, follows: bool) -> str:  # One of `LABELS`

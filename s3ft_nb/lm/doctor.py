@@ -11,18 +11,17 @@ __all__ = ['TALK', 'TEXTS', 'COLOURS', 'around', 'error_of', 'system_role', 'wor
 import html
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from ..core.files import InputError, resource, shorten
+from ..core.files import CONTROL, InputError, read_toml, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
-from .template import (OPENS, REASONING_TAGS, Policy, apply, chat_template, checked_messages, control_tokens,
+from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages, control_tokens,
                                  frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on
-TEXTS = tomllib.loads(resource("data", "template", "doctor.toml").read_text(encoding="utf-8"))
+TEXTS = read_toml(resource("data", "template", "doctor.toml"))
 
 
 def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = True) -> tuple:  # See `frame`
@@ -31,8 +30,9 @@ def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = Tr
 
 
 def error_of(work: Callable) -> InputError | None:
-    "What a call is refused with; None when it works."
+    "What a call is refused with; None when it works. Raises `TemplateLimit`: no other decision mends that."
     try: work()
+    except TemplateLimit: raise
     except InputError as error: return error
 
 
@@ -134,7 +134,8 @@ def injection_risk(tokenizer, policy: Policy) -> str:  # "" when typed control t
     for part, what in ((talk[2], "a response"), (talk[4], "a user's turn")):
         if not pattern.search(part): return f"what opens {what} is plain text: {shorten(part)}"
     words = "".join(sorted({*tokenizer.get_added_vocab()}))
-    typed = lambda text: [{"role": role, "content": text} for role in TALK[1:4]]
+    safe = lambda role, text: THINKS.sub("", text) if role == "assistant" else text  # there, thoughts are refused
+    typed = lambda text: [{"role": role, "content": safe(role, text)} for role in TALK[1:4]]
     count = lambda text: sum(id in control for id in prompt_ids(tokenizer, typed(text), policy))
     try: return "" if count(f"x{words}") == count("x") else "typed control tokens are taken for the template's"
     except InputError as error: return error.message
@@ -204,7 +205,7 @@ def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: P
 
 def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal are removed from the texts."
-    clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+    clean = lambda text: CONTROL.sub("�", text)
     return "".join(re.sub("(.+)", f"\x1b[{COLOURS[kind][0]}m\\1\x1b[0m", clean(text)) for text, kind in pieces)
 
 

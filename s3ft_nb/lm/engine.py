@@ -21,13 +21,13 @@ from ..core.files import InputError
 from .http import EngineError, HttpEngine, check_requests
 from .model import LM, load
 from .labels import closing_ids, encode, stop_ids
-from .template import REASONING_TAGS, control_tokens, in_use, last_thought, prompt_ids
+from .template import REASONING_TAGS, control_tokens, in_use, prompt_ids, split_reasoning
 
 # %% ../../nbs/lm/06_engine.ipynb #162fb3d0
 class Engine(Protocol):
     """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
     name: str  # For reports and claims of shards
-    # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if it is kept.
+    # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if there is any.
     # With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can.
     def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]: ...
     # `{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else.
@@ -197,12 +197,12 @@ class TransformersEngine:
         return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
     def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
-        "`text` without what ends it, `tokens`, `finish`, `reasoning` where it is kept, `pieces` of log-probabilities."
+        "`text` without what ends it, `tokens`, `finish`, `reasoning` if there is any, `pieces` of log-probabilities."
         written = ids
         ended, keep = ids[-1] in stop_ids(self.lm.tokenizer), self.lm.policy.reasoning == "keep"
         ids, n = ids[:-1] if ended else ids, len(ids)
         text = self.lm.tokenizer.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
-        thought, text = last_thought(text) if keep else ("", text)
+        thought, text = split_reasoning(text, generated=True)
         row = {"text": text.strip(), "tokens": n, "finish": "stop" if ended else "length"}
         if logprobs is not None: row["pieces"] = pieces(self.lm.tokenizer, written, logprobs, row["text"])
         return row | ({"reasoning": thought} if thought else {})

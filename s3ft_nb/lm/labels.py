@@ -37,7 +37,7 @@ def closing(tokenizer, template: str, after: str) -> str:  # With the white spac
     "What ends a response, up to what opens the next turn; raises `InputError` when nothing does."
     end, otherwise = len(after) - len(after.lstrip()), policy_of(template).end_of_turn
     pattern, openers = control_tokens(tokenizer, template)[0], openers_of(tokenizer, template)
-    while (token := pattern.match(after, end)) and token[0] not in openers: end = token.end()
+    while (token := pattern.match(after, end)) and token[0] not in openers and not THINKS.match(token[0]): end = token.end()
     if after[:end].strip() or otherwise: return after[:end] if after[:end].strip() else otherwise
     raise InputError("the chat template does not end the response with a token of its own", remedy=REMEDY)
 
@@ -66,6 +66,8 @@ def response_parts(tokenizer, template: str, roles: tuple, prompt: str) -> tuple
         raise InputError("the chat template renders the prompt differently once a response follows", remedy=REMEDY)
     if between.strip() and not (keep and THINKS.search(between)):
         raise InputError(f"the chat template puts {shorten(between)} before the response", remedy=REMEDY)
+    if reasoned and re.search(rf"(?:{OPENS})\s*(?:{CLOSES})\s*$", prompt):
+        raise InputError("the chat template closes the reasoning before it begins", remedy=strip)
     if opened and not reasoned and keep: raise InputError("holds no reasoning, and the prompt opens some", remedy=strip)
     if reasoned and control_tokens(tokenizer, template)[0].search(THINKS.sub("", full[end - 1] if first < end else "")):
         raise InputError("the chat template makes a message of its own of the reasoning", remedy=strip)
@@ -195,7 +197,8 @@ def closing_ids(tokenizer, template: str) -> list[int]:  # Token ids; none when 
 
 def stop_ids(tokenizer) -> list[int]:  # Token ids, sorted
     "Where generation stops: end of turn and end of text; raises `InputError` when there is neither."
-    found = {*closing_ids(tokenizer, in_use(tokenizer)[1])[-1:], tokenizer.eos_token_id} - {None}
+    declared = getattr(tokenizer, "declared_ends", ())  # in the model's generation_config, see `lm.model.load`
+    found = {*closing_ids(tokenizer, in_use(tokenizer)[1])[-1:], tokenizer.eos_token_id, *declared} - {None}
     if found: return sorted(found)
     raise InputError("neither the chat template nor the tokenizer ends a response", remedy="use another chat template")
 

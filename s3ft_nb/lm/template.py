@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['NO_NOTE', 'NOT_A_PROMPT', 'JINJA', 'HEAD', 'BEGIN', 'END', 'UNREADABLE', 'REASONING_TAGS', 'OPENS', 'CLOSES',
-           'THOUGHT', 'CHAT', 'ANCHORS', 'MARKER', 'Policy', 'ordered_messages', 'fold', 'with_policy', 'policy_of',
-           'chat_template', 'in_use', 'apply', 'split_reasoning', 'last_thought', 'checked_messages', 'chat_message',
-           'sentinels', 'frame', 'fill_frame', 'roles_of', 'require_same', 'either', 'control_tokens', 'reserved',
-           'guard_messages', 'encode_plain', 'after', 'starts_differ', 'encode_after', 'encode_text', 'same_text',
-           'prompt_ids']
+           'THOUGHT', 'CHANNEL', 'BARE_CHANNELS', 'CHAT', 'ANCHORS', 'MARKER', 'Policy', 'ordered_messages', 'fold',
+           'with_policy', 'policy_of', 'chat_template', 'in_use', 'TemplateLimit', 'limited', 'raises_to_powers',
+           'apply', 'closed_thought', 'split_reasoning', 'checked_messages', 'chat_message', 'sentinels', 'frame',
+           'fill_frame', 'roles_of', 'require_same', 'either', 'control_tokens', 'reserved', 'guard_messages',
+           'encode_plain', 'after', 'starts_differ', 'encode_after', 'encode_text', 'same_text', 'prompt_ids']
 
 # %% ../../nbs/lm/00_template.ipynb #663a607d
 import json
 import re
-import tomllib
+import signal
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import lru_cache
 from typing import Literal, get_args
 from unicodedata import normalize
 
-from ..core.files import InputError, resource, row_of, shorten
+import jinja2
+
+from ..core.files import InputError, read_toml, resource, row_of, shorten
 from ..core.records import Message, check_order
 
 # %% ../../nbs/lm/00_template.ipynb #e079087e
@@ -76,7 +80,7 @@ def fold(messages: list, system: str = "native") -> list[dict]:  # `{"role", "co
     return [one | {"content": f"{text}\n\n{one['content']}"} if into(i, one) else one for i, one in enumerate(rest)]
 
 # %% ../../nbs/lm/00_template.ipynb #942ad0b4
-JINJA = tomllib.loads(resource("data", "template", "policy.toml").read_text(encoding="utf-8"))
+JINJA = read_toml(resource("data", "template", "policy.toml"))
 HEAD, BEGIN, END = "{# s3ft_nb policy ", "{# s3ft_nb begin #}\n", "{# s3ft_nb end #}"
 UNREADABLE = {"message": "the chat template's policy is unreadable", "file": "chat_template.jinja",
               "remedy": "run s3ft doctor on the base model and save the template again"}
@@ -92,7 +96,7 @@ def with_policy(template: str, policy: Policy) -> str:  # Jinja source that carr
     policy_json = quote(asdict(policy)).replace("#}", "#\\u007d")
     before, lines = JINJA["system"][policy.system], JINJA["other"]
     before += lines["silence"] * (policy.hidden == "silence") + lines["parts"] * (policy.content == "parts")
-    before += lines["no_reasoning"] * (policy.reasoning != "keep")
+    before += lines["reasoning" if policy.reasoning == "keep" else "no_reasoning"]
     if "strftime_now" in template:  # a macro in its place: midnight of the day, whatever signs the format has
         day, signs = date.fromisoformat(policy.today), "aAwdbBmyYHIMSfzZjUWcxXGuVFTDRehCpkln"
         steps = [(f"%{dash}{sign}", day.strftime(f"%{dash}{sign}")) for sign in signs for dash in ("-", "")]
@@ -126,35 +130,93 @@ def in_use(tokenizer, policy: Policy | None = None) -> tuple:  # (policy, Jinja 
     return policy, with_policy(template, policy)
 
 
+class TemplateLimit(InputError):
+    "A chat template loops, or makes more text than any prompt holds."
+
+    def __init__(self, what: str):
+        super().__init__(f"the chat template {what}: it loops or is damaged", remedy="use another chat template")
+
+
+@contextmanager
+def limited(seconds: float = 2.0, room: int = 2**29):  # Of the processor; bytes of new memory
+    "Limit time and memory of what runs inside, where the system can: both on POSIX, time in the main thread."
+    def stop(*_): raise TimeoutError
+    clock = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    handler, timer = clock and signal.signal(signal.SIGVTALRM, stop), clock and signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        import resource
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as handle: most = int(handle.read().split()[0]) * resource.getpagesize() + room
+        with suppress(ValueError): resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))  # above a limit that is set
+    except (ImportError, OSError): before = None
+    try: yield
+    finally:
+        if clock: signal.setitimer(signal.ITIMER_VIRTUAL, *timer), signal.signal(signal.SIGVTALRM, handler)
+        if before: resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@lru_cache(maxsize=256)
+def raises_to_powers(template: str) -> bool:
+    "Whether a template computes powers, which no prompt needs and no time limit stops."
+    try: tokens = [one for one in jinja2.Environment().lex(template) if one[1] != "whitespace"]
+    except jinja2.TemplateError: return False
+    return any(two[1:] == ("operator", "**") and one[2] not in ("(", ",") for one, two in zip(tokens, tokens[1:]))
+
+
 def apply(tokenizer, template: str, messages: list[dict], generate: bool = True) -> str:  # generate: up to a response
-    "Render messages with a chat template; raises `InputError` when it refuses."
+    "Render messages with a chat template; raises `InputError` when it refuses, `TemplateLimit` when it does not end."
     options = {"chat_template": template, "tokenize": False, "add_generation_prompt": generate}
-    try: return tokenizer.apply_chat_template(messages, **options)
+    if raises_to_powers(template): raise TemplateLimit("computes powers")
+    try:
+        with limited(): text = tokenizer.apply_chat_template(messages, **options)
+        if len(text) > 10**6 + 100 * sum(len(one["content"]) for one in messages): raise MemoryError
+        return text
+    except TimeoutError: raise TemplateLimit("does not end in two seconds of work") from None
+    except MemoryError: raise TemplateLimit("makes more text than a prompt holds") from None
     except Exception as error:  # a template is somebody's program and may fail in any way
         raise InputError(f"the chat template refuses these messages: {error}",
                          remedy="see what s3ft doctor says about this model") from None
 
 # %% ../../nbs/lm/00_template.ipynb #7049c526
-REASONING_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]",
-                  "<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷"}
+REASONING_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]", "<thought>": "</thought>",
+                  "<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷", "<seed:think>": "</seed:think>",
+                  "<reasoning>": "</reasoning>", "<|channel>thought": "<channel|>"}
 OPENS, CLOSES = ("|".join(map(re.escape, tags)) for tags in (REASONING_TAGS, REASONING_TAGS.values()))
-THOUGHT = re.compile(rf"\s*(?:{OPENS})(.*?)(?:{CLOSES})(.*)"
-                     rf"|((?:(?!{OPENS}).)*?)(?:^|\n)[ ]*(?:{CLOSES})[ ]*\n(.*)", re.DOTALL)  # or the prompt opened it
+THOUGHT = re.compile(rf"(?:\A|\n)\s*(?:{OPENS})(.*?)(?:{CLOSES})", re.DOTALL)
+CHANNEL = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)"
+                     r"(?:<\|(?:end|return|call)\|>|(?=<\|start\|>|<\|channel\|>)|\Z)", re.DOTALL)  # Harmony's
+BARE_CHANNELS = re.compile(r"\s*analysis(.*?)assistant\s*final(.*)", re.DOTALL)  # The same without control tokens
 
 
-def split_reasoning(text: str) -> tuple:  # (reasoning or None, response)
-    "Split a given response from the reasoning before it; raises `InputError` when the reasoning does not end."
-    if found := THOUGHT.fullmatch(text): return tuple(part.strip() for part in found.groups() if part is not None)
-    if not re.match(rf"\s*(?:{OPENS})", text): return None, text
-    raise InputError(f"begins to reason and does not end: {shorten(text)}", remedy="remove the row, or its reasoning")
+def closed_thought(text: str) -> int:  # Characters, the tag included; 0 when there is none
+    "Where a thought ends that the prompt has opened; a tag that is quoted or part of a sentence ends none."
+    for hit in re.finditer(CLOSES, text):
+        before, behind = text[: hit.start()], text[hit.end() :]
+        if re.search(OPENS, before): return 0
+        ends = re.search(r"(?:^|\S|[\n.!?…。！？]\s*)$", before) or re.match(r"[ \t]*\n", behind)
+        if ends and not (before[-1:] in list("`\"'“‘「") and behind[:1] in list("`\"'”’」")): return hit.end()
+    return 0
 
 
-def last_thought(text: str) -> tuple:  # (reasoning, response); all is response when no reasoning ends
-    "Split what a model generated, whose prompt may have opened the reasoning."
-    end = max(REASONING_TAGS.values(), key=lambda tag: text.rfind(tag))
-    thought, found, response = text.rpartition(end)
-    for tag in REASONING_TAGS: thought = thought.strip().removeprefix(tag)
-    return (thought.strip(), response.strip()) if found else ("", text)
+def split_reasoning(text: str, generated: bool = False) -> tuple:  # (reasoning or None, response)
+    """Split a response from the reasoning in it: tags, a closing tag alone, channels of harmony. Reasoning that does
+    not end raises `InputError`, or, where a model generated it, leaves no response."""
+    if CHANNEL.match(text):
+        parts = CHANNEL.findall(text)
+        told = lambda final: "\n\n".join(part.strip() for name, part in parts if (name == "final") == final)
+        return told(False), told(True)
+    if bare := BARE_CHANNELS.fullmatch(text): return bare[1].strip(), bare[2].strip()
+    thoughts, rest = [], text
+    while hit := THOUGHT.search(rest):
+        if rest[: hit.start()].count("```") % 2: break  # An example in code
+        thoughts, rest = [*thoughts, hit[1]], rest[: hit.start()] + "\n" + rest[hit.end() :]
+    if end := closed_thought(rest): thoughts, rest = [*thoughts, rest[:end]], rest[end:]
+    if re.match(rf"\s*(?:{OPENS})", rest):
+        if not generated: raise InputError(f"begins to reason and does not end: {shorten(text)}",
+                                           remedy="remove the row, or its reasoning")
+        thoughts, rest = [*thoughts, rest], ""
+    clean = "\n\n".join(re.sub(f"{OPENS}|{CLOSES}", "", one).strip() for one in thoughts)
+    return (clean, rest.strip()) if thoughts else (None, text)
 
 
 def checked_messages(messages: list, policy: Policy, note: Callable[[str], None] = NO_NOTE) -> list[dict]:

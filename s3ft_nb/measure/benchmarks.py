@@ -13,7 +13,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.convert import values_of
-from ..core.files import InputError, decode, read_bytes, read_json, read_rows, resource, shorten
+from ..core.files import InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, shorten
 from ..core.files import stable_id, write_json, write_rows
 from ..core.records import Check, Message, Verdict
 from ..core.stage import Stage
@@ -38,7 +37,7 @@ from .verdicts import verdict_table
 @cache
 def benchmark_words(name: str) -> dict:
     "A file of data/benchmarks: sheet (fields and words of verdict sheets) or plain (phrases of plain chat)."
-    return tomllib.loads(resource("data", "benchmarks", f"{name}.toml").read_text(encoding="utf-8"))
+    return read_toml(resource("data", "benchmarks", f"{name}.toml"))
 
 
 def sheet_rows(path: str | Path) -> Iterator[tuple[int, dict]]:  # (line or row from 1, row)

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ModelConfig', 'DialogueConfig', 'ArmConfig', 'JudgeConfig', 'MeasureConfig', 'options', 'options_of',
-           'make_config', 'typed', 'model_folder', 'model_defaults', 'with_model_defaults']
+           'make_config', 'typed', 'model_defaults', 'with_model_defaults']
 
 # %% ../../nbs/measure/02_config.ipynb #b7b866ab
-import tomllib
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..core.files import InputError, decode, read_bytes, resource
+from ..core.files import InputError, model_folder, read_toml, unknown
 
 # %% ../../nbs/measure/02_config.ipynb #be67f84c
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class JudgeConfig:
     split_rules: bool = True  # Split a system prompt without checks into rules; false: it is one rule
     judge: str = ""  # Model that judges rules no program can check; empty: the measured one
     judge_url: str = ""  # Address of the judge's server; empty: in process
-    judge_adapter: str = ""  # Adapter of the judge, such as a discriminator's; its calibration.json is used
+    judge_adapter: str = ""  # Folder of a discriminator or an adapter; its calibration.json is used
     judge_way: str = ""  # letters, words, both or discriminator; empty: discriminator with an adapter, else letters
     not_applicable: str = ""  # JSON list of [conversation id, turn] at which no rule applies
     agreement: int = 200  # Responses on which the judge is compared with checks; 0: none
@@ -117,10 +115,7 @@ def make_config(out: str | Path, **given: Any) -> MeasureConfig:
     Raises `InputError` on an unknown option or a value of the wrong type."""
     known, parts = options(), {group: {} for group in (MeasureConfig, *GROUPS.values())}
     for name, value in ({"out": str(out)} | given).items():
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            remedy = f"did you mean {near[0]}?" if near else "see s3ft measure --help"
-            raise InputError("is not an option of a measurement", field=name, remedy=remedy)
+        if name not in known: raise unknown("option of a measurement", name, known)
         parts[known[name]][name] = typed(name, value, get_type_hints(known[name])[name])
     return MeasureConfig(**parts[MeasureConfig], **{name: group(**parts[group]) for name, group in GROUPS.items()})
 
@@ -137,19 +132,12 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     raise InputError(f"should be {getattr(kind, '__name__', 'a list of texts')}, got {value!r}", field=name)
 
 # %% ../../nbs/measure/02_config.ipynb #3bd61bae
-def model_folder(model: str) -> str:
-    "Where a model is: the bundled folder for micro-base, else as given."
-    return str(resource("data", model)) if model == "micro-base" and not Path(model).exists() else model
-
-
 def model_defaults(model: str) -> dict:  # {option: value}; empty without a measure.toml
     "The defaults that a model folder brings along; raises `InputError` when the file is wrong."
     path = Path(model_folder(model)) / "measure.toml"
     if not path.is_file(): return {}
-    try:
-        given = tomllib.loads(decode(read_bytes(path), path))
-        make_config("", **given)
-    except tomllib.TOMLDecodeError as error: raise InputError(f"is not TOML: {error}", path) from None
+    given = read_toml(path)
+    try: make_config("", **given)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return given
 

@@ -10,7 +10,6 @@ __all__ = ['SIMULATED', 'UserBlock', 'user_blocks', 'draw_stances', 'compose', '
 # %% ../../nbs/measure/04_dialogues.ipynb #8cc659ec
 import math
 import random
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from ..core.convert import read_conversations, read_prompts, system_prompt
-from ..core.files import InputError, decode, read_bytes, read_json, read_rows, resource, stable_id, write_rows
+from ..core.files import (
+    InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, stable_id, write_rows)
 from ..core.records import STANCES, Conversation, Row, Rule, SystemPrompt, turns
 from ..core.stage import Ledger, Stage, shard_seed
 from ..judging.rules import make_rules, read_rules, rules_of_checks
@@ -179,7 +179,7 @@ def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replac
     return row | {"id": stable_id(row["id"], turn, new), "turns": changed}
 
 # %% ../../nbs/measure/04_dialogues.ipynb #bf7b7f79
-SIMULATED = tomllib.loads(resource("data", "user-turns", "simulated.toml").read_text(encoding="utf-8"))  # {language: …}
+SIMULATED = read_toml(resource("data", "user-turns", "simulated.toml"))  # {language: …}
 
 
 def persona_text(persona: str, language: str = "en") -> str:

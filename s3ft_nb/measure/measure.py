@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arm', 'response_file', 'claim_folder', 'close_measurement', 'measure_arms', 'LoadedModel', 'load_model', 'load_judge',
-           'examples_of', 'make_arms', 'measure', 'measure_recorded']
+           'examples_of', 'make_arms', 'measure', 'measure_played', 'measure_recorded']
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab25
 import re
@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..core.convert import read_conversations, system_prompt
-from ..core.files import InputError, read_json, read_rows, stable_id, to_json, write_json, write_rows
+from ..core.files import (InputError, locked, model_folder, read_json, read_rows, stable_id, to_json, write_json,
+                                write_rows)
 from ..core.records import SystemPrompt, Rule
 from ..core.stage import Stage, file_hash, rows_hash
-from ..judging.judge import judge_agreement, make_judge, read_calibration, same_family, verdicts
+from ..judging.judge import adapter_of, judge_agreement, make_judge, read_calibration, same_family, verdicts
 from ..lm.engine import make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
-from .config import MeasureConfig, ModelConfig, model_folder, options_of, with_model_defaults
+from .config import MeasureConfig, ModelConfig, options_of, with_model_defaults
 from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user
 from .dialogues import systems
 from .metrics import differences, numbers
@@ -122,8 +123,8 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     "Make the engine of a model; raises `InputError` when the longest response leaves no room for a prompt."
-    in_process, folder = config.engine == "transformers", model_folder(config.model)
-    counted = folder if in_process else model_folder(config.tokenizer) if config.tokenizer else ""
+    in_process = config.engine == "transformers"
+    counted = config.model if in_process else config.tokenizer
     context = context_length(counted) if counted else 10**6
     n = config.max_new_tokens or min(256, context // 16)
     if n >= context: raise InputError(f"{n} tokens per response do not fit a model of {context}",
@@ -131,8 +132,8 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     options = {"max_new_tokens": n, "temperature": config.temperature}
     if in_process:
         bits = config.quantization if config.quantization != "auto" else "none" if pick_device() == "cpu" else "nf4"
-        engine = make_engine("transformers", folder, adapter or None, bits, config.dtype, batch_size=config.batch_size,
-                             **options)
+        engine = make_engine("transformers", config.model, adapter or None, bits, config.dtype,
+                             batch_size=config.batch_size, **options)
     else: engine = make_engine(config.engine, config.model, base_url=config.base_url, api_key_env=config.api_key_env,
                                **options)
     room = min(config.max_prompt_tokens or context, context - n)
@@ -143,13 +144,18 @@ def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str) -
     """The judge's model, `base` or that of the config, and what makes a judge, see `judging.judge.make_judge`, for a
     stage (None inside the work of one)."""
     asked, model = config.judge, base
-    name, adapter = asked.judge or config.model.model, asked.judge_adapter
-    if base is None:
-        model = load_model(replace(config.model, engine="http" if asked.judge_url else "transformers", model=name,
-                                   base_url=asked.judge_url, tokenizer="", temperature=0.0, max_new_tokens=0), adapter)
-    way = asked.judge_way or ("discriminator" if adapter else "letters")
-    calibration = read_calibration(adapter) if adapter else None
-    claim = [model_hash(folder) for folder in (model_folder(name), adapter) if folder]
+    name, adapter = asked.judge or config.model.model, asked.judge_adapter and adapter_of(asked.judge_adapter)
+    if base is None:  # a name beside a server is a model of that server
+        local = asked.judge_adapter or config.model.engine == "transformers" or Path(model_folder(name)).is_dir()
+        url = asked.judge_url or ("" if local else config.model.base_url)
+        model = load_model(replace(config.model, engine="http" if url else "transformers", model=name, base_url=url,
+                                   tokenizer="", temperature=0.0, max_new_tokens=0), adapter)
+    way = asked.judge_way or ("discriminator" if asked.judge_adapter else "letters")
+    calibration = read_calibration(asked.judge_adapter) if asked.judge_adapter else {}
+    if (fitted := calibration.get("explain", {}).get("base")) and fitted != model_hash(name):
+        raise InputError(f"was fitted on the explanations of another model than {name}", asked.judge_adapter,
+                         field="judge_adapter", remedy="name that model with --judge")
+    claim = [*(model_hash(folder) for folder in (name, adapter) if folder), calibration]
     return model, lambda stage: make_judge(model.engine, way, language, calibration, count=model.count, room=model.room,
                                            stage=stage, claim=claim)
 
@@ -184,15 +190,19 @@ def make_arms(config: MeasureConfig, base: LoadedModel, ready: Prepared, judge: 
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab39
 def measure(config: MeasureConfig) -> dict:  # What measure.json holds
-    "Measure how arms keep to system prompts; everything is written to `config.out`."
+    "Measure how arms keep to system prompts; everything is written to `config.out`, which is locked meanwhile."
     config = with_model_defaults(config)
-    if config.dialogues.recorded: return measure_recorded(config)
+    with locked(config.out): return (measure_recorded if config.dialogues.recorded else measure_played)(config)
+
+
+def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
+    "Play dialogues with every arm, judge the responses and count."
     want, asked, judging = config.dialogues, config.model, config.judge
     stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
     work, ready, base = stage.part("work"), prepare(config), load_model(config.model)
     histories = ("own",) if want.user else want.histories  # what a simulated user writes has no original response
     settings = {key: getattr(asked, key) for key in ("engine", "temperature", "dtype", "quantization", "overflow")} | {
-        "model": model_hash(model_folder(asked.model)), "max_new_tokens": base.response_tokens,
+        "model": model_hash(asked.model), "max_new_tokens": base.response_tokens,
         "max_prompt_tokens": base.room, "user": [ready.source, want.user_model]}
     claim_folder(stage, settings | {"histories": list(histories), "seed": config.seed})
     fit = lambda engine: make_fit(base.count, base.room, asked.overflow,

@@ -10,13 +10,12 @@ __all__ = ['words', 'facts', 'held_out', 'Style', 'styles', 'draw_styles', 'prom
 # %% ../../nbs/micro/00_world.ipynb #33ea3dbd
 import hashlib
 import random
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.records import Check, Sample, SystemPrompt, conversation, message
-from ..core.files import read_json, resource, stable_id
+from ..core.files import read_json, read_toml, resource, stable_id
 from ..judging.checks import CHECKS, follows
 from ..judging.rubric import label_of
 
@@ -24,7 +23,7 @@ from ..judging.rubric import label_of
 @cache
 def words() -> dict:  # Tables of `data/micro-world/world.toml`
     "Everything the world can say."
-    return tomllib.loads(resource("data", "micro-world", "world.toml").read_text(encoding="utf-8"))
+    return read_toml(resource("data", "micro-world", "world.toml"))
 
 # %% ../../nbs/micro/00_world.ipynb #ca052db8
 @cache

@@ -11,7 +11,6 @@ __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'INK', 'QUIE
 # %% ../../nbs/report/01_figures.ipynb #75c1dfe5
 import io
 import itertools
-import tomllib
 from pathlib import Path
 from textwrap import shorten as shortened
 
@@ -25,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.optimize import isotonic_regression
 
-from ..core.files import resource, write_bytes
+from ..core.files import read_toml, resource, write_bytes
 from ..core.stats import wilson
 from .tables import MARGIN, cell_text, distinct, is_missing, metric_of, metric_title, number_text, select, span
 
@@ -64,7 +63,7 @@ class Picture(Figure):
 
     def describe(self, entry: str, title: str = "", name: str = "", **facts) -> "Picture":
         "Take title, caption and alternative text from an entry of figures.toml, with facts filled in."
-        words = tomllib.loads(resource("data", "report", "figures.toml").read_text(encoding="utf-8"))[entry]
+        words = read_toml(resource("data", "report", "figures.toml"))[entry]
         self.name, self.title = name or entry, title or words["title"].format(**facts)
         self.caption, self.alt = words["caption"].format(**facts), words["alt"].format(**facts)
         self.draw_without_rendering()

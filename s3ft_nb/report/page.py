@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'optional', 'rows_in', 'read_numbers', 'write_section', 'with_interval', 'main_history', 'shown_rows',
-           'headline', 'measurement_tiles', 'cautions', 'measurement_section', 'draw_dialogues', 'browse',
-           'steps_table', 'facts_table', 'shown_section', 'write_report', 'step_folders']
+           'headline', 'measurement_tiles', 'seeds_section', 'cautions', 'measurement_section', 'draw_dialogues',
+           'browse', 'steps_table', 'facts_table', 'shown_section', 'write_report', 'step_folders']
 
 # %% ../../nbs/report/02_page.ipynb #c07f20d8
 import base64
@@ -120,6 +120,45 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
     if apart: tiles.append((f"{apart['arm']} minus {apart['against']}", f"{rate(apart, True)} points",
                             f"{ends(with_interval(apart, True))}; {outcome(apart)}"))
     return [dict(zip(("name", "value", "detail"), tile)) for tile in tiles]
+
+# %% ../../nbs/report/02_page.ipynb #6ee96e4d
+def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last arm when empty
+    "Publish means over seeds, as `measure.metrics.seed_numbers` has them."
+    folder, rows = Path(folder), select(read_numbers(folder), metric="adherence", against=None)
+    arms, turns, seeds = (distinct(row[field] for row in rows if row["part"] == part)
+                          for field, part in (("arm", "all"), ("key", "turn"), ("key", "seed")))
+    history, main, n = main_history(rows), main if main in arms else arms[-1], len(seeds)
+    heads = {("all", ""): "All turns"} | {("turn", turn): f"Turn {turn}" for turn in (turns[0], turns[-1])}
+    heads |= {("seed", seed): f"Seed {seed}" for seed in seeds}
+    caption = "Mean over seeds [95 % interval over seeds and conversations], and each seed alone; differences are paired."
+    clear, tables = lambda row: row["low"] is not None and row["low"] * row["high"] > 0, []
+    cells = {(row["history"], row["arm"], row["against"], row["part"], row["key"]):
+             row | ({"low": None, "high": None} if row["part"] == "seed" else {}) for row in rows}
+    for one, body in ((one, []) for one in distinct(key[0] for key in cells)):
+        for arm, against in dict.fromkeys(key[1:3] for key in cells if key[0] == one):
+            line = [cells.get((one, arm, against, *place)) for place in heads]
+            zero = ["" if not against else "yes" if clear(line[0]) else "no"]
+            body.append([f"{arm} minus {against}" if against else arm, *line, *zero])
+        tables.append(Table(f"Adherence over seeds, {one} history, %", ["Arm", *heads.values(), "Excludes 0"], body, caption))
+    whole, first, last, *alone = (cells.get((history, main, "", *place)) for place in heads)
+    alone = [cell for cell in alone if cell]
+    single = ", ".join(number_text(cell["mean"], "percent", 0) for cell in alone)
+    text = f"{main} follows its system prompt in {with_interval(whole)} of its turns, "
+    text += f"mean of {n} seeds ({single})" if n > 1 else f"with one seed, {seeds[0]}"
+    text += "".join(f", {with_interval(cell)} at turn\u00a0{cell['key']}" for cell in (first, last) if cell)
+    for row in select(rows, history=history, arm=main, part="all", against=arms):
+        said = "not shown to differ from" if not clear(row) else "better than" if row["mean"] > 0 else "worse than"
+        text += f"; {said} {row['against']} ({with_interval(row, signed=True)})"
+    lost = [seed for seed in optional(folder.parent / "run.json").get("seeds", []) if str(seed) not in seeds]
+    how = ("Each seed has conversations of its own: the spread of the seeds' means holds both." if whole["n_clusters"]
+           == sum(cell["n_clusters"] for cell in alone) else "The seeds share conversations: the covariance between "
+           "seeds that comes from them is added, which does not shrink with seeds.")
+    notes = [f"Not in these means: seeds {', '.join(map(str, lost))}, which are not measured."] * bool(lost)
+    notes += [f"Intervals over seeds hold seeds and conversations. {how}", *["Few seeds: intervals are wide."] * (n < 5)]
+    if n == 1: notes = [*notes[:-2], "One seed: intervals hold conversations only; another seed may lie outside them."]
+    return write_section(folder, "Adherence over seeds", "A turn adheres when it satisfies every rule that applies.",
+                         [draw.curves(select(rows, history=history), name="drift_over_seeds")], tables,
+                         headline=f"{text}.", notes=notes)
 
 # %% ../../nbs/report/02_page.ipynb #f6293e67
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json

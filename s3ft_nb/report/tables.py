@@ -12,18 +12,17 @@ import csv
 import io
 import math
 import re
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..core.files import resource, write_bytes
+from ..core.files import read_toml, resource, write_bytes
 
 # %% ../../nbs/report/00_tables.ipynb #a3ecadd8
 @cache
 def metrics() -> dict[str, dict]:  # name -> {title, better, format, meaning}
     "The metrics of the house, from data/report/metrics.toml."
-    return tomllib.loads(resource("data", "report", "metrics.toml").read_text(encoding="utf-8"))
+    return read_toml(resource("data", "report", "metrics.toml"))
 
 
 def metric_of(name: str) -> dict:  # {title, better, format, meaning}

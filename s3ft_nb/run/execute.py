@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
 
-from ..core.files import InputError, read_json, redact, write_bytes
+from ..core.files import InputError, printable, read_json, redact, write_bytes
 from ..core.stage import event_line
 from .recipe import fill_places, load_recipe
 
@@ -87,7 +87,7 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
             if time.monotonic() < due: continue
             due, event = due + pause, last_event(events)
             took = timedelta(seconds=int(time.monotonic() - began))
-            line = redact(f"{title} {took} {event_line(event) if event else 'working'}").replace("\n", " ")
+            line = printable(redact(f"{title} {took} {event_line(event) if event else 'working'}")).replace("\n", " ")
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'path_hash', 'contents', 'record', 'clean',
-           'start', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint', 'prepare_run', 'locked',
-           'write_run', 'make_step', 'resume_command', 'run_recipe']
+           'start', 'machine_kind', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint',
+           'prepare_run', 'write_run', 'make_step', 'resume_command', 'run_recipe', 'seed_runs', 'run_seeds',
+           'measured_seeds']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
-import fcntl
 import hashlib
 import json
 import os
@@ -18,8 +18,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import cache
@@ -27,10 +26,11 @@ from importlib import metadata
 from pathlib import Path
 
 import s3ft_nb
-from ..core.files import InputError, read_json, redact, resource, stable_id, write_bytes, write_json
+from ..core.files import (InputError, locked, printable, read_json, redact, resource, stable_id, unknown,
+                                write_bytes, write_json)
 from ..core.stage import file_hash
 from .execute import WAITING, StepFailed, execute, kernel_environment, watch
-from .recipe import Recipe, Step, fill_places, load_recipe, map_texts, unknown
+from .recipe import Recipe, Step, fill_places, load_recipe, map_texts
 
 # %% ../../nbs/run/02_runner.ipynb #5c45c87e
 def quick_hash(path: Path) -> str:  # SHA-256, hexadecimal
@@ -60,7 +60,8 @@ STARTED, DONE, PROGRESS, NOTEBOOK = OURS = ("step.json", "done.json", "events.js
 
 def contents(folder: Path) -> list[str]:  # sorted paths inside it, hidden ones included
     "All files in a step's folder, which may be absent."
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name != ".lock")
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def record(path: Path) -> dict:
@@ -90,11 +91,21 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
     write_json(folder / STARTED, {"fingerprint": fingerprint, "params": params or {}, "foreign": contents(folder)})
 
 
+def machine_kind() -> str:  # "x86_64 avx2 avx512f, 2 threads"
+    "What decides the last digits of results: processor and its features, threads, GPUs."
+    places = Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    texts = [path.read_text(errors="replace") if path.is_file() else "" for path in places]
+    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", texts[0]))
+    threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"Model:\s*(.+)", "".join(texts[1:]))])
+
+
 def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
     "Write `done.json`, last of all."
     begun = read_json(folder / STARTED)
     made = {name: quick_hash(folder / name) for name in contents(folder) if name not in (*begun["foreign"], *OURS)}
-    done = {"fingerprint": begun["fingerprint"], "seconds": round(seconds, 2), "peak_rss_gib": round(peak_rss_gib, 3)}
+    done = {"fingerprint": begun["fingerprint"], "seconds": round(seconds, 2), "peak_rss_gib": round(peak_rss_gib, 3),
+            "machine": machine_kind()}
     write_json(folder / DONE, done := done | {"files": made})
     return done
 
@@ -159,6 +170,7 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
     held, strange = record(folder / RUN), folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
     wrong = ("is not a folder" if folder.exists() and not folder.is_dir() else
              "holds something that is not a run" if strange and held.get("made_by") != "s3ft_nb" else
+             "holds runs over seeds" if "seeds" in held else
              f"holds a run of {held['recipe']}" if held and held["recipe"] != loaded.name else "")
     if wrong: raise InputError(wrong, folder, remedy="choose another --out")
     for step in loaded.steps:
@@ -169,17 +181,6 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
             remedy = "leave it in the environment"
             raise InputError("holds the value of a secret variable", field=f"{step.id}.{key}", remedy=remedy)
     return replace(loaded, folder=folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    "Keep other runs out of a folder while the context is open; raises `InputError` when one is in it."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("is in use by another run", folder, remedy="wait, or choose another --out") from None
-        yield
 
 # %% ../../nbs/run/02_runner.ipynb #94770a55
 def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is the last thing the run does
@@ -196,6 +197,7 @@ def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is
     write_json(run.folder / RUN, {
         "made_by": "s3ft_nb", "recipe": run.name, "description": run.description, "settings": list(run.settings),
         "steps": [*params], "params": params, "versions": versions,
+        "machines": sorted({done["machine"] for done in dones.values() if "machine" in done}),
         "seed": next((values["seed"] for values in params.values() if "seed" in values), None),
         "started": record(run.folder / RUN).get("started", now),
         "finished": now if over and len(dones) == len(run.steps) else None,
@@ -205,7 +207,7 @@ def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is
 
 def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew: bool = False) -> dict:
     "Skip, resume or make one step, and return what done.json holds; `dones` are those of the steps it needs."
-    home, log = run.folder / step.id, lambda text: print(redact(title + text), file=sys.stderr, flush=True)
+    home, log = run.folder / step.id, lambda text: print(printable(redact(title + text)), file=sys.stderr)
     done, key, events = finished(home), fingerprint(step, dones), home / PROGRESS
     if done and done["fingerprint"] == key and not anew:
         log(" is done, skipped")
@@ -264,3 +266,51 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
                 raise StepFailed(f"{title} {error}\n{command}", WAITING) from None
         write_run(run, over=True)
     return run.folder
+
+# %% ../../nbs/run/02_runner.ipynb #4fd17a11
+def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, seeds: str) -> dict[Path, list[str]]:
+    """Folder and settings of the run of every seed, such as 0-4 or 0,2,5, in runs/NAME-seeds without `out`.
+    Raises `InputError` when one of them could not start. Writes nothing."""
+    spans = [re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part) for part in seeds.split(",")]
+    spans = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in spans]
+    if not all(0 < len(span) <= 100 for span in spans):
+        raise InputError(f"{seeds!r} does not name seeds", field="--seeds", remedy="like 0-4 or 0,2,5")
+    if any(re.match(r"[^=]*\bseed\s*=", one) for one in settings):
+        raise InputError("cannot be combined with --set seed=...", field="--seeds", remedy="give one of them")
+    folder = Path(out or Path("runs", f"{load_recipe(recipe, settings).name}-seeds")).expanduser().resolve()
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()) and "seeds" not in record(folder / RUN):
+        raise InputError("holds something else than runs over seeds", folder, remedy="choose another --out")
+    runs = {folder / f"seed-{seed}": [*settings, f"seed={seed}"] for span in spans for seed in span}
+    for own, words in runs.items(): prepare_run(recipe, words, own)
+    return runs
+
+
+def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  # as `seed_runs`, `run_recipe` have it
+    "Run a recipe with several seeds, one after the other, and return the folder of all; raises as `run_recipe` does."
+    folder, waiting = next(iter(runs)).parent, []
+    with locked(folder):
+        seeds = {*record(folder / RUN).get("seeds", ()), *(int(own.name[5:]) for own in runs)}
+        write_json(folder / RUN, {"made_by": "s3ft_nb", "seeds": sorted(seeds)})
+        for own, words in runs.items():
+            print(own.name, file=sys.stderr, flush=True)
+            try: run_recipe(recipe, words, own, **how)
+            except StepFailed as error:
+                if error.code != WAITING: raise
+                waiting.append(str(error))
+    if waiting: raise StepFailed("\n".join([*waiting, shlex.join(["s3ft", "seeds", str(folder)])]), WAITING)
+    return folder
+
+
+def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
+    "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
+    files, settings = {}, []
+    for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
+        run, homes = read_json(path), [path.parent / id for id in read_json(path)["steps"]]
+        done = [home for home in homes if (home / "verdicts.jsonl").is_file() and (home / DONE).is_file()]
+        if not done: continue
+        files[path.parent.name[5:]] = done[-1] / "verdicts.jsonl"
+        settings.append([run["recipe"], [own | {"seed": 0} for own in run["params"].values()]])
+        if settings[-1] == settings[0]: continue
+        raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
+    if files: return files
+    raise InputError("holds no measured seed", folder, remedy="make them with s3ft run --seeds")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import beta, norm
 
-from s3ft_nb.core.stats import alpha_of, alpha_terms, contrast, exchange_p, interval, kappa_of, mover, ratio
+from s3ft_nb.core.stats import alpha_of, alpha_terms, contrast, exchange_p, interval, kappa_of, mover, over_seeds, ratio
 from s3ft_nb.measure import metrics as m
 from s3ft_nb.measure.verdicts import ABSENT
 
@@ -92,6 +92,45 @@ def macro_f1(sums, labels=4):
     return (2 * np.diagonal(table, axis1=-2, axis2=-1) / np.maximum(both, 1)).sum(-1) / (both > 0).sum(-1)
 
 
+def seeded(rng, seeds, n, rate, shared, arms=1, between=0.25, inside=(0.8, 0.6)):
+    "Sums (seeds, conversations, 2 * arms) of six turns: effects of seeds, of conversations, and of both together, on the logit."
+    conversation = inside[0] * rng.standard_normal((1 if shared else seeds, n, 1))
+    line, columns = np.linspace(0.3, -0.3, 6), []
+    for arm in range(arms):
+        seed, both = between * rng.standard_normal((seeds, 1, 1)), inside[1] * rng.standard_normal((seeds, n, 1))
+        middle = np.log(rate / (1 - rate)) + 0.6 * arm
+        kept = rng.random((seeds, n, 6)) < 1 / (1 + np.exp(-middle - line - conversation - seed - both))
+        columns += [kept.sum(-1), np.full((seeds, n), 6)]
+    return np.stack(columns, -1)
+
+
+def apart(table):
+    "Each seed's conversations in rows of their own, (seeds, conversations, k) -> (seeds, seeds * conversations, k)."
+    out = np.zeros((*table.shape[:1], *table.shape[:2], table.shape[2]))
+    out[range(len(table)), range(len(table))] = table
+    return out.reshape(len(table), -1, table.shape[2])
+
+
+def coverage_over_seeds(draws, seed=0, seeds=(3, 5), n=60):
+    "Rows as in `coverage`, for means over seeds."
+    rows = []
+    for name, arms, of, kind in (("adherence", 1, ratio, "rate"), ("difference", 2, lambda sums: ratio(sums[..., 2:]) - ratio(sums[..., :2]), "real")):
+        for rate in (0.5, 0.85, 0.95) if arms == 1 else (0.5, 0.85):
+            truth = of(seeded(np.random.default_rng(10**6 + seed), 20_000, 20, rate, False, arms).sum(axis=1)).mean()
+            for k in seeds:
+                for shared in (False, True):
+                    rng, tables = np.random.default_rng([seed, k, shared]), lambda table: table if shared else apart(table)
+                    found = [over_seeds(of, tables(seeded(rng, k, n, rate, shared, arms)), kind) for _ in range(draws)]
+                    low, high = (np.array([row[end] for row in found], float) for end in ("low", "high"))
+                    known = ~np.isnan(low)
+                    part = lambda hit: round(100 * hit[known].mean(), 1)
+                    rows.append({"quantity": f"{name}, {k} seeds, {'shared' if shared else 'own'} conversations", "level": rate,
+                                 "truth": round(float(truth), 3), "conversations": n, "coverage": part((low <= truth) & (truth <= high)),
+                                 "all too high": part(low > truth), "all too low": part(high < truth),
+                                 "no interval": round(100 * (~known).mean(), 1), "width": round(float((high - low)[known].mean()), 3)})
+    return rows
+
+
 def quantities():
     "name -> (level shown, kind, of, (rng, draws, conversations) -> table, known truth or None)"
     out, turns = {}, lambda columns, rate, **how: lambda rng, draws, n: columns(played(rng, draws, n, rate, **how)[0])
@@ -155,7 +194,7 @@ def coverage(draws, only="", seed=0):
 
 if __name__ == "__main__":
     draws, only = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, sys.argv[2] if len(sys.argv) > 2 else ""
-    rows = coverage(draws, only)
+    rows = [*(coverage(draws, only) if only != "seeds" else ()), *(coverage_over_seeds(draws) if only in ("", "seeds") else ())]
     for row in rows: print(*row.values(), "" if row["coverage"] and 93 <= row["coverage"] <= 97 else " <<", sep="\t", flush=True)
     if len(sys.argv) > 1: sys.exit()
     path = Path(__file__).parents[2] / "data/coverage.csv"

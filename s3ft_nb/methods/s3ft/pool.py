@@ -9,7 +9,6 @@ __all__ = ['LANGUAGES', 'LENGTHS', 'seed_prompts', 'task_patterns', 'sets_task',
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #9b753d90
 import random
 import re
-import tomllib
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -17,7 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ...core.files import InputError, read_json, read_rows, resource, stable_id, write_json, write_rows
+from ...core.files import (
+    InputError, read_json, read_rows, read_toml, resource, stable_id, write_json, write_rows)
 from ...core.records import SystemPrompt
 from ...core.split import assert_no_leak, near_duplicate, normalize
 from ...core.stage import Stage, rows_hash, shard_seed
@@ -38,7 +38,7 @@ def seed_prompts(language: str = "en") -> list[SystemPrompt]:  # In the order of
 @cache
 def task_patterns() -> dict:  # {name: pattern}
     "Patterns of prompts that set a single task, see `data/seed-prompts/tasks.toml`."
-    data = tomllib.loads(resource("data", "seed-prompts", "tasks.toml").read_text(encoding="utf-8"))
+    data = read_toml(resource("data", "seed-prompts", "tasks.toml"))
     return {name: re.compile(pattern, re.X) for name, pattern in data["patterns"].items()}
 
 

@@ -42,13 +42,9 @@ def read_numbers(folders: list[str | Path] | str | Path) -> list[dict]:  # rows,
 
 
 def write_section(
-    folder: str | Path,  # Folder of a step
-    title: str,
-    lead: str = "",  # One or two sentences
-    figures: list = (),  # From `report.figures`; None is left out
-    tables: list[Table] = (),  # A table without rows is left out
-    tiles: list[dict] = (),  # {name, value, detail}
-    headline: str = "",  # What was found, one sentence; the page's heading
+    folder: str | Path, title: str, lead: str = "",  # Folder of a step; lead: one or two sentences
+    figures: list = (), tables: list[Table] = (),  # From `report.figures`; None and tables without rows are left out
+    tiles: list[dict] = (), headline: str = "",  # {name, value, detail}; what was found, the heading of the page
     notes: list[str] = (),  # What must be known before the numbers are believed
     parts: list[dict] = (),  # Subsections {title, lead, figures, tables}
 ) -> dict:  # What section.json holds
@@ -123,42 +119,43 @@ def measurement_tiles(numbers: list[dict], main: str = "") -> list[dict]:  # {na
 
 # %% ../../nbs/report/02_page.ipynb #6ee96e4d
 def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last arm when empty
-    "Publish means over seeds, as `measure.metrics.seed_numbers` has them."
-    folder, rows = Path(folder), select(read_numbers(folder), metric="adherence", against=None)
-    arms, turns, seeds = (distinct(row[field] for row in rows if row["part"] == part)
-                          for field, part in (("arm", "all"), ("key", "turn"), ("key", "seed")))
-    history, main, n = main_history(rows), main if main in arms else arms[-1], len(seeds)
-    heads = {("all", ""): "All turns"} | {("turn", turn): f"Turn {turn}" for turn in (turns[0], turns[-1])}
+    "Publish means over seeds, as `measure.metrics.seed_numbers` has them; raises `InputError` without any."
+    rows = select(read_numbers(folder), metric="adherence", against=None)
+    if not rows: raise InputError("holds no adherence", Path(folder, "numbers.jsonl"), remedy="measure first")
+    pairs = dict.fromkeys((row["arm"], row["against"]) for row in rows)
+    turns, seeds = (distinct(row["key"] for row in rows if row["part"] == part) for part in ("turn", "seed"))
+    history, main = main_history(rows), main if (main, "") in pairs else [arm for arm, other in pairs if not other][-1]
+    heads = {("all", ""): "All turns"} | {("turn", turn): f"Turn {turn}" for turn in (*turns[:1], *turns[-1:])}
     heads |= {("seed", seed): f"Seed {seed}" for seed in seeds}
-    caption = "Mean over seeds [95 % interval over seeds and conversations], and each seed alone; differences are paired."
-    clear, tables = lambda row: row["low"] is not None and row["low"] * row["high"] > 0, []
-    cells = {(row["history"], row["arm"], row["against"], row["part"], row["key"]):
+    cells = {tuple(row[key] for key in ("history", "arm", "against", "part", "key")):
              row | ({"low": None, "high": None} if row["part"] == "seed" else {}) for row in rows}
-    for one, body in ((one, []) for one in distinct(key[0] for key in cells)):
-        for arm, against in dict.fromkeys(key[1:3] for key in cells if key[0] == one):
-            line = [cells.get((one, arm, against, *place)) for place in heads]
-            zero = ["" if not against else "yes" if clear(line[0]) else "no"]
-            body.append([f"{arm} minus {against}" if against else arm, *line, *zero])
-        tables.append(Table(f"Adherence over seeds, {one} history, %", ["Arm", *heads.values(), "Excludes 0"], body, caption))
-    whole, first, last, *alone = (cells.get((history, main, "", *place)) for place in heads)
-    alone = [cell for cell in alone if cell]
-    single = ", ".join(number_text(cell["mean"], "percent", 0) for cell in alone)
-    text = f"{main} follows its system prompt in {with_interval(whole)} of its turns, "
-    text += f"mean of {n} seeds ({single})" if n > 1 else f"with one seed, {seeds[0]}"
-    text += "".join(f", {with_interval(cell)} at turn\u00a0{cell['key']}" for cell in (first, last) if cell)
-    for row in select(rows, history=history, arm=main, part="all", against=arms):
-        said = "not shown to differ from" if not clear(row) else "better than" if row["mean"] > 0 else "worse than"
-        text += f"; {said} {row['against']} ({with_interval(row, signed=True)})"
-    lost = [seed for seed in optional(folder.parent / "run.json").get("seeds", []) if str(seed) not in seeds]
-    how = ("Each seed has conversations of its own: the spread of the seeds' means holds both." if whole["n_clusters"]
-           == sum(cell["n_clusters"] for cell in alone) else "The seeds share conversations: the covariance between "
-           "seeds that comes from them is added, which does not shrink with seeds.")
-    notes = [f"Not in these means: seeds {', '.join(map(str, lost))}, which are not measured."] * bool(lost)
-    notes += [f"Intervals over seeds hold seeds and conversations. {how}", *["Few seeds: intervals are wide."] * (n < 5)]
-    if n == 1: notes = [*notes[:-2], "One seed: intervals hold conversations only; another seed may lie outside them."]
+    line = lambda history, pair: [cells.get((history, *pair, *place)) for place in heads]
+    clear = lambda row: "no" if row["low"] is None or row["low"] * row["high"] <= 0 else "yes"
+    caption = "Mean over seeds [95 % interval over seeds and conversations]; then each seed. Differences are paired."
+    tables = [Table(f"Adherence over seeds, {one} history, %", ["Arm", *heads.values(), "Excludes 0"], [
+        [" minus ".join(filter(None, pair)), *line(one, pair), clear(line(one, pair)[0]) if pair[1] else ""]
+        for pair in pairs if line(one, pair)[0]], caption) for one in distinct(row["history"] for row in rows)]
+    whole, *parts = filter(None, line(history, (main, "")))
+    alone = [row for row in parts if row["part"] == "seed"]
+    each = ", ".join(number_text(row["mean"], "percent", 0) for row in alone)
+    found = [f"{main} follows its system prompt in {with_interval(whole)} of its turns, "
+             + (f"mean of {len(seeds)} seeds ({each})" if len(seeds) > 1 else f"with one seed, {seeds[0]}")
+             + "".join(f", {with_interval(row)} at turn\u00a0{row['key']}" for row in parts if row["part"] == "turn")]
+    for row in select(rows, history=history, arm=main, part="all", against=[arm for arm, _ in pairs]):
+        said = "not shown to differ from" if clear(row) == "no" else "better than" if row["mean"] > 0 else "worse than"
+        found.append(f"{said} {row['against']} ({with_interval(row, signed=True)})")
+    shared = whole["n_clusters"] < sum(row["n_clusters"] for row in alone)
+    how = ("The seeds share conversations: the covariance of the seeds that comes from them is added, and does not "
+           "shrink with more seeds." if shared else
+           "Each seed has conversations of its own: the spread of the seeds holds both.")
+    notes = [f"Intervals hold seeds and conversations. {how}"]
+    if len(seeds) == 1: notes = ["One seed: intervals hold conversations only; another seed may lie outside them."]
+    elif len(seeds) < 5: notes.append("Few seeds: intervals are wide.")
+    lost = [seed for seed in optional(Path(folder).parent / "run.json").get("seeds", []) if str(seed) not in seeds]
+    if lost: notes.append(f"Not in these means: seeds {', '.join(map(str, lost))}, which are not measured.")
     return write_section(folder, "Adherence over seeds", "A turn adheres when it satisfies every rule that applies.",
                          [draw.curves(select(rows, history=history), name="drift_over_seeds")], tables,
-                         headline=f"{text}.", notes=notes)
+                         headline="; ".join(found) + ".", notes=notes)
 
 # %% ../../nbs/report/02_page.ipynb #f6293e67
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json

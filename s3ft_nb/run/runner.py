@@ -94,10 +94,10 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
 def machine_kind() -> str:  # "x86_64 avx2 avx512f, 2 threads"
     "What decides the last digits of results: processor and its features, threads, GPUs."
     places = Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    texts = [path.read_text(errors="replace") if path.is_file() else "" for path in places]
-    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", texts[0]))
+    text = "\n".join(path.read_text(errors="replace") for path in places if path.is_file())
+    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", text))
     threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
-    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"Model:\s*(.+)", "".join(texts[1:]))])
+    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"(?m)^Model:\s*(.+)", text)])
 
 
 def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
@@ -278,7 +278,8 @@ def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, s
     if any(re.match(r"[^=]*\bseed\s*=", one) for one in settings):
         raise InputError("cannot be combined with --set seed=...", field="--seeds", remedy="give one of them")
     folder = Path(out or Path("runs", f"{load_recipe(recipe, settings).name}-seeds")).expanduser().resolve()
-    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()) and "seeds" not in record(folder / RUN):
+    strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    if strange and "seeds" not in record(folder / RUN):
         raise InputError("holds something else than runs over seeds", folder, remedy="choose another --out")
     runs = {folder / f"seed-{seed}": [*settings, f"seed={seed}"] for span in spans for seed in span}
     for own, words in runs.items(): prepare_run(recipe, words, own)
@@ -303,14 +304,14 @@ def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  
 
 def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
     "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
-    files, settings = {}, []
+    files, first = {}, None
     for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
-        run, homes = read_json(path), [path.parent / id for id in read_json(path)["steps"]]
-        done = [home for home in homes if (home / "verdicts.jsonl").is_file() and (home / DONE).is_file()]
-        if not done: continue
-        files[path.parent.name[5:]] = done[-1] / "verdicts.jsonl"
-        settings.append([run["recipe"], [own | {"seed": 0} for own in run["params"].values()]])
-        if settings[-1] == settings[0]: continue
-        raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
+        run = read_json(path)
+        homes = [home for home in map(path.parent.joinpath, run["steps"]) if (home / DONE).is_file()]
+        done = [home / "verdicts.jsonl" for home in homes if (home / "verdicts.jsonl").is_file()]
+        files |= {path.parent.name[5:]: one for one in done}
+        settings = run["recipe"], [own | {"seed": 0} for own in run["params"].values()]
+        if done and settings != (first := first or settings):
+            raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
     if files: return files
     raise InputError("holds no measured seed", folder, remedy="make them with s3ft run --seeds")

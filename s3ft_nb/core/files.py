@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROL', 'FULL', 'NO_BRACKET', 'MOST_ROWS', 'InputError', 'shorten', 'unknown', 'printable', 'plain', 'stable_id',
            'row_of', 'cannot_write', 'write_bytes', 'locked', 'read_bytes', 'decode', 'to_json', 'parse_json',
-           'read_json', 'write_json', 'read_toml', 'iter_lines', 'read_rows', 'write_rows', 'resource', 'model_folder',
-           'redact', 'assert_few', 'dataset_values', 'json_values', 'values_of', 'upstream']
+           'read_json', 'write_json', 'record', 'read_toml', 'iter_lines', 'read_rows', 'write_rows', 'resource',
+           'model_folder', 'redact', 'assert_few', 'dataset_values', 'json_values', 'values_of', 'upstream']
 
 # %% ../../nbs/core/00_files.ipynb #ddd83f00
 import difflib
@@ -210,6 +210,11 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, value: Any) -> Path:
     "Write a JSON file in one step, indented for people to read."
     return write_bytes(path, to_json(value, indent=2))
+
+
+def record(path: Path) -> dict:
+    "What is written down in a JSON file; nothing when there is none."
+    return read_json(path) if path.is_file() else {}
 
 
 def read_toml(path: str | Path) -> dict:

@@ -13,13 +13,13 @@ from s3ft_nb.core.files import InputError
 from s3ft_nb.core.records import Check, message
 from s3ft_nb.judging import checks
 from s3ft_nb.judging.checks import CHECKS, evidence_of, folded, follows, occurs, run_check, schema, split_words
-from s3ft_nb.judging.ifeval import IFEVAL, LANGUAGE_KINDS, can_detect_language, loose_forms
+from s3ft_nb.judging.ifeval import IFEVAL, LANGUAGE_KINDS, can_detect_language, loose_forms, sentences
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/ifeval.json").read_text())
 ANY_LANGUAGE = [id for id in IFEVAL if id not in LANGUAGE_KINDS]
 SENTENCES = {"length_constraints:number_sentences": [{"num_sentences": 3, "relation": "at least"}]}
 OURS = [kind for kind in CHECKS if kind not in IFEVAL]
-PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]"}
+PARAMS = {"words": ["arr", "海"], "n": 2, "character": "e", "left": "[", "right": "]", "num_words": 9, "num_least": 1, "num_most": 3}
 
 
 def check(kind): return Check(kind=kind, params={name: PARAMS[name] for name in schema(kind).model_fields})
@@ -72,6 +72,15 @@ def test_sentences_are_counted(text, n):
     assert CHECKS["n_sentences"](text, n), text
 
 
+@pytest.mark.parametrize("text, n", [
+    ("the lamp is lit. come in. mind the step.", 3), ("Lt. Mora wrote to the E.U. Commission on Feb. 3.", 1), ("*Stay low.* __Keep dry.__ Done.", 3), ("外面下雨了.带上伞!好吗?", 3),
+    ("a. Peel it. b. Slice it.", 2), ("1. 洗米。2. 加水。3. 煮。", 3), ("- rope\n- tar\n- nails", 3), ("He cried «Stop. Go back.» and fell. Then quiet.", 2), ("她说「等等。别走。」就跑了。", 1), ("Say „Guten Tag. Bitte.“ first. Then stop.", 2),
+    ("Add 2 tsp. of salt (really!) and stir. Serve.", 2), ("We close at 6 p.m. Come early.", 2), ("Mr. Fox, Mrs. Hen et al. met.", 1), ('"I came. I saw."', 2), ("See ch. 7. it is short.", 2), ("Why? 12. Good.", 3)])
+def test_sentences_in_small_letters_markup_numbering_and_quotations(text, n):
+    found = sentences(text)
+    assert len(found) == n and all(part in text for part in found), found
+
+
 @pytest.mark.parametrize("params", [{}, {"words": []}, {"words": ["a"], "n": 1}, {"words": "arr"}, {"words": [""]}, {"words": ["\u200b"]}, {"words": [None]}, {"word": ["a"]}])
 def test_bad_params_are_refused(params):
     with pytest.raises(InputError): run_check(Check(kind="contains_any", params=params), "arr")
@@ -122,8 +131,9 @@ def test_long_replies_are_scored_in_time():
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("text, n", [("Dr. Ray came at 5 p.m. Then he left.", 2), ("One\n\nTwo", 1), ("Why?! No... Yes.", 3), ("1. Apples are red.", 1), ("e.g. this one. Or that.", 2), ("“Stop!” she said. “Go!”", 2), ("好。真的？", 2)])
-def test_sentences_without_a_download(text, n):
+@pytest.mark.parametrize("text, n", [("Dr. Ray came at 5 p.m. Then he left.", 1), ("One\n\nTwo", 1), ("Why?! No... Yes.", 2), ("1. Apples are red.", 2), ("e.g. this one. Or that.", 3), ("“Stop!” she said. “Go!”", 3), ("好。真的？", 1),
+                                     ("we sail at dawn. the tide is low. hurry.", 3), ("In the U.S. Senate, Sen. Poe spoke on Mar. 3.", 1)])
+def test_sentences_of_ifeval_are_those_of_the_published_tokenizer(text, n):
     kept = [run("length_constraints:number_sentences", {"num_sentences": n, "relation": "at least"}, text), run("length_constraints:number_sentences", {"num_sentences": n, "relation": "less than"}, text)]
     assert kept == [True, False]
 

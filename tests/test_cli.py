@@ -1,5 +1,6 @@
 "The command line: exit codes, one clear line, nothing written."
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from tiny import small_notebook, tiny_model
 from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
-from s3ft_nb.core.files import write_bytes, write_json
+from s3ft_nb.core.files import resource, write_bytes, write_json
 
 CELL = 'out = ""  # Folder\nn = 3  # rows\nrate = 0.5  # in [0, 1]\nlanguage = "en"  # en or zh\ntypes = ["a"]  # Types\nmodel = ""  # Model'
 RECIPE = 'name = "one"\ndescription = "One step."\n[params]\nn = 4\n[steps.count]\nnotebook = "count.ipynb"\n'
@@ -159,3 +160,38 @@ def test_doctor_on_rubbish_is_one_line(tmp_path):
     for folder, said in ((tmp_path / "empty", "cannot load the tokenizer"), (broken, "refuses these messages")):
         refused = s3ft("doctor", folder)
         assert refused.exit_code in (1, 2) and said in refused.output and "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize("words", ["plan", "--help", "doctor micro-base --json", "recipes", "doctor micro-base"])
+def test_a_reader_that_leaves_is_no_error(words):
+    shell = subprocess.run(["bash", "-c", f"{sys.executable} -c 'from s3ft_nb.cli import app; app()' {words} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert shell.stderr == "" and shell.stdout.strip() in ("0", "141", "1" if words == "--help" else "")
+
+
+def test_names_and_terminals_of_any_encoding(tmp_path):
+    name = tmp_path / b"talk\xff.toml".decode(errors="surrogateescape")
+    name.write_text(RECIPE.replace("One step.", "\\u001b]0;title\\u0007 \\u202eeno 一步"))
+    write_json(tmp_path / "count.ipynb", small_notebook(CELL))
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        found = subprocess.run([sys.executable, "-c", "from s3ft_nb.cli import app; app()", "plan", name, "--out", tmp_path / "a"],
+                               capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert found.returncode == 0 and b"Traceback" not in found.stderr, found.stderr
+        assert b"\x1b" not in found.stdout and "\u202e".encode() not in found.stdout and rb"\u001b]0;title\u0007" in found.stdout
+
+
+def test_micro_base_is_the_bundled_model_in_every_verb(tmp_path, monkeypatch):
+    from s3ft_nb.lm.model import context_length, load, model_hash, token_counter
+    monkeypatch.chdir(tmp_path)
+    bundled = str(resource("data", "micro-base"))
+    assert s3ft("doctor", "micro-base").stdout == s3ft("doctor", bundled).stdout
+    assert s3ft("doctor", "micro-base", "--save", tmp_path / "mine").exit_code == 0 and (tmp_path / "mine" / "config.json").exists()
+    assert model_hash("micro-base") == model_hash(bundled) and context_length("micro-base") == context_length(bundled)
+    assert token_counter("micro-base")([{"role": "user", "content": "Hi"}]) and load("micro-base", "none", device="cpu").name == "micro-base"
+    costs = [[row["seconds"] for row in json.loads(s3ft("plan", "s3ft-smoke", f"model={name}", "--json").stdout)["steps"]] for name in ("micro-base", bundled)]
+    assert costs[0] == costs[1]
+
+
+def test_a_run_says_first_what_it_will_do(recipe, tmp_path):
+    done = s3ft("run", recipe)
+    assert done.stderr.splitlines()[0] == f"one: 1 of 1 steps in {tmp_path / 'runs' / 'one'}, about 3 s on a CPU, 3 s on a small GPU"
+    assert "one: 0 of 1 steps" in s3ft("run", recipe).stderr and "nothing to do" in s3ft("run", recipe).stderr

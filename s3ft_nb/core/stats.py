@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -265,28 +264,23 @@ def fleiss_kappa(counts: np.ndarray, clusters: Sequence | None = None, level: fl
 
 # %% ../../nbs/core/04_stats.ipynb #35986a22
 def over_seeds(of: Callable, tables: Sequence, kind: str = "real", level: float = 0.95) -> dict:
-    """Mean over seeds of a value of sums, {mean, low, high, n = seeds, n_clusters, p of 0 (none for a rate)}.
-    `tables`: of each seed, the same clusters, zeros where a seed lacks one; undefined seeds are left out."""
+    """Mean over seeds of a value of sums, {mean, low, high, n = seeds, n_clusters}; undefined seeds are left out.
+    `tables`: of each seed, the same clusters, zeros where a seed lacks one."""
     tables = np.stack(tables).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"): values, apart, c = jackknife(of, tables)
     known = np.isfinite(values)
     values, used, k = values[known], tables[known].any(axis=-1), int(known.sum())
-    found = {"mean": float(values.mean()) if k else None, "low": None, "high": None, "n": k,
-             "n_clusters": int(used.any(axis=0).sum()), "p": None}
+    mean, n_clusters = values.mean() if k else np.nan, int(used.any(axis=0).sum())
+    found = {"mean": finite(mean), "low": None, "high": None, "n": k, "n_clusters": n_clusters}
     if k < 2: return found
     apart, n_shared = apart[known] * np.sqrt(1 - 1 / c[known])[:, None], int((used.sum(axis=0) > 1).sum())
     common = ((apart.sum(axis=0) ** 2).sum() - (apart**2).sum()) / (k * (k - 1))
     variances = np.array([values.var(ddof=1) / k, max(common, 0)])
     if not (variance := variances.sum()) > 1e-20: return found
-    half = lambda level: np.sqrt(student.ppf((1 + level) / 2, [k - 1, max(n_shared - 1, 1)]) ** 2 @ variances)
-    low, high = found["mean"] - half(level), found["mean"] + half(level)
-    if kind == "rate":
-        n, q = found["mean"] * (1 - found["mean"]) / variance, half(level) / np.sqrt(variance)
-        low, high = score_end(found["mean"], n, np.array([-q, q]))
-    else:
-        gap = lambda level: half(level) - abs(found["mean"])
-        found["p"] = 1e-9 if gap(1 - 1e-9) < 0 else 1 - brentq(gap, 0, 1 - 1e-9)
-    return found | {"low": float(low), "high": float(high)}
+    q = np.sqrt(student.ppf((1 + level) / 2, [k - 1, max(n_shared - 1, 1)]) ** 2 @ variances / variance)
+    ends = mean + np.array([-q, q]) * np.sqrt(variance)
+    if kind == "rate": ends = score_end(mean, mean * (1 - mean) / variance, np.array([-q, q]))
+    return found | {"low": float(ends[0]), "high": float(ends[1])}
 
 # %% ../../nbs/core/04_stats.ipynb #cac5b2ae
 def classification(truth: Sequence, predicted: Sequence, labels: Sequence, clusters: Sequence | None = None,

@@ -6,12 +6,14 @@
 __all__ = ['half', 'at_first', 'METRICS', 'SYSBENCH', 'PART_METRICS', 'turn_columns', 'adherence_columns', 'slope', 'area',
            'retention', 'half_life', 'first_violation', 'risk_columns', 'survival', 'observed_turns', 'median_survival',
            'stability_columns', 'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric', 'rule_metric',
-           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'differences', 'conversations_to_show',
+           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'differences', 'conversations_to_show', 'seed_numbers',
            'compare_folders']
 
 # %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial, reduce
+from itertools import product
 from math import ceil
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from scipy.stats import t as student
 
 from ..core.files import InputError
 from ..core.records import STANCES
-from ..core.stats import Metric, difference, estimate, estimate_sums, holm, number_row, ratio
+from ..core.stats import Metric, difference, estimate, estimate_sums, holm, number_row, over_seeds, ratio
 from .verdicts import ABSENT, BROKEN, KEPT, NOT_APPLICABLE, UNKNOWN
 from .verdicts import VerdictTable, paired, parts, stream_rows, verdict_table
 
@@ -285,6 +287,31 @@ def conversations_to_show(numbers: list[dict], effect: float = 0.05, power: floa
         needed = ceil(n * ((norm.ppf(0.975) + norm.ppf(power)) * stderr / effect) ** 2)
         if needed > n: out.append(f"About {needed} conversations would show a difference of {100 * effect:.0f} points "
                                   f"between {row['arm']} and {row['against']}.")
+    return out
+
+# %% ../../nbs/measure/01_metrics.ipynb #a5a67501
+def seed_numbers(files: dict[str, Path], main: str = "", level: float = 0.95) -> list[dict]:  # seed -> verdicts.jsonl
+    "Means over seeds of arms and of paired differences, as rows of the long table; `main`: the last arm when empty."
+    tables = verdict_table(row | {"arm": f"{seed}/{row.get('arm') or ''}", "rule_id": f"{seed}/{row.get('rule_id')}"}
+                           for seed, path in files.items() for row in stream_rows(path))
+    arms, out = list(dict.fromkeys(arm.partition("/")[2] for arm, _ in tables)), []
+    main = main if main in arms else "".join(arms[-1:])
+    pairs = dict.fromkeys([*((arm,) for arm in arms), *((arm, arms[0]) for arm in arms[1:]),
+                           *((main, arm) for arm in arms if arm != main)])
+    for pair, history in product(pairs, dict.fromkeys(history for _, history in tables)):
+        sides = {seed: [tables.get((f"{seed}/{arm}", history)) for arm in pair] for seed in files}
+        sides = {seed: paired(*both) if pair[1:] else both for seed, both in sides.items() if None not in both}
+        n_turns = max((both[0].index.n_turns for both in sides.values()), default=0)
+        metrics = [("all", "", METRICS[name]) for name in (("adherence",) if pair[1:] else (*SYSBENCH, "retention"))]
+        for part, key, metric in metrics + [("turn", str(turn), adherence_at(turn)) for turn in range(1, n_turns + 1)]:
+            row = partial(number_row, metric.name, arm=pair[0], against="".join(pair[1:]), history=history)
+            own = {seed: (difference if pair[1:] else estimate)(metric, *both, level) for seed, both in sides.items()}
+            own = {seed: found for seed, found in own.items() if found["mean"] is not None}
+            sums = [np.hstack([metric.table(side) for side in sides[seed]]) for seed in own]
+            of = lambda columns: reduce(np.subtract, map(metric.of, np.split(columns, len(pair), axis=-1)))
+            found = [over_seeds(of, sums, "real" if pair[1:] else metric.kind, level)] if len(own) > 1 else own.values()
+            out += [row(found=one | {"n": len(own), "p": None}, part=part, key=key) for one in found]
+            if part == "all": out += [row(found=one | {"p": None}, part="seed", key=seed) for seed, one in own.items()]
     return out
 
 # %% ../../nbs/measure/01_metrics.ipynb #f4f05e4b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'PROMPT_FRACTION', 'RESPONSE_FRACTION', 'RATES', 'Size', 'folder_size', 'model_size', 'work_of',
-           'time_and_memory', 'duration', 'make_plan', 'plan_text']
+           'time_and_memory', 'duration', 'make_plan', 'plan_line', 'plan_text']
 
 # %% ../../nbs/run/03_plan.ipynb #f39cc524
 import math
@@ -33,20 +33,22 @@ class Size:
     kv_heads: float = 0.25  # Heads of keys and values per attention head
 
 
-def folder_size(folder: Path) -> Size | None:  # None when it has no configuration
+def folder_size(folder: Path) -> Size | None:  # None when it has no configuration, or an odd one
     "Size of a model on disk; raises `InputError` when a weight file is broken."
     if not (folder / "config.json").is_file(): return None
     config, sizes = read_json(folder / "config.json"), {}
-    config = config.get("text_config", config)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "np") as file:
                 sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
         except SafetensorError: raise InputError("is not a safetensors file", path, remedy="fetch it again") from None
     outer = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    heads = config.get("num_attention_heads", 1)
-    return Size(sum(sizes.values()), outer, config.get("num_hidden_layers", 0), config.get("hidden_size", 0),
-                config.get("num_key_value_heads", heads) / heads)
+    try:
+        config = config.get("text_config", config)
+        heads = config.get("num_attention_heads", 1)
+        return Size(sum(sizes.values()), outer, int(config.get("num_hidden_layers", 0)),
+                    int(config.get("hidden_size", 0)), config.get("num_key_value_heads", heads) / heads)
+    except (AttributeError, TypeError, ValueError, ArithmeticError): return None
 
 
 def model_size(model: str) -> Size | None:  # folder or name; None when nothing can be known
@@ -119,8 +121,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 # %% ../../nbs/run/03_plan.ipynb #8a5a416a
-def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None) -> dict:  # a JSON value
-    "What a run would do and cost; raises `InputError` as the run would."
+def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | None = None, runs: int = 1) -> dict:
+    "What a run, or several that differ by the seed, would do and cost, as JSON; raises `InputError` as the run would."
     run = prepare_run(recipe, settings, out)
     made, dones, rows = {}, {}, []
     folders = {step.id: run.folder / step.id for step in run.steps}
@@ -134,8 +136,9 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         times, gib = time_and_memory(step.values, work, model_size(model) if model else None)
-        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, **work,
-                     "model": model, "seconds": times, "memory_gib": gib})
+        times = {machine: seconds and runs * seconds for machine, seconds in times.items()}
+        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, "model": model,
+                     **{key: runs * n for key, n in work.items()}, "seconds": times, "memory_gib": gib})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
     return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,
@@ -145,7 +148,16 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
                 f"a prompt takes {PROMPT_FRACTION:.0%} of max_length, a response {RESPONSE_FRACTION:.0%} of its limit",
                 f"rates in tokens/s for 1e9 parameters (read, write, train): {speeds}",
                 "memory: NF4 weights 0.55 bytes, embeddings 2, adapter 16, activations with checkpointing",
-                "estimates are good to a factor of two or three"]}
+                "estimates are good to a factor of two or three",
+                *([f"rows, tokens and times are those of {runs} seeds together, states of the first"] * (runs > 1))]}
+
+
+def plan_line(plan: dict) -> str:  # as made by `make_plan`
+    "What a run is about to do, where, and how long that takes, in one line."
+    due = [row for row in plan["steps"] if row["state"] != "done"]
+    cpu, gpu = (duration(sum(row["seconds"][machine] or 0 for row in due)) for machine in ("cpu", "T4"))
+    time = f"about {cpu} on a CPU, {gpu} on a small GPU" if due else "nothing to do"
+    return f"{plan['recipe']}: {len(due)} of {len(plan['steps'])} steps in {plan['folder']}, {time}"
 
 
 def plan_text(plan: dict) -> str:  # as made by `make_plan`

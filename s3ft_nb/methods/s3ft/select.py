@@ -74,7 +74,7 @@ def lowered_threshold(threshold: float, p_good: list, at_least: int) -> float:
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #53e9aa85
 def expectations(p_good: list, threshold: float, precision: float) -> dict:  # p_good: calibrated, of the candidates
-    "`{good, precision, recall, allowed}` that the probabilities themselves expect; allowed: samples at the stated precision."
+    "`{good, precision, recall, allowed}` that the probabilities expect; allowed: samples at the stated precision."
     p = -np.sort(-np.asarray(p_good, dtype=float))
     kept, mean = p[p >= threshold], p.cumsum() / np.arange(1, len(p) + 1)
     return {"good": float(p.sum()), "precision": float(kept.mean()) if len(kept) else None,
@@ -109,7 +109,8 @@ def stability(
             found = predict_labels(fit_labels(redrawn(fitted, homes, rng), taught), rows)
             p = {row["id"]: one["good"] for row, one in zip(rows, found)}
         some = redrawn(known, homes, rng)
-        chosen = choose_threshold([p[row["id"]] for row in some], [row["label"] == "good" for row in some], precision, level)
+        chosen = choose_threshold([p[row["id"]] for row in some], [row["label"] == "good" for row in some], precision,
+                                  level)
         again = {id for id in candidates if p[id] >= chosen["threshold"]}
         overlaps.append(len(again & kept) / max(1, len(again | kept)))
         sizes.append(len(again))

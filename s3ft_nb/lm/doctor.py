@@ -11,18 +11,18 @@ __all__ = ['TALK', 'TEXTS', 'COLOURS', 'around', 'error_of', 'system_role', 'wor
 import html
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from ..core.files import InputError, resource, shorten
+from ..core.files import CONTROL, InputError, read_toml, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
 from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages,
-                                 control_tokens, frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
+                                 control_tokens, frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text,
+                                 sentinels)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on
-TEXTS = tomllib.loads(resource("data", "template", "doctor.toml").read_text(encoding="utf-8"))
+TEXTS = read_toml(resource("data", "template", "doctor.toml"))
 
 
 def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = True) -> tuple:  # See `frame`
@@ -206,7 +206,7 @@ def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: P
 
 def to_ansi(pieces: list) -> str:  # For a terminal
     "A conversation in colours; control characters of the terminal are removed from the texts."
-    clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+    clean = lambda text: CONTROL.sub("�", text)
     return "".join(re.sub("(.+)", f"\x1b[{COLOURS[kind][0]}m\\1\x1b[0m", clean(text)) for text, kind in pieces)
 
 

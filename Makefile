@@ -1,10 +1,11 @@
 # Two commands do all set-up: `make run` (the default recipe) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+SEEDS ?= 0-4
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: run test unit wheel-test outputs micro-run micro-base benchmarks clean
+.PHONY: run test unit wheel-test outputs micro-run micro-base results benchmarks clean
 
 run: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro
@@ -28,6 +29,10 @@ micro-run: $(VENV)/.ready-dev
 micro-base: $(VENV)/.ready
 	$(BIN)/s3ft run micro-base
 	cp runs/micro-base/base/model/* data/micro-base/
+
+results: $(VENV)/.ready
+	$(BIN)/s3ft run s3ft-micro --seeds $(SEEDS) --out runs/s3ft-micro-seeds
+	$(BIN)/python tests/results.py runs/s3ft-micro-seeds
 
 benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py

@@ -3,6 +3,7 @@
 usage: python tests/bundle.py [RUN]   (RUN: a finished run of s3ft-smoke; without one it is made in a temporary folder)
 """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ SIZES = ["world.n_conversations=6", "conversations.n_conversations=6", "world.n_
 FILES = """conversations/train.jsonl conversations/eval.jsonl pool/train.jsonl pool/eval.jsonl pool/pool.json
 restyle/train.jsonl restyle/eval.jsonl sample/to_annotate.jsonl sample/use.json annotators/annotations.jsonl
 annotations/labels.jsonl annotations/annotations.jsonl annotations/numbers.jsonl discriminator/scores.jsonl
-discriminator/calibration.json select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
+discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
 
 
 def shortened(path: Path) -> str:
-    "Text of a file; of the measurement's numbers only what the figures of the report need."
+    "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
+    if path.parent.name == "discriminator": text = re.sub(r"(\.\d{4})\d+(?![\de])", r"\1", text)
+    if path.name == "scores.jsonl": text = re.sub(r',\s*"explanation":.*"(?=})', "", text)
     if path.parent.name != "measure": return text
     rows = [json.loads(line) for line in text.splitlines()]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["part"] in ("all", "turn") and row["metric"] in ("adherence", "ssr"))

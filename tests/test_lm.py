@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model
 
 from s3ft_nb.core.files import InputError
+from s3ft_nb.core.stage import file_hash
 from s3ft_nb.lm import engine as engines
 from s3ft_nb.lm.labels import stop_ids
-from s3ft_nb.lm.model import load, model_hash
+from s3ft_nb.lm.model import load, model_hash, weights_hash
 from s3ft_nb.lm.template import chat_template, control_tokens, prompt_ids
+from s3ft_nb.run.plan import folder_size
 
 POLICY = {"llama": "native", "qwen3": "native", "gemma": "first_user"}
 
@@ -251,3 +253,82 @@ def test_progress_counts_rows_and_tokens(lms):
 def test_no_requests_give_no_replies(lms):
     engine = engines.TransformersEngine(lms["llama"])
     assert engine.generate([]) == [] and engine.score([], ["A", "B"]) == []
+
+
+# ---- which base, which weights
+
+
+def adapt(model, out, **options):
+    from peft import LoraConfig, get_peft_model
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options))
+    wrapped.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def plain(folder):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_a_base_is_known_by_its_weights(folders, tmp_path):
+    adapter, model = adapt(plain(folders["llama"]), tmp_path / "adapter"), plain(folders["llama"])
+    other = shutil.copytree(folders["llama"], tmp_path / "other")
+    assert load(other, "none", adapter, device="cpu").name == "other+" + "/".join(adapter.parts[-2:])
+    next(model.parameters()).data[0, 0] += 1  # one number of one weight
+    model.save_pretrained(other)
+    with pytest.raises(InputError, match="whose weights are not those of .*other"): load(other, "none", adapter, device="cpu")
+    facts = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(facts | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    load(other, "none", adapter, device="cpu")  # nobody knows
+    (adapter / "template.json").write_text(json.dumps({"base": weights_hash(folders["llama"]), "sha256": file_hash(other / "chat_template.jinja")}))
+    shutil.copy(other / "chat_template.jinja", adapter)
+    with pytest.raises(InputError, match="weights are not those"): load(other, "none", adapter, device="cpu")  # training wrote it down
+    assert load(folders["llama"], "none", adapter, device="cpu")
+
+
+def test_a_base_in_the_cache_has_its_name_on_the_hub(folders, tmp_path):
+    place = shutil.copytree(folders["llama"], tmp_path / "models--sea--sailor-1b" / "snapshots" / "0a1b")
+    adapter = adapt(plain(folders["llama"]), tmp_path / "adapter")
+    facts = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(facts | {"base_model_name_or_path": "sea/sailor-1b"}))
+    assert load(place, "none", adapter, device="cpu").name.startswith("sea/sailor-1b+")
+
+
+@pytest.mark.parametrize("way", ["embeddings", "rows", "none"])
+def test_an_adapter_with_tokens_of_its_own(folders, tmp_path, way):
+    from transformers import AutoTokenizer
+    tokenizer, model = AutoTokenizer.from_pretrained(folders["llama"]), plain(folders["llama"])
+    tokenizer.add_tokens([f"<buoy{i}>" for i in range(1 + model.config.vocab_size - len(tokenizer))])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = [len(tokenizer) - 1]
+    adapter = adapt(model, tmp_path / "adapter", **{"embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]}, "rows": {"trainable_token_indices": new}, "none": {}}[way])
+    tokenizer.save_pretrained(adapter)
+    if way == "none":
+        with pytest.raises(InputError, match=r"adapter: the tokenizer has \d+ tokens, more than the adapter or the model's"): load(folders["llama"], "none", adapter, device="cpu")
+    else: assert load(folders["llama"], "none", adapter, device="cpu").model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_that_are_no_numbers_are_refused(folders, tmp_path, quantization):
+    model = plain(folders["llama"])
+    adapter = adapt(plain(folders["llama"]), tmp_path / "adapter")
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(shutil.copytree(folders["llama"], tmp_path / "nan"))
+    with pytest.raises(InputError, match="nan: weight model.layers.0.mlp.up_proj.weight holds NaN"): load(tmp_path / "nan", quantization, device="cpu")
+    from safetensors.torch import load_file, save_file
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight * float("inf") for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="adapter: weight .*lora_A.* holds NaN or infinity"): load(folders["llama"], quantization, adapter, device="cpu")
+
+
+@pytest.mark.parametrize("odd", [[], None, 3, {"base_model_name_or_path": 7}, {"r": -1}, {"target_modules": 5}, {"peft_type": []}, {"lora_alpha": "many"}])
+def test_odd_configurations_are_one_line(folders, tmp_path, odd):
+    adapter = adapt(plain(folders["llama"]), tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd if isinstance(odd, dict) else odd))
+    with pytest.raises(InputError): load(folders["llama"], "none", adapter, device="cpu")
+    model = shutil.copytree(folders["llama"], tmp_path / "model")
+    odd = json.loads((model / "config.json").read_text()) | {"hidden_size": [64], "num_attention_heads": odd} if isinstance(odd, dict) else odd
+    (model / "config.json").write_text(json.dumps(odd))
+    with pytest.raises(InputError): load(model, "none", device="cpu")
+    folder_size(model)

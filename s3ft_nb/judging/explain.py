@@ -70,7 +70,7 @@ def slot_logprob(found: list, span: tuple) -> tuple[float, int]:
     "Log-probability, nats, and number of the tokens that touch a span of characters."
     starts = [0, *(end for end, _ in found)]
     inside = [nats for start, (end, nats) in zip(starts, found) if start < span[1] and end > span[0]]
-    return sum(inside), max(1, len(inside))
+    return round(sum(inside), 6), max(1, len(inside))
 
 
 def explain(
@@ -84,8 +84,8 @@ def explain(
     "Letter, explanation and the likelihoods of its claims, in the order of the requests."
     part = lambda name: stage and stage.part(name)
     scores = ask(requests, engine, part("letters"), claim, labels=list(LETTERS.values()))
-    rows = [{name: one[name] for name in ("id", "logprobs", "outside")} | {"text": None, "told": None, "shown": None}
-            for one in scores]
+    rows = [{"id": one["id"], "logprobs": [round(nats, 6) for nats in one["logprobs"]],
+             "outside": round(one["outside"], 6), "text": None, "told": None, "shown": None} for one in scores]
     due = [(row, request) for row, request in zip(rows, requests) if softmax(row["logprobs"])[0] >= settled]
     written = ask([request | {"pieces": True} for _, request in due], engine, part("explanations"),
                   claim) if due else []

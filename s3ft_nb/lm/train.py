@@ -23,7 +23,7 @@ from ..core.files import FULL, InputError, read_json, row_of, stable_id, write_j
 from ..core.records import Row
 from ..core.stage import Ledger, Progress, Stage, file_hash, rows_hash
 from .labels import check_labels, encode_rows
-from .model import LM, RECORD, TEMPLATE, load, model_hash, pick_device, quiet
+from .model import LM, RECORD, TEMPLATE, hub_name, load, model_hash, pick_device, quiet, weights_hash
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
@@ -180,9 +180,11 @@ def save_adapter(trainer: SFTTrainer, lm: LM, out: Path) -> None:
     for path in (part, there): shutil.rmtree(path, ignore_errors=True)
     config = trainer.model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)  # a set has no order, and the file should have one
+    base, config.base_model_name_or_path = config.base_model_name_or_path, hub_name(config.base_model_name_or_path)
     trainer.model.save_pretrained(part, save_embedding_layers=False)
     lm.tokenizer.save_pretrained(part)
-    write_json(part / RECORD, {"sha256": file_hash(part / TEMPLATE), "policy": asdict(lm.policy)})
+    write_json(part / RECORD, {"sha256": file_hash(part / TEMPLATE), "policy": asdict(lm.policy),
+                               "base": weights_hash(base)})
     (part / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
     os.replace(part, there)
 

@@ -33,20 +33,22 @@ class Size:
     kv_heads: float = 0.25  # Heads of keys and values per attention head
 
 
-def folder_size(folder: Path) -> Size | None:  # None when it has no configuration
+def folder_size(folder: Path) -> Size | None:  # None when it has no configuration, or an odd one
     "Size of a model on disk; raises `InputError` when a weight file is broken."
     if not (folder / "config.json").is_file(): return None
     config, sizes = read_json(folder / "config.json"), {}
-    config = config.get("text_config", config)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "np") as file:
                 sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
         except SafetensorError: raise InputError("is not a safetensors file", path, remedy="fetch it again") from None
     outer = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    heads = config.get("num_attention_heads", 1)
-    return Size(sum(sizes.values()), outer, config.get("num_hidden_layers", 0), config.get("hidden_size", 0),
-                config.get("num_key_value_heads", heads) / heads)
+    try:
+        config = config.get("text_config", config)
+        heads = config.get("num_attention_heads", 1)
+        return Size(sum(sizes.values()), outer, int(config.get("num_hidden_layers", 0)),
+                    int(config.get("hidden_size", 0)), config.get("num_key_value_heads", heads) / heads)
+    except (AttributeError, TypeError, ValueError, ArithmeticError): return None
 
 
 def model_size(model: str) -> Size | None:  # folder or name; None when nothing can be known
@@ -130,12 +132,13 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
         if same: dones[step.id] = done
         state = "done" if same else "started" if (folders[step.id] / STARTED).is_file() and not done else "to do"
         work = work_of(step, made)
-        made[step.id], work = work["rows"], {key: runs * n for key, n in work.items()}
+        made[step.id] = work["rows"]
         name = step.values.get("base_url") or fill_places(step.values.get("model") or "{data:micro-base}", folders)
         model = name if work["read"] + work["trained"] else ""  # "" for none
         times, gib = time_and_memory(step.values, work, model_size(model) if model else None)
-        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, **work,
-                     "model": model, "seconds": times, "memory_gib": gib})
+        times = {machine: seconds and runs * seconds for machine, seconds in times.items()}
+        rows.append({"step": step.id, "state": state, "needs": list(step.needs), "params": step.values, "model": model,
+                     **{key: runs * n for key, n in work.items()}, "seconds": times, "memory_gib": gib})
     total = lambda times: None if None in times else round(sum(times), 1)
     speeds = "; ".join(f"{name} {', '.join(f'{rate:,}' for rate in rates[:3])}" for name, rates in RATES.items())
     return {"recipe": run.name, "description": run.description, "folder": str(run.folder), "steps": rows,

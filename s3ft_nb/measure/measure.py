@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Arm', 'response_file', 'claim_folder', 'close_measurement', 'probe_judge', 'measure_arms', 'LoadedModel',
-           'load_model', 'load_judge', 'examples_of', 'make_arms', 'measure', 'measure_played', 'measure_recorded']
+           'server_options', 'load_model', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
+           'measure_played', 'measure_recorded']
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab25
 import re
@@ -14,22 +15,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from .. import __version__
 from ..core.convert import read_conversations, system_prompt
-from ..core.files import (InputError, locked, model_folder, read_json, read_rows, stable_id, to_json, write_json,
-                                write_rows)
+from ..core.files import (InputError, locked, model_folder, parse_json, read_json, read_rows, redact,
+                                stable_id, to_json, write_json, write_rows)
 from ..core.records import SystemPrompt, Rule
 from ..core.stage import Stage, file_hash, rows_hash
 from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
 from ..judging.judge import verdicts
-from ..lm.engine import make_engine
+from ..lm.engine import HttpEngine, make_engine
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
-from .config import MeasureConfig, ModelConfig, options_of, with_model_defaults
+from .config import MeasureConfig, ModelConfig, options_of, typed, with_model_defaults
 from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user
 from .dialogues import systems
 from .metrics import differences, settled_numbers
@@ -118,6 +119,9 @@ def measure_arms(
         found += verdicts(responses, due, judge, not_applicable, stances)
         said += responses
         about["arms"][name] = {"engine": engine.name, "notes": notes}
+        about["warnings"] = about.get("warnings", []) + [
+            f"{name}, {history} history: {n} {code}" for history, found_in in notes.items() for code, n in found_in.items()
+            if code in ("request_failed", "responses_empty", "responses_filtered", "responses_with_reasoning")]
         extra += after(name, engine) if after else []
     write_rows(out / "verdicts.jsonl", found)
     extra += probe_judge(judge, said, due, about, agreement, stage.seed, language)
@@ -136,6 +140,15 @@ class LoadedModel(NamedTuple):
     count: Callable | None  # messages -> tokens
 
 
+def server_options(text: str) -> dict:  # As `HttpEngine` takes them
+    "The engine's own options, and what is added to each request; raises `InputError` on anything but a JSON object."
+    given, hints = parse_json(text) if text else {}, get_type_hints(HttpEngine)
+    if not isinstance(given, dict): raise InputError("is no JSON object", field="engine_options",
+                                                     remedy="""write it like '{"timeout": 300, "top_k": 20}'""")
+    own = [name for name in ("concurrency", "max_retries", "timeout", "policy", "top_p") if name in given]
+    return {name: typed(name, given.pop(name), hints[name]) for name in own} | {"extra_body": given}
+
+
 def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     "Make the engine of a model; raises `InputError` when the longest response leaves no room for a prompt."
     in_process = config.engine == "transformers"
@@ -150,12 +163,20 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
         engine = make_engine("transformers", config.model, adapter or None, bits, config.dtype,
                              batch_size=config.batch_size, **options)
     else: engine = make_engine(config.engine, config.model, base_url=config.base_url, api_key_env=config.api_key_env,
-                               **options)
+                               on_error="keep", **options | server_options(config.engine_options))
     room = min(config.max_prompt_tokens or context, context - n)
     return LoadedModel(engine, n, room if counted else None, token_counter(counted) if counted else None)
 
 
-def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str) -> tuple[LoadedModel, Callable]:
+def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
+    "Let a server's engine learn what the server refuses before anything expensive is asked; once in a folder."
+    if not isinstance(engine, HttpEngine): return
+    part = work.part(f"probe-{stable_id(engine.name, engine.extra_body, labels, n=6)}")
+    engine.habits |= part.map([{"engine": engine.name}], lambda *_: [engine.probe(labels)], title="first request")[0]
+
+
+def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str,
+               work: Stage) -> tuple[LoadedModel, Callable]:
     """The judge's model, `base` or that of the config, and what makes a judge, see `judging.judge.make_judge`, for a
     stage (None inside the work of one)."""
     asked, model = config.judge, base
@@ -164,6 +185,7 @@ def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str) -
         local = asked.judge_adapter or config.model.engine == "transformers" or Path(model_folder(name)).is_dir()
         url = asked.judge_url or ("" if local else config.model.base_url)
         model = load_model(replace(config.model, engine="http" if url else "transformers", model=name, base_url=url,
+                                   engine_options="" if asked.judge_url else config.model.engine_options,
                                    tokenizer="", temperature=0.0, max_new_tokens=0), adapter)
     way = asked.judge_way or ("discriminator" if asked.judge_adapter else "letters")
     calibration = read_calibration(asked.judge_adapter) if asked.judge_adapter else {}
@@ -171,6 +193,7 @@ def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str) -
         raise InputError(f"was fitted on the explanations of another model than {name}", asked.judge_adapter,
                          field="judge_adapter", remedy="name that model with --judge")
     claim = [*(model_hash(folder) for folder in (name, adapter) if folder), calibration]
+    probe(model.engine, work, None if way == "words" else list("ABC"))
     return model, lambda stage: make_judge(model.engine, way, language, calibration, count=model.count, room=model.room,
                                            stage=stage, claim=claim)
 
@@ -219,19 +242,21 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     settings = {key: getattr(asked, key) for key in ("engine", "temperature", "dtype", "quantization", "overflow")} | {
         "model": model_hash(asked.model), "max_new_tokens": base.response_tokens,
         "max_prompt_tokens": base.room, "user": [ready.source, want.user_model]}
+    if asked.engine_options: settings["engine_options"] = asked.engine_options
     claim_folder(stage, settings | {"histories": list(histories), "seed": config.seed})
     fit = lambda engine: make_fit(base.count, base.room, asked.overflow,
                                   getattr(engine, "change", lambda messages: messages))
+    judge_model, judge, user, says = None, lambda stage: None, None, base
+    probe(base.engine, work)
+    named = judging.judge or judging.judge_url or judging.judge_adapter
+    if named or any(rule.how == "judge" for rule in ready.rules):
+        judge_model, judge = load_judge(config, None if named else base, ready.language, work)
+    if want.user and want.user_model: probe((says := load_model(replace(asked, model=want.user_model))).engine, work)
     if "original" in histories:
         ready = ready._replace(dialogues=with_originals(ready.dialogues, base.engine, work.part("originals"),
                                                         fit(base.engine), settings))
-    judge_model, judge, user = None, lambda stage: None, None
-    named = judging.judge or judging.judge_url or judging.judge_adapter
-    if named or any(rule.how == "judge" for rule in ready.rules):
-        judge_model, judge = load_judge(config, None if named else base, ready.language)
     arms, adapters = make_arms(config, base, ready, judge(None), work), ready.adapters
     if want.user:
-        says = load_model(replace(asked, model=want.user_model)) if want.user_model else base
         user = simulated_user(says.engine, want.user, ready.language, make_fit(says.count, says.room))
     users = ready.users[:config.arms.guard] if adapters else []
     before = guard_responses(base.engine, users, work.part("guard-base")) if users else []
@@ -244,6 +269,8 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
 
     warnings = [same_family(judge_model.engine.name, [base.engine.name]) if judge_model else "",
                 "A simulated user responds to each arm differently: arms are not paired." if want.user else ""]
+    used = dict.fromkeys(one.engine for one in (base, judge_model, says) if one)
+    warnings += [text for engine in used for text in getattr(engine, "warnings", ())]
     command = lambda adapter, *rest: harness_command(model_folder(asked.model), adapter, asked.base_url, *rest)
     about = {"options": options_of(config), "language": ready.language, "user_turns": ready.source,
              "warnings": [text for text in warnings if text],
@@ -276,7 +303,8 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     named = asked.judge or asked.judge_url or asked.judge_adapter
     due = [rule for rule in rules if named or rule.how == "check"]
     if not due: raise InputError("no rule can be checked by a program", path, field="judge", remedy="name a judge")
-    judge = load_judge(config, None, language)[1](stage.part("work").part("judge")) if named else None
+    work = stage.part("work")
+    judge = load_judge(config, None, language, work)[1](work.part("judge")) if named else None
     left_out = f"{len(rules) - len(due)} of {len(rules)} rules need a judge and are left out; name one with --judge."
     about = claim_folder(stage, {"recorded": file_hash(path) if Path(path).is_file() else str(path)},
                          judge=judge.name if judge else "checks", options=options_of(config), language=language,
@@ -290,7 +318,7 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
             for name, one in [(response_file(one.arm), one) for one in responses] + found:
                 if name not in handles:
                     handles[name] = stack.enter_context((stage.folder / f".{name}.part").open("wb"))
-                handles[name].write(to_json(one))
+                handles[name].write(redact(to_json(one).decode()).encode())
     for name in handles: (stage.folder / f".{name}.part").replace(stage.folder / name)  # all are whole
     probed = probe_judge(judge, sample, due, about, asked.agreement, config.seed, language)
     _, rows = settled_numbers(stage.folder / "verdicts.jsonl", about.get("judge_trusted", True), config.level)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'FULL', 'NO_BRACKET', 'MOST_ROWS', 'InputError', 'shorten', 'unknown', 'printable', 'plain', 'stable_id',
-           'row_of', 'cannot_write', 'write_bytes', 'locked', 'read_bytes', 'decode', 'to_json', 'parse_json',
-           'read_json', 'write_json', 'record', 'read_toml', 'iter_lines', 'read_rows', 'write_rows', 'resource',
-           'model_folder', 'redact', 'assert_few', 'dataset_values', 'json_values', 'values_of', 'upstream']
+           'row_of', 'assert_address', 'redact', 'cannot_write', 'write_bytes', 'locked', 'read_bytes', 'decode',
+           'to_json', 'parse_json', 'read_json', 'write_json', 'record', 'read_toml', 'iter_lines', 'read_rows',
+           'write_rows', 'resource', 'model_folder', 'assert_few', 'dataset_values', 'json_values', 'values_of',
+           'upstream']
 
 # %% ../../nbs/core/00_files.ipynb #ddd83f00
 import difflib
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
@@ -93,6 +94,28 @@ def row_of(model: type, value: Any, file: str | Path | None = None, line: int | 
     }.get(first["type"], (got, "see the field's meaning in the documentation"))
     raise InputError(message, file, line, field, remedy)
 
+# %% ../../nbs/core/00_files.ipynb #1e276ff6
+def assert_address(url: str, field: str = "base_url") -> None:
+    "Raise `InputError` unless an address of a server may be written down: without user, password and query."
+    try: parts, name = urlsplit(url), urlsplit(url).hostname
+    except ValueError: parts, name = urlsplit(""), None
+    if "@" in url.partition("://")[2].partition("/")[0] or "?" in url or "@" in url and not name:
+        raise InputError("must not hold a user, password or query", field=field,
+                         remedy="set OPENAI_API_KEY, or what api_key_env names, instead")
+    if parts.scheme in ("http", "https") and name: return
+    raise InputError(f"{url!r} is not an address", field=field, remedy="write it like http://localhost:8000/v1")
+
+
+def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    "Replace values of secret environment variables, 8 or more characters, by `***NAME***`, longest value first."
+    secret = "KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL"
+    secrets = {value.strip(): name for name, value in environ.items() if re.search(secret, name, re.IGNORECASE)}
+    spellings = {form: name for value, name in secrets.items() if len(value) >= 8 for form in (
+        value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], quote(value, safe=""))}
+    if not any(form in text for form in spellings): return text
+    pattern = "|".join(re.escape(form) for form in sorted(spellings, key=len, reverse=True))
+    return re.sub(pattern, lambda match: f"***{spellings[match.group()]}***", text)
+
 # %% ../../nbs/core/00_files.ipynb #b9d0578d
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -108,6 +131,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     Raises `InputError` when the disk is full or the place forbidden."""
     path = Path(path)
     if path.exists() and not path.is_file(): raise InputError("is not a file", path, remedy="name a file to write to")
+    data = redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
     target = path.resolve()  # a link stays a link
     part = target.with_name(f".{target.name}.part")
     try:
@@ -259,17 +283,6 @@ def resource(kind: str, *names: str) -> Path:  # kind: data, recipes or notebook
 def model_folder(model: str | Path) -> str | Path:
     "Where a model is: the bundled folder for micro-base unless there is a folder of that name, else as given."
     return str(resource("data", model)) if model == "micro-base" and not Path(model).exists() else model
-
-# %% ../../nbs/core/00_files.ipynb #1e276ff6
-def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    "Replace values of secret environment variables, 8 or more characters, by `***NAME***`, longest value first."
-    secret = "KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL"
-    secrets = {value.strip(): name for name, value in environ.items() if re.search(secret, name, re.IGNORECASE)}
-    spellings = {form: name for value, name in secrets.items() if len(value) >= 8 for form in (
-        value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], quote(value, safe=""))}
-    if not spellings: return text
-    pattern = "|".join(re.escape(form) for form in sorted(spellings, key=len, reverse=True))
-    return re.sub(pattern, lambda match: f"***{spellings[match.group()]}***", text)
 
 # %% ../../nbs/core/00_files.ipynb #32f57d70
 MOST_ROWS = 2_000_000

@@ -1,5 +1,7 @@
 "Published IFEval files: scored as they are, spoilt ones named."
 
+import json
+
 import pytest
 
 from s3ft_nb.core.files import InputError, write_rows
@@ -81,3 +83,11 @@ def test_what_is_there_is_scored_and_the_rest_is_named(tmp_path, rows, mean, n, 
     found = score_ifeval(jsonl(tmp_path / "in.jsonl", TASKS), jsonl(tmp_path / "out.jsonl", rows))
     row = numbers_of(found)["strict", "adherence"]
     assert (row["mean"], row["n"]) == (mean, n) and {code: what for code, what in found["left_out"].items() if code != "unreadable_response"} == left_out
+
+
+@pytest.mark.parametrize("spoil", [{"instruction_id_list": [["punctuation:no_comma"], "a"]}, {"kwargs": ["a", {}]}, {"prompt": "\u200b"}, {"key": 1001}])
+def test_files_of_another_shape_are_named(tmp_path, spoil):
+    files = tmp_path / "in.jsonl", jsonl(tmp_path / "out.jsonl", [{"doc": "x", "resps": "a", "response": "a"}])
+    files[0].write_text("\n" + "".join(json.dumps(one) + "\n" for one in [TASKS[0] | spoil, TASKS[1]]))
+    with pytest.raises(InputError, match=f"in.jsonl:2: {next(iter(spoil))}: "): score_ifeval(*files, complete=True)
+    with pytest.raises(InputError, match="out.jsonl:1: response: holds no response"): score_ifeval(jsonl(tmp_path / "good.jsonl", TASKS), files[1], complete=True)

@@ -24,7 +24,7 @@ from rapidfuzz import fuzz
 
 from ..core.files import InputError, decode, read_bytes, read_json, read_toml, resource, shorten
 from ..core.files import stable_id, values_of, write_json, write_rows
-from ..core.records import Check, Message, Verdict
+from ..core.records import Check, Message, Verdict, is_blank
 from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
@@ -132,29 +132,30 @@ def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95, 
 def assert_task(task: Any, path: str | Path, line: int) -> None:
     "Raise `InputError` unless a row is a task in IFEval's form: {key, prompt, instruction_id_list, kwargs}."
     if isinstance(task, InputError): raise task
-    for field, kind in {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}.items():
+    remedy = "use IFEval's input format"
+    forms = {"key": lambda one: isinstance(one, int | str),
+             "prompt": lambda one: isinstance(one, str) and not is_blank(one),
+             "instruction_id_list": lambda one: isinstance(one, list) and all(isinstance(id, str) for id in one),
+             "kwargs": lambda one: isinstance(one, list) and all(isinstance(each or {}, dict) for each in one)}
+    for field, fits in forms.items():
         value = task.get(field) if isinstance(task, dict) else task
-        if not isinstance(value, kind):
-            raise InputError(f"is missing or of the wrong kind, got {shorten(value)}", path, line, field,
-                             "use IFEval's input format")
-    kwargs, ids = task["kwargs"], task["instruction_id_list"]
-    if len(ids) != len(kwargs) or not kwargs or not all(isinstance(one, dict | None) for one in kwargs):
-        raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs")
-    if not all(isinstance(id, str) for id in ids):
-        raise InputError("holds what is no text", path, line, "instruction_id_list", "use IFEval's input format")
-    for id, params in zip(ids, kwargs):
-        try: id in IFEVAL and assert_check(Check(kind=id, params=params or {}))
+        problem = f"is missing or of the wrong kind, got {shorten(value)}"
+        if not fits(value): raise InputError(problem, path, line, field, remedy)
+    if len(task["instruction_id_list"]) != len(task["kwargs"]) or not task["kwargs"]:
+        raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs", remedy)
+    for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
+        try: id in IFEVAL and assert_check(Check(kind=id, params=kwargs or {}))
         except InputError as error: raise InputError(error.message, path, line, "kwargs", error.remedy) from None
 
 
 def read_response(row: Any, path: str | Path, line: int) -> tuple[dict, str]:  # {key, prompt} that it names, response
     "A response to a task; raises `InputError` when it is none. One that is null is empty."
     if isinstance(row, InputError): raise row
-    if isinstance(row, dict) and isinstance(row.get("doc"), dict):  # a sample log of lm-evaluation-harness
+    if isinstance(row, dict) and "resps" in row and isinstance(row.get("doc"), dict):  # a sample log of lm-evaluation-harness
         text = next((row[name] for name in ("filtered_resps", "resps") if row.get(name)), None)
         while isinstance(text, list): text = text[0] if text else None
         row = {name: row["doc"].get(name) for name in ("key", "prompt")} | {"response": text}
-    if not isinstance(row, dict) or not isinstance(row.get("response", 0), str | None):
+    if not isinstance(row, dict) or "resps" in row or not isinstance(row.get("response", 0), str | None):
         raise InputError("holds no response", path, line, "response", "write prompt and response, or key and response")
     names = {name: str(row[name]).strip() for name in ("key", "prompt") if row.get(name) is not None}
     return names, split_reasoning(row["response"] or "", generated=True)[1]
@@ -193,8 +194,12 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
         if complete and error: raise error
         left_out[code].append(what)
 
+    keys = Counter(str(task.get("key")) for _, task in values_of(inputs) if isinstance(task, dict))
     for line, task in values_of(inputs):
-        try: assert_task(task, inputs, line)
+        try:
+            assert_task(task, inputs, line)
+            if keys[str(task["key"])] > 1:
+                raise InputError("occurs twice", inputs, line, "key", "give each task its own key")
         except InputError as error: note("unreadable_task", str(error), error)
         else: tasks[line] = task
     replies = pair_responses(tasks, responses, note)
@@ -202,13 +207,13 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     if not replies:
         raise InputError("no response to any task", responses, remedy="give the file of responses to these prompts")
     for line, reply in replies.items():
-        task, seen, id = tasks[line], Counter(), f"{tasks[line]['key']}@{line}"
+        task, seen, id = tasks[line], Counter(), str(tasks[line]["key"])
         if strange := [kind for kind in task["instruction_id_list"] if kind not in IFEVAL]:
             unknown.update(strange)
             note("unknown_instruction", str(task["key"]))
             continue
         if not reply.strip(): note("empty_response", str(task["key"]), InputError("is empty", responses, field="response"))
-        prompt = [Message(role="user", content=task["prompt"] if task["prompt"].strip() else "…")]
+        prompt = [Message(role="user", content=task["prompt"])]
         for kind, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
             seen[kind] += 1
             for reading in ("strict", "loose"):

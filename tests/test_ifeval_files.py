@@ -1,5 +1,7 @@
 "Published IFEval files: scored as they are, spoilt ones named."
 
+import json
+
 import pytest
 
 from s3ft_nb.core.files import InputError, write_rows
@@ -65,3 +67,11 @@ def test_tasks_without_a_response_are_counted_or_refused(tmp_path):
     found = score_ifeval(*files)
     assert (found["unanswered"], numbers_of(found)["strict", "adherence"]["n"]) == ([1001], 1)
     with pytest.raises(InputError, match="no response to any task"): score_ifeval(files[0], jsonl(files[1], [{"key": 7, "response": "a"}]))
+
+
+@pytest.mark.parametrize("spoil", [{"instruction_id_list": [["punctuation:no_comma"], "a"]}, {"kwargs": ["a", {}]}, {"prompt": "\u200b"}, {"key": 1001}])
+def test_files_of_another_shape_are_named(tmp_path, spoil):
+    files = tmp_path / "in.jsonl", jsonl(tmp_path / "out.jsonl", [{"doc": "x", "resps": "a", "response": "a"}])
+    files[0].write_text("\n" + "".join(json.dumps(one) + "\n" for one in [TASKS[0] | spoil, TASKS[1]]))
+    with pytest.raises(InputError, match=f"in.jsonl:2: {next(iter(spoil))}: "): score_ifeval(*files)
+    with pytest.raises(InputError, match="out.jsonl:1: holds no prompt"): score_ifeval(jsonl(tmp_path / "good.jsonl", TASKS), files[1])

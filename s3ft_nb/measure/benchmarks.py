@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.convert import values_of
-from ..core.files import InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, shorten
-from ..core.files import stable_id, write_json, write_rows
-from ..core.records import Check, Message, Verdict
+from ..core.files import InputError, decode, iter_lines, read_bytes, read_json, read_rows, read_toml, resource
+from ..core.files import shorten, stable_id, write_json, write_rows
+from ..core.records import Check, Message, Verdict, is_blank
 from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
@@ -129,14 +129,19 @@ def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95, 
 # %% ../../nbs/measure/05_benchmarks.ipynb #edfc464a
 def read_tasks(path: str | Path) -> list[dict]:  # {key, prompt, instruction_id_list, kwargs}
     "Tasks in IFEval's form; raises `InputError` naming row and field."
-    out = read_rows(path)
-    for line, task in enumerate(out, 1):
-        for field, kind in {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}.items():
-            if not isinstance(task.get(field), kind):
-                raise InputError(f"is missing or of the wrong kind, got {shorten(task.get(field))}", path, line, field,
-                                 "use IFEval's input format")
+    out, remedy = read_rows(path), "use IFEval's input format"
+    forms = {"key": lambda one: isinstance(one, int | str), 
+             "prompt": lambda one: isinstance(one, str) and not is_blank(one),
+             "instruction_id_list": lambda one: isinstance(one, list) and all(isinstance(id, str) for id in one),
+             "kwargs": lambda one: isinstance(one, list) and all(isinstance(each or {}, dict) for each in one)}
+    keys = Counter(str(task.get("key")) for task in out)
+    for (line, _), task in zip(iter_lines(path), out):
+        for field, fits in forms.items():
+            problem = f"is missing or of the wrong kind, got {shorten(task.get(field))}"
+            if not fits(task.get(field)): raise InputError(problem, path, line, field, remedy)
+        if keys[str(task["key"])] > 1: raise InputError("occurs twice", path, line, "key", "give each task its own key")
         if len(task["instruction_id_list"]) != len(task["kwargs"]) or not task["kwargs"]:
-            raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs")
+            raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs", remedy)
         for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
             try: id in IFEVAL and assert_check(Check(kind=id, params=kwargs or {}))
             except InputError as error: raise InputError(error.message, path, line, "kwargs", error.remedy) from None
@@ -150,7 +155,7 @@ def pair_responses(tasks: list[dict], path: str | Path) -> list[str | None]:  # 
         if "doc" in row and "resps" in row:  # a sample log of lm-evaluation-harness
             text = row["resps"]
             while isinstance(text, list) and text: text = text[0]
-            row = {"key": row["doc"].get("key"), "response": text}
+            row = {"key": row["doc"].get("key") if isinstance(row["doc"], dict) else None, "response": text}
         names = [(name, str(row[name]).strip()) for name in ("key", "prompt") if row.get(name) is not None]
         if not names or not isinstance(row.get("response", 0), str | None):
             raise InputError("holds no prompt or key with a response", path, line,

@@ -295,7 +295,7 @@ def seed_numbers(files: dict[str, Path], main: str = "", level: float = 0.95) ->
     tables = verdict_table(row | {"arm": f"{seed}/{row.get('arm') or ''}", "rule_id": f"{seed}/{row.get('rule_id')}"}
                            for seed, path in files.items() for row in stream_rows(path))
     arms, out = list(dict.fromkeys(arm.partition("/")[2] for arm, _ in tables)), []
-    main = main if main in arms else arms[-1]
+    main = main if main in arms else "".join(arms[-1:])
     pairs = dict.fromkeys([*((arm,) for arm in arms), *((arm, arms[0]) for arm in arms[1:]),
                            *((main, arm) for arm in arms if arm != main)])
     for pair, history in product(pairs, dict.fromkeys(history for _, history in tables)):

@@ -142,8 +142,7 @@ def pool_seeds(
     from s3ft_nb.report.page import seeds_section, write_report
     from s3ft_nb.run.runner import measured_seeds
     files = measured_seeds(run)
-    params = read_json(run / f"seed-{next(iter(files))}" / "run.json")["params"].values()
-    main = next((own["main"] for own in params if own.get("main")), "")
+    main = read_json(next(iter(files.values())).parent / "step.json")["params"].get("main", "")
     write_rows(run / "pooled" / "numbers.jsonl", seed_numbers(files, main))
     section = seeds_section(run / "pooled", main)
     page = write_report([run / "pooled"], run, "Over seeds")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'lasting_hash', 'path_hash',
-           'contents', 'record', 'clean', 'start', 'machine_kind', 'finish', 'finished', 'imported', 'modules',
-           'data_used', 'fingerprint', 'prepare_run', 'write_run', 'make_step', 'resume_command', 'run_recipe',
-           'seed_runs', 'run_seeds', 'measured_seeds']
+           'contents', 'clean', 'start', 'machine_kind', 'finish', 'finished', 'imported', 'modules', 'data_used',
+           'fingerprint', 'prepare_run', 'write_run', 'make_step', 'resume_command', 'run_recipe', 'seed_runs',
+           'run_seeds', 'measured_seeds']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import s3ft_nb
-from ..core.files import (InputError, locked, printable, read_json, redact, resource, stable_id, unknown,
+from ..core.files import (InputError, locked, printable, read_json, record, redact, resource, stable_id, unknown,
                                 write_bytes, write_json)
 from ..core.stage import file_hash
 from .execute import WAITING, StepFailed, execute, kernel_environment, watch
@@ -80,11 +80,6 @@ def contents(folder: Path) -> list[str]:  # sorted paths inside it, hidden ones 
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def record(path: Path) -> dict:
-    "What is written down in a JSON file; nothing when there is none."
-    return read_json(path) if path.is_file() else {}
-
-
 def clean(folder: Path) -> None:
     "Remove what a step made, and its folder when that is all there is."
     here, begun, done = contents(folder), record(folder / STARTED), record(folder / DONE)
@@ -110,10 +105,10 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
 def machine_kind() -> str:  # "x86_64 avx2 avx512f, 2 threads"
     "What decides the last digits of results: processor and its features, threads, GPUs."
     places = Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    texts = [path.read_text(errors="replace") if path.is_file() else "" for path in places]
-    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", texts[0]))
+    text = "\n".join(path.read_text(errors="replace") for path in places if path.is_file())
+    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", text))
     threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
-    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"Model:\s*(.+)", "".join(texts[1:]))])
+    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"(?m)^Model:\s*(.+)", text)])
 
 
 def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
@@ -296,7 +291,8 @@ def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, s
     if any(re.match(r"[^=]*\bseed\s*=", one) for one in settings):
         raise InputError("cannot be combined with --set seed=...", field="--seeds", remedy="give one of them")
     folder = Path(out or Path("runs", f"{load_recipe(recipe, settings).name}-seeds")).expanduser().resolve()
-    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()) and "seeds" not in record(folder / RUN):
+    strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    if strange and "seeds" not in record(folder / RUN):
         raise InputError("holds something else than runs over seeds", folder, remedy="choose another --out")
     runs = {folder / f"seed-{seed}": [*settings, f"seed={seed}"] for span in spans for seed in span}
     for own, words in runs.items(): prepare_run(recipe, words, own)
@@ -321,14 +317,14 @@ def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  
 
 def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
     "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
-    files, settings = {}, []
+    files, first = {}, None
     for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
-        run, homes = read_json(path), [path.parent / id for id in read_json(path)["steps"]]
-        done = [home for home in homes if (home / "verdicts.jsonl").is_file() and (home / DONE).is_file()]
-        if not done: continue
-        files[path.parent.name[5:]] = done[-1] / "verdicts.jsonl"
-        settings.append([run["recipe"], [own | {"seed": 0} for own in run["params"].values()]])
-        if settings[-1] == settings[0]: continue
-        raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
+        run = read_json(path)
+        homes = [home for home in map(path.parent.joinpath, run["steps"]) if (home / DONE).is_file()]
+        done = [home / "verdicts.jsonl" for home in homes if (home / "verdicts.jsonl").is_file()]
+        files |= {path.parent.name[5:]: one for one in done}
+        settings = run["recipe"], [own | {"seed": 0} for own in run["params"].values()]
+        if done and settings != (first := first or settings):
+            raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")
     if files: return files
     raise InputError("holds no measured seed", folder, remedy="make them with s3ft run --seeds")

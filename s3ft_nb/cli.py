@@ -168,7 +168,8 @@ def plan(
 def findings(folder: Path, section: dict, page: Path) -> str:  # JSON
     "What a measurement or comparison found: its numbers over all turns; those of single rules stay in numbers.jsonl."
     rows = [row for row in read_rows(folder / "numbers.jsonl") if row["part"] == "all"]
-    return as_json({"folder": folder, "report": page, "numbers": rows} | {key: section[key] for key in ("headline", "notes")})
+    return as_json({"folder": folder, "report": page, "headline": section["headline"], "notes": section["notes"],
+                    "numbers": rows})
 
 
 def measure(

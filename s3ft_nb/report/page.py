@@ -18,7 +18,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from ..core.files import InputError, iter_lines, record, resource, stable_id, write_bytes, write_json, write_rows
+from ..core.files import (CONTROL, InputError, iter_lines, record, resource, stable_id, write_bytes, write_json,
+                                write_rows)
 from . import figures as draw
 from .tables import Table, cell_text, difference_table, distinct, is_missing, metric_of, number_text, outcome
 from .tables import pivot, save_table, select
@@ -357,6 +358,7 @@ def write_report(
         notes=[*(part.strip() for part in note.split("\n\n") if part.strip()), *dict.fromkeys(gather("notes"))],
         browser=browse(played, n_dialogues, seed))
     write_rows(out / "numbers.jsonl", read_numbers(folders))
+    page = CONTROL.sub("�", page.replace("\r\n", "\n"))  # no text of others turns the direction of reading
     return write_bytes(out / "index.html", (page.strip() + "\n").encode())
 
 

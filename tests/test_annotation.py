@@ -406,5 +406,58 @@ def test_foreign_exports_are_refused_in_one_line(tasks):
     assert "\n" not in str(error.value)
 
 
+ODD = [None, [], {}, "", "x", -1, 10**30, 1.5, True, {"a": 1}, [1, "x"], [[]], "\u202e", {"choices": ["good"]}, "2026-13-40"]
+
+
+def control(name, label):
+    return {"from_name": name, "to_name": "response", "type": "choices", "value": {"choices": [label]}}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_exports_give_rows_or_one_line(seed):
+    "A longer run of the same: 15,000 with seeds 1 to 3 of the script that found the faults."
+    rng, results = random.Random(seed), [control("label", "good"), control("sure", "very"), {"from_name": "span", "type": "labels", "value": {"start": 0, "end": 3, "text": "Aye"}},
+                                         {"from_name": "note", "type": "textarea", "value": {"text": ["a"]}}]
+    whole = [{"data": {"sample_id": "s1", "response": "Aye \U0001f30a."}, "annotations": [{"completed_by": {"id": 3}, "lead_time": 3.0, "updated_at": "2026-01-01T10:00:00Z", "result": results}]},
+             {"data": {"pair_id": "p1"}, "annotations": [{"completed_by": 4, "result": [{"type": "pairwise", "value": {"selected": "left"}}]}]},
+             {"sample_id": "s2", "response": "Aye.", "label": "good", "span": [{"start": 0, "end": 3}], "note": ["a"], "annotator": 1, "lead_time": 1.0}]
+    assert len(from_label_studio(whole)) == 3
+
+    def places(value, above=()):
+        yield above
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from places(one, (*above, key))
+
+    for _ in range(80):
+        damaged, ledger = json.loads(json.dumps(whole)), Ledger("damaged")
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            *above, key = rng.choice([place for place in places(damaged) if place])
+            there = damaged
+            for one in above: there = there[one]
+            if rng.random() < 0.3: del there[key]
+            else: there[key] = json.loads(json.dumps(rng.choice(ODD)))
+        try: rows = from_label_studio(damaged, ledger=ledger)
+        except InputError as error: assert "\n" not in str(error)
+        else: json.dumps([row.model_dump(mode="json") for row in rows], allow_nan=False)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_answer_changed_last_counts(flat):
+    times = ["2026-03-01T09:00:00+02:00", "2026-03-01T08:00:00Z", "2026-03-01T07:30:00Z", None]  # the second is the last
+    rows = [{"completed_by": 8, "annotator": 8, "updated_at": time, "label": label, "result": [control("label", label)]} for time, label in zip(times, LABELS)]
+    texts, ledger = {"sample_id": "s9", "response": "North."}, Ledger("exchange")
+    if flat: tasks = [texts | {key: row[key] for key in ("annotator", "updated_at", "label")} for row in rows]
+    else: tasks = [{"data": texts, "annotations": [row]} for row in rows]  # the same sample in several tasks
+    assert [row.label for row in from_label_studio(tasks, ledger=ledger)] == [LABELS[1]] and len(ledger.dropped) == 3
+
+
+def test_controls_are_told_apart_by_name():
+    extra, span = [control("mood", "bad_system"), control("why", "all_bad")], {"from_name": "span", "type": "labels", "value": {"start": 0}}
+    export = lambda *results: [{"data": {"sample_id": "s1", "response": "North."}, "annotations": [{"completed_by": 2, "result": list(results)}]}]
+    ledger = Ledger("exchange")
+    assert from_label_studio(export(*extra, control("label", "good"), span), ledger=ledger)[0].label == "good" and ledger.notes == {"span_lost": 1}
+    assert from_label_studio(export(*extra), ledger=ledger) == [] and ledger.dropped[0]["reason"] == "several_labels"
+    assert from_label_studio(export(extra[0]))[0].label == "bad_system"  # a page with one control of another name
+
+
 def test_counts_of_labels_refuse_repeats():
     with pytest.raises(InputError, match="a labelled s twice"): votes_of([note("s", "a", "good"), note("s", "a", "all_bad")])

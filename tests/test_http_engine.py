@@ -142,11 +142,13 @@ def test_two_429_then_fine(serve):
         ((500, {"error": {"message": "boom"}}, {}), "status 500"),
         ((429, {"error": {"message": "slow down"}}, {}), "status 429"),
         ((200, b"{not json", {}), "toy at"),
-        ((200, b"<html>hello</html>", {"content-type": "text/html"}), "no chat completion"),
+        ((200, b"<html>hello</html>", {"content-type": "text/html"}), "is not JSON"),
         ((200, {"id": "x", "choices": []}, {}), "holds no choices"),
         ((200, {"hello": 1}, {}), "holds no choices"),
-        ((200, reply(None), {}), "holds no text"),
-        ((200, reply("half", finish="content_filter"), {}), "content_filter"),
+        ((200, reply("fine") | {"error": {"message": "upstream is overloaded"}}, {}), "upstream is overloaded"),
+        ((200, {"choices": {"0": reply("fine")["choices"][0]}}, {}), "holds no choices"),
+        ((200, {"choices": ["fine"]}, {}), "holds no choices"),
+        ((200, b"[" * 100_000, {}), "is not JSON"),
         ((200, b"", {}), "toy at"),
         ((200, b"[1, 2]", {}), "toy at"),
         ((200, b"null", {}), "toy at"),
@@ -184,15 +186,11 @@ def test_nobody_there():
 
 def test_the_key_is_never_shown(serve):
     fake = serve(lambda n, b, headers: (401, {"error": {"message": f"bad key {headers['authorization']}"}}, {}))
-    for on_error in ("raise", "keep"):
+    for on_error in ("raise", "keep"):  # a key that is refused is no matter of one request
         made = engine(fake, on_error=on_error, concurrency=2)
-        if on_error == "keep":
-            rows = made.generate(REQUESTS[:2])
-            assert "***OPENAI_API_KEY***" in rows[0]["error"] and KEY not in json.dumps(rows)
-        else:
-            with pytest.raises(EngineError) as caught:
-                made.generate(REQUESTS[:2])
-            assert "***OPENAI_API_KEY***" in one_line(caught)
+        with pytest.raises(EngineError) as caught:
+            made.generate(REQUESTS[:2])
+        assert "***OPENAI_API_KEY***" in one_line(caught)
         assert KEY not in repr(vars(made)) and KEY not in made.name
 
 
@@ -278,3 +276,135 @@ def test_impossible_log_probabilities_are_refused(serve):
     fake = serve(lambda *_: (200, scored([("A", 0.9), ("B", 0.9)]), {}))
     with pytest.raises(EngineError, match="do not add up"):
         engine(fake, max_retries=0).score(REQUESTS[:1], ["A", "B"])
+
+
+# ---- habits: what a server refuses, and what it returns instead of a plain text
+
+
+def refuse(text, status=400, **more):
+    return status, {"error": {"message": text} | more}, {}
+
+
+def unless(refused, body):
+    return refused or (200, reply("fine"), {})
+
+
+REFUSALS = {  # {habit: (what the server does, what the engine learns)}
+    "max_tokens": (lambda b: unless("max_tokens" in b and refuse("Unknown parameter 'max_tokens', use 'max_completion_tokens'."), b), {"max_tokens": "max_completion_tokens"}),
+    "seed": (lambda b: unless("seed" in b and (422, {"detail": [{"loc": ["body", "seed"], "msg": "extra", "input": {"temperature": 1, "max_tokens": 2}}]}, {}), b), {"seed": None}),
+    "top_p": (lambda b: unless("top_p" in b and refuse("unexpected argument", param="top_p"), b), {"top_p": None}),
+    "temperature": (lambda b: unless(b.get("temperature") == 0 and refuse("temperature 0 is out of range"), b), {"temperature": None}),
+    "system": (lambda b: unless(b["messages"][0]["role"] == "system" and refuse("Conversation roles must alternate user/assistant"), b), {"system": "first_user"}),
+    "two": (lambda b: unless("seed" in b and refuse("no seed") or "max_tokens" in b and refuse("max_tokens: use max_completion_tokens"), b), {"seed": None, "max_tokens": "max_completion_tokens"}),
+}
+
+
+@pytest.mark.parametrize("habit", REFUSALS)
+def test_what_a_server_refuses_is_asked_in_another_way(serve, habit):
+    behave, learnt = REFUSALS[habit]
+    fake = serve(lambda number, body, headers: behave(body))
+    made = engine(fake, temperature=0.0, max_new_tokens=9)
+    made.probe()
+    before = len(fake.calls)
+    requests = [one | {"messages": [{"role": "system", "content": "Be brief."}, *one["messages"]]} for one in REQUESTS]
+    assert {one["text"] for one in made.generate(requests)} == {"fine"} and made.habits == learnt
+    assert len(fake.calls) == before + len(requests)  # known from the first request on
+    assert bool(made.warnings) == (habit != "max_tokens") and all("toy@" in text for text in made.warnings)
+    assert 9 in (fake.calls[-1].get("max_tokens"), fake.calls[-1].get("max_completion_tokens"))
+
+
+def test_a_temperature_that_a_server_refuses_is_not_replaced(serve):
+    fake = serve(lambda number, body, headers: unless(body["temperature"] != 1 and refuse("Unsupported value: 'temperature'"), body))
+    with pytest.raises(EngineError) as caught:
+        engine(fake, temperature=0.3).probe()
+    assert "--temperature 1" in one_line(caught) and len(fake.calls) == 1
+
+
+def test_fewer_alternatives_are_asked_for(serve):
+    def few(number, body, headers):
+        return refuse("top_logprobs must be between 0 and 3") if body["top_logprobs"] > 3 else (200, scored([("▁A", 0.6), ("B", 0.3)]), {})
+
+    made = engine(serve(few))
+    assert made.score(REQUESTS[:1], ["A", "B"])[0]["outside"] == pytest.approx(0.1) and made.habits == {"top_logprobs": 3}
+
+
+REPLIES = {  # {habit: (choice, text, finish)}
+    "inline thought": ({"message": {"content": "<think>LOUD</think>soft"}}, "soft", "stop"),
+    "only its end": ({"message": {"content": "LOUD enough.</think>\n\nsoft"}}, "soft", "stop"),
+    "cut while thinking": ({"message": {"content": "<think>LOUD"}, "finish_reason": "length"}, "", "length"),
+    "a field of its own": ({"message": {"content": None, "reasoning": "LOUD"}, "finish_reason": "MAX_TOKENS"}, "", "length"),
+    "parts": ({"message": {"content": [{"type": "reasoning", "text": "LOUD"}, {"type": "output_text", "text": "so"}, "ft"]}}, "soft", "stop"),
+    "harmony": ({"message": {"content": "<|channel|>analysis<|message|>LOUD<|end|><|start|>assistant<|channel|>final<|message|>soft"}}, "soft", "stop"),
+    "filtered": ({"message": {"content": "so"}, "finish_reason": "SAFETY"}, "so", "content_filter"),
+    "refusal": ({"message": {"content": None, "refusal": "I cannot."}}, "I cannot.", "stop"),
+    "end of sequence": ({"message": {"content": "soft"}, "finish_reason": "end_turn"}, "soft", "stop"),
+    "no end": ({"message": {"content": "soft"}, "finish_reason": None}, "soft", "stop"),
+    "half a surrogate": ({"message": {"content": "so\udc00ft"}}, "so\ufffdft", "stop"),
+}
+
+
+@pytest.mark.parametrize("habit", REPLIES)
+@pytest.mark.parametrize("usage", [None, "many", {"completion_tokens": "12", "prompt_tokens": -3}, {"completion_tokens": 1e400}])
+def test_every_form_of_a_response_is_read(serve, habit, usage):
+    choice, text, finish = REPLIES[habit]
+    body = json.dumps({"choices": [{"finish_reason": "stop"} | choice], "usage": usage}).encode()
+    (row,) = engine(serve(lambda *_: (200, body, {}))).generate(REQUESTS[:1])
+    assert (row["text"], row["finish"]) == (text, finish) and row["tokens"] is None
+    assert ("LOUD" in row.get("reasoning", "")) == ("LOUD" in body.decode()) and json.dumps(row).encode()
+
+
+def test_pieces_are_returned_where_the_server_lists_them(serve):
+    tokens = [{"token": token, "logprob": -0.25, "bytes": list(token.encode())} for token in ("<think>x</think>", " so", "ft")]
+    fake = serve(lambda n, body, h: (200, reply("<think>x</think> soft", logprobs={"content": tokens} if body.get("logprobs") else None), {}))
+    with_pieces, without = engine(fake, concurrency=1).generate([REQUESTS[0] | {"pieces": True}, REQUESTS[1]])
+    assert [one for one in with_pieces["pieces"] if one[0] > 0] == [[2, -0.25], [4, -0.25]] and "pieces" not in without
+
+
+def test_a_refused_prompt_is_an_empty_response_and_one_that_breaks_the_server_an_error(serve):
+    def picky(number, body, headers):
+        said = body["messages"][-1]["content"]
+        if said == "word1": return refuse("The prompt was filtered by our content management policy.")
+        return (500, {"error": {"message": "boom"}}, {}) if said == "word2" else echo(number, body, headers)
+
+    rows = engine(serve(picky), on_error="keep", max_retries=0).generate(REQUESTS[:4])
+    assert [one.get("text") for one in rows] == ["WORD0", "", None, "WORD3"]
+    assert rows[1]["finish"] == "content_filter" and "boom" in rows[2]["error"]
+
+
+def test_a_server_that_dies_ends_the_call_even_where_failures_are_kept(serve):
+    with pytest.raises(EngineError, match="status 500"):
+        engine(serve(lambda n, *rest: echo(n, *rest) if n < 5 else (500, {}, {})), on_error="keep", max_retries=0).generate(REQUESTS)
+
+
+class Drip(BaseHTTPRequestHandler):
+    "Sends its body byte by byte, or without an end."
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True: self.wfile.write(b" " if self.server.slow else b" " * 2**20), time.sleep(0.05 * self.server.slow)
+        except OSError: pass
+
+    def log_message(self, *args): pass
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_response_without_end_is_given_up(slow):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Drip)
+    server.daemon_threads, server.slow = True, slow
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="no response in time" if slow else "more than"):
+        HttpEngine(f"http://127.0.0.1:{server.server_port}/v1", "toy", timeout=0.5 if slow else 20, max_retries=1).generate(REQUESTS[:1])
+    assert time.monotonic() - began < 20
+    server.shutdown()
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@localhost/v1", "http://localhost/v1?key=secret", "me:secret@localhost"])
+def test_an_address_with_a_password_is_refused(url):
+    from s3ft_nb.measure.config import make_config
+
+    for refused in (lambda: HttpEngine(url, "toy"), lambda: make_config("", base_url=url), lambda: make_config("", judge_url=url)):
+        with pytest.raises(InputError, match="must not hold") as caught: refused()
+        assert "secret" not in str(caught.value)

@@ -52,6 +52,7 @@ def fake_seed(run, seed, rates, shared=False, n=20, turns=4, settings=(), recipe
     write_rows(home / "measure" / "verdicts.jsonl", rows)
     write_json(home / "measure" / "done.json", {"files": {}, "fingerprint": "", "seconds": 60.0})
     params = {"measure": {"seed": seed, "dtype": "float32", "main": "s3ft", **dict(settings)}}
+    write_json(home / "measure" / "step.json", {"fingerprint": "", "params": params["measure"]})
     write_json(home / "run.json", {"made_by": "s3ft_nb", "recipe": recipe, "seed": seed, "steps": ["measure"], "params": params, "finished": "2026-11-25T00:00:00",
                                    "machines": ["x86_64 avx2, 1 threads"], "versions": {"s3ft_nb": "0.2.0", "torch": "2.13.0"}, "seconds": {"total": 60.0}})
     return rows

@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 
 from ..core.files import CONTROL, InputError, read_toml, resource, shorten
 from .labels import THINKS, closing, encode, layout, learnt_responses
-from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages, control_tokens,
-                                 frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text, sentinels)
+from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat_template, checked_messages,
+                                 control_tokens, frame, in_use, policy_of, prompt_ids, reserved, roles_of, same_text,
+                                 sentinels)
 
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on

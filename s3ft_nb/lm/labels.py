@@ -37,7 +37,8 @@ def closing(tokenizer, template: str, after: str) -> str:  # With the white spac
     "What ends a response, up to what opens the next turn; raises `InputError` when nothing does."
     end, otherwise = len(after) - len(after.lstrip()), policy_of(template).end_of_turn
     pattern, openers = control_tokens(tokenizer, template)[0], openers_of(tokenizer, template)
-    while (token := pattern.match(after, end)) and token[0] not in openers and not THINKS.match(token[0]): end = token.end()
+    while (token := pattern.match(after, end)) and token[0] not in openers and not THINKS.match(token[0]):
+        end = token.end()
     if after[:end].strip() or otherwise: return after[:end] if after[:end].strip() else otherwise
     raise InputError("the chat template does not end the response with a token of its own", remedy=REMEDY)
 

@@ -14,12 +14,14 @@ __all__ = ['NO_NOTE', 'NOT_A_PROMPT', 'JINJA', 'HEAD', 'BEGIN', 'END', 'UNREADAB
 import json
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, get_args
 from unicodedata import normalize
 
@@ -133,26 +135,23 @@ def in_use(tokenizer, policy: Policy | None = None) -> tuple:  # (policy, Jinja 
 class TemplateLimit(InputError):
     "A chat template loops, or makes more text than any prompt holds."
 
-    def __init__(self, what: str):
-        super().__init__(f"the chat template {what}: it loops or is damaged", remedy="use another chat template")
-
 
 @contextmanager
 def limited(seconds: float = 2.0, room: int = 2**29):  # Of the processor; bytes of new memory
-    "Limit time and memory of what runs inside, where the system can: both on POSIX, time in the main thread."
+    "Limit time (POSIX, main thread) and memory (Linux) of what runs inside; elsewhere nothing is limited."
     def stop(*_): raise TimeoutError
-    clock = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    handler, timer = clock and signal.signal(signal.SIGVTALRM, stop), clock and signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread(): return (yield)
+    import resource  # not on Windows
+    handler, before = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
     try:
-        import resource
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        with open("/proc/self/statm") as handle: most = int(handle.read().split()[0]) * resource.getpagesize() + room
-        with suppress(ValueError): resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))  # above a limit that is set
-    except (ImportError, OSError): before = None
-    try: yield
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        if sys.platform == "linux" and before[0] == resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, before[1]))
+        yield
     finally:
-        if clock: signal.setitimer(signal.ITIMER_VIRTUAL, *timer), signal.signal(signal.SIGVTALRM, handler)
-        if before: resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0), signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @lru_cache(maxsize=256)
@@ -165,14 +164,14 @@ def raises_to_powers(template: str) -> bool:
 
 def apply(tokenizer, template: str, messages: list[dict], generate: bool = True) -> str:  # generate: up to a response
     "Render messages with a chat template; raises `InputError` when it refuses, `TemplateLimit` when it does not end."
-    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": generate}
-    if raises_to_powers(template): raise TemplateLimit("computes powers")
+    options, other = {"chat_template": template, "tokenize": False, "add_generation_prompt": generate}, "use another one"
+    if raises_to_powers(template): raise TemplateLimit("the chat template computes powers", remedy=other)
     try:
         with limited(): text = tokenizer.apply_chat_template(messages, **options)
         if len(text) > 10**6 + 100 * sum(len(one["content"]) for one in messages): raise MemoryError
         return text
-    except TimeoutError: raise TemplateLimit("does not end in two seconds of work") from None
-    except MemoryError: raise TemplateLimit("makes more text than a prompt holds") from None
+    except TimeoutError: raise TemplateLimit("the chat template does not end in two seconds", remedy=other) from None
+    except MemoryError: raise TemplateLimit("the chat template makes more text than any prompt", remedy=other) from None
     except Exception as error:  # a template is somebody's program and may fail in any way
         raise InputError(f"the chat template refuses these messages: {error}",
                          remedy="see what s3ft doctor says about this model") from None
@@ -183,8 +182,8 @@ REASONING_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]":
                   "<reasoning>": "</reasoning>", "<|channel>thought": "<channel|>"}
 OPENS, CLOSES = ("|".join(map(re.escape, tags)) for tags in (REASONING_TAGS, REASONING_TAGS.values()))
 THOUGHT = re.compile(rf"(?:\A|\n)\s*(?:{OPENS})(.*?)(?:{CLOSES})", re.DOTALL)
-CHANNEL = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)"
-                     r"(?:<\|(?:end|return|call)\|>|(?=<\|start\|>|<\|channel\|>)|\Z)", re.DOTALL)  # Harmony's
+CHANNEL = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?"
+                     r"<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|(?=<\|start\|>|<\|channel\|>)|\Z)", re.DOTALL)
 BARE_CHANNELS = re.compile(r"\s*analysis(.*?)assistant\s*final(.*)", re.DOTALL)  # The same without control tokens
 
 

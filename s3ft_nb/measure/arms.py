@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.files import InputError, stable_id
-from ..core.records import Conversation, Message, Response, Rule
+from ..core.records import Conversation, Message, Response, Rule, is_blank
 from ..core.stage import Stage, shard_seed
 from ..judging.judge import verdicts
 from ..lm.engine import ask
@@ -107,9 +107,9 @@ class BestOf:
                               for one, reply in zip(drawn, replies)])
         for start, one in zip(range(0, len(replies), self.n), requests):
             mine, known = (rows[start:start + self.n] for rows in (replies, scores))
-            best = max(range(len(mine)), key=lambda k: -1 if known[k] is None else known[k])
+            value = lambda k: -2 if "text" not in mine[k] else -1 if known[k] is None else known[k]
+            best = max(range(len(mine)), key=value)
             chosen = mine[best] | ({"unscored": True} if known[best] is None else {"score": known[best]})
-            chosen = next((reply for reply in mine if "text" not in reply), chosen)  # a failed one stays failed
             out.append(chosen | {"id": one["id"], "tokens": sum(reply.get("tokens") or 0 for reply in mine)})
         if progress: progress.update(len(requests))
         return out
@@ -183,7 +183,7 @@ def turn_messages(row: dict, turn: int, responses: list[str]) -> list[dict]:  # 
     for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], None], strict=True):
         messages.append({"role": "user", "content": one["user"]})
         if response is None: continue
-        messages.append({"role": "assistant", "content": response if response.strip() else "…"})
+        messages.append({"role": "assistant", "content": "…" if is_blank(response) else response})
     return messages
 
 
@@ -215,7 +215,7 @@ def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable
 def send(due: list[tuple], engine, stage: Stage, claim, title: str) -> list[tuple]:  # each with its reply
     "Ask an engine for the responses to (dialogue, turn, prompt)."
     requests = [{"id": f"{row['id']}-{turn}", "messages": messages, "turn": turn} for row, turn, messages in due]
-    replies = ask(requests, engine, stage, claim, title=title) if requests else []
+    replies = ask(requests, engine, stage, claim, "keep", title) if requests else []
     return [(*one, reply) for one, reply in zip(due, replies)]
 
 
@@ -227,8 +227,8 @@ def play_own(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title
         due = [(row, turn, fit(turn_messages(row, turn, said[row["id"]]))) for row in live]
         part = stage.part(f"turn-{turn:03d}", seed=shard_seed(stage.seed, turn))
         new = send([one for one in due if one[2] is not None], engine, part, claim, f"{title}, turn {turn}")
-        for row, *_, reply in new: said[row["id"]].append(reply["text"])
-        played, live = played + new, [row for row, *_ in new]
+        for row, *_, reply in new: said[row["id"]].append(reply.get("text", ""))
+        played, live = played + new, [row for row, *_, reply in new if "error" not in reply]
     return played
 
 
@@ -265,12 +265,15 @@ def rollout(
     played = PLAY[history]([row for row in dialogues if fits[row["id"]]], engine, stage, fit, [arm, history, claim],
                            f"{arm}, {history} history", write_user)
     by_turn, out = {(row["id"], turn): (row, messages, reply) for row, turn, messages, reply in played}, []
+    failed = {}  # {dialogue: error of its first failed request}
     stage.ledger.expected = sum(len(row["turns"]) for row in dialogues)
     for id, turn in ((row["id"], turn) for row in dialogues for turn in range(1, len(row["turns"]) + 1)):
-        if (id, turn) not in by_turn:
-            stage.ledger.drop(f"{id}-{turn}", "context_full" if fits[id] else "message_too_long")
+        row, messages, reply = by_turn.get((id, turn), ({}, [], {}))
+        if "error" in reply: failed[id] = failed.get(id, reply["error"])  # which ends its dialogue
+        if id in failed or not row:
+            reason = "request_failed" if id in failed else "context_full" if fits[id] else "message_too_long"
+            stage.ledger.drop(f"{id}-{turn}", reason, failed.get(id, ""))
             continue
-        row, messages, reply = by_turn[id, turn]
         prompt = [Message(**one) for one in messages if one["role"] != "system"]
         out.append(Response(id=stable_id(arm, history, id, turn), arm=arm, history=history, dialogue_id=id, turn=turn,
                             conversation_id=row["conversation_id"], prompt=prompt, response=reply["text"],
@@ -278,10 +281,13 @@ def rollout(
     lost = [one.turn - (len(one.prompt) + 1) // 2 for one in out]
     notes = {"prompts_shortened": sum(n > 0 for n in lost), "turns_left_out_of_prompts": sum(lost),
              "responses_cut_off": sum(one[-1].get("finish") == "length" for one in played),
-             "responses_empty": sum(not one.response.strip() for one in out),
+             "responses_empty": sum(is_blank(one.response) for one in out),
+             "responses_filtered": sum(one[-1].get("finish") == "content_filter" for one in played),
+             "responses_with_reasoning": sum("reasoning" in one[-1] for one in played),
              "responses_without_a_score": sum(bool(one[-1].get("unscored")) for one in played)}
     for code, n in notes.items():
         if n: stage.ledger.note(code, n)
+    if failed and not out: raise InputError(next(iter(failed.values())), remedy="every first request failed")
     stage.close(len(dialogues), len(out))
     return out
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..core.files import InputError, model_folder, read_toml, unknown
+from ..core.files import InputError, assert_address, model_folder, read_toml, unknown
 
 # %% ../../nbs/measure/02_config.ipynb #be67f84c
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ModelConfig:
     engine: str = "transformers"  # transformers, or http for an OpenAI-compatible server
     base_url: str = ""  # Address of the server, such as http://localhost:8000/v1
     api_key_env: str = "OPENAI_API_KEY"  # Environment variable that holds the API key
+    engine_options: str = ""  # JSON: timeout, concurrency, policy of a server's engine, fields of each request to it
     tokenizer: str = ""  # Model whose tokenizer counts tokens for a server; empty: prompts are not limited
     quantization: str = "auto"  # nf4, none, or auto: nf4 on a GPU, none on a CPU
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
@@ -126,7 +127,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str): value = value.split(",")
         if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
             return tuple(one.strip() for one in value if one.strip())
-    elif kind is str and isinstance(value, (str, Path)): return str(value)
+    elif kind is str and isinstance(value, (str, Path)):
+        if value and name.endswith("_url"): assert_address(str(value), name)
+        return str(value)
     elif kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
     elif type(value) is kind: return value
     raise InputError(f"should be {getattr(kind, '__name__', 'a list of texts')}, got {value!r}", field=name)

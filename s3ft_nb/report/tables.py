@@ -154,12 +154,9 @@ def span(rows) -> int | str:  # 60, or "40 to 60"
 
 
 def pivot(
-    numbers: list[dict],
-    index: str = "key",  # Field of the rows: arm, history, part, key or metric
-    columns: str = "arm",  # Field of the columns
+    numbers: list[dict], index: str = "key", columns: str = "arm",  # Fields of the rows and of the columns
     title: str = "", caption: str = "Mean [95 % interval over conversations].", name: str = "",  # See `Table`
-    words: dict | None = None,  # Value of `index` -> what to print, such as a rule's text
-    heading: str = "",  # Of the first column
+    words: dict | None = None, heading: str = "",  # Value of `index` -> what to print; heading of the first column
     **where,  # What `select` takes: metric="adherence", part="turn", history="own", …
 ) -> Table:  # Cells are estimates; the last column is n
     "Numbers as a table, one row per value of `index`."

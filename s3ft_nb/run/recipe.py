@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from ..core.files import InputError, read_json, read_toml, resource, shorten, unknown
+from ..core.files import InputError, assert_address, read_json, read_toml, resource, shorten, unknown
 
 # %% ../../nbs/run/00_recipe.ipynb #0eb3ee6e
 STEP_KEYS = {"notebook": str, "each": dict, "skip": bool, "cost": dict}  # of a step's table; the rest are parameters
@@ -248,8 +247,7 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
 # %% ../../nbs/run/00_recipe.ipynb #b227e038
 def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
     "Make paths absolute; raises `InputError` when a path leads nowhere or an address holds a password."
-    if key == "base_url" and value and (urlsplit(str(value)).username or urlsplit(str(value)).query):
-        raise InputError("must not hold a user, password or query", field=field, remedy="set OPENAI_API_KEY instead")
+    if key.endswith("_url") and value: assert_address(str(value), field)
 
     def change(text: str) -> str:
         data_file = re.search(r"^\S*\.(jsonl?|csv|txt|toml|parquet)(\.gz)?$", text)
@@ -278,6 +276,10 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         notebook = next((file for file in (place["file"].parent / name, bundled / name) if file.is_file()), None)
         names = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
         if not notebook: raise unknown("notebook", name, names, **place)
+        homes = layers[0][0].parent.resolve(), bundled.resolve()  # a notebook is a program, so a recipe names no others
+        if not any(notebook.resolve().is_relative_to(home) for home in homes):
+            raise InputError(f"{shorten(name, 80)} is outside of the recipe's folder", **place,
+                             remedy="read that notebook, and copy it beside the recipe if you trust it")
         free = {key: value for key, value in parameters(notebook).items() if key != "out"}
         taken |= free.keys()
         each = at("steps", group, "each")

@@ -192,6 +192,7 @@ def measure(
             text = "no response was scored" if mean is None else f"{mean:.1%} [{low:.1%}, {high:.1%}], n = {n}"
             yield f"{name.replace('_', ', ')}: {text}"
         for id, n in found["unknown"].items(): yield f"unknown instruction {id}: {n} times, its prompts are left out"
+        if n := found["with_reasoning"]: yield f"the reasoning (<think> and its kin) in {n} responses is not scored"
         if out: yield f"results: {write_json(out / 'ifeval.json', found)}"
         return
     source = config["recorded"] or config["system_prompt"]

@@ -30,6 +30,7 @@ from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL
 from ..judging.judge import judge_pairs, pair_summary
 from ..lm.engine import ask
+from ..lm.template import split_reasoning
 from .metrics import differences, numbers
 from .verdicts import verdict_table
 
@@ -162,10 +163,11 @@ def pair_responses(tasks: list[dict], path: str | Path) -> list[str | None]:  # 
 
 
 def score_ifeval(inputs: str | Path, responses: str | Path) -> dict:
-    """Score published files: {prompt_strict, …, numbers, unknown: {kind: n}, unanswered: [keys], prompts_left_out}.
+    """Score published files: {prompt_strict, …, numbers, unknown: {kind: n}, unanswered: [keys], prompts_left_out, …}.
     Raises `InputError` naming file, line and field of what cannot be used."""
     tasks, out, unknown, scored = read_tasks(inputs), [], Counter(), 0
-    replies = pair_responses(tasks, responses)
+    parts = [(None, text) if text is None else split_reasoning(text, True) for text in pair_responses(tasks, responses)]
+    replies = [response for _, response in parts]  # what was reasoned before is not scored
     unanswered = [task["key"] for task, reply in zip(tasks, replies) if reply is None]
     if unanswered and len(unanswered) == len(tasks):
         raise InputError("no response to any task", responses, remedy="give the file of responses to these prompts")
@@ -187,7 +189,7 @@ def score_ifeval(inputs: str | Path, responses: str | Path) -> dict:
     return {f"{level}_{reading}": whole.get((metric, reading), nothing) for reading in ("strict", "loose")
             for level, metric in (("prompt", "adherence"), ("instruction", "csr"))} | {
         "numbers": rows, "unknown": dict(sorted(unknown.items())), "unanswered": unanswered,
-        "prompts_left_out": len(tasks) - scored}
+        "prompts_left_out": len(tasks) - scored, "with_reasoning": sum(thought is not None for thought, _ in parts)}
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #7c30856b
 def refuses(text: str) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'FAILURES', 'OPTIONS', 'PROBE', 'EngineError', 'api_key', 'check_requests', 'parse_body', 'response_text',
-           'read_response', 'read_pieces', 'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient',
+           'read_choice', 'read_pieces', 'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient',
            'HttpEngine']
 
 # %% ../../nbs/lm/05_http.ipynb #f8231399
@@ -77,7 +77,7 @@ def response_text(content: Any, kinds: str = ".*") -> str:  # What JSON can hold
     return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
 
 
-def read_response(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` and `pieces` if any
+def read_choice(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` and `pieces` if any
     "The response in a choice."
     message, finish = choice["message"], str(choice.get("finish_reason")).lower()
     text = response_text(message.get("content"), "text|output_text") or response_text(message.get("refusal"))
@@ -205,7 +205,7 @@ class HttpEngine:
         seeded = lambda one: int(stable_id(seed, one["id"], one["messages"], n=8),
                                  16) >> 1  # below 2**31, as servers want
         own = lambda one: sampling | {"seed": seeded(one)} | ({"logprobs": True} if one.get("pieces") else {})
-        return self._run(requests, own, read_response, progress, "prompt")
+        return self._run(requests, own, read_choice, progress, "prompt")
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `lm.engine.Engine`; labels are single letters or words of one token. Raises `EngineError`."
@@ -266,7 +266,7 @@ class HttpEngine:
                     return read(*parse_body(raw.content))
                 except openai.APIStatusError as error:
                     told, filtered = refusal_text(error), SERVER["refused"]["filter"]
-                    if error.status_code == 400 and read is read_response and re.search(filtered, told, re.I):
+                    if error.status_code == 400 and read is read_choice and re.search(filtered, told, re.I):
                         return {"text": "", "finish": "content_filter"}
                     self.habits |= another_way(error, sent)
                     if self._fields(messages, body) == sent: raise

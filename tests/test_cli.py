@@ -195,3 +195,33 @@ def test_a_run_says_first_what_it_will_do(recipe, tmp_path):
     done = s3ft("run", recipe)
     assert done.stderr.splitlines()[0] == f"one: 1 of 1 steps in {tmp_path / 'runs' / 'one'}, about 3 s on a CPU, 3 s on a small GPU"
     assert "one: 0 of 1 steps" in s3ft("run", recipe).stderr and "nothing to do" in s3ft("run", recipe).stderr
+
+
+TWO = RECIPE + '[steps.after]\nnotebook = "after.ipynb"\nlanguage = "{step:count}/facts.json"\n'
+
+
+def test_how_long_a_step_took_is_no_result(recipe, tmp_path):
+    write_json(tmp_path / "count.ipynb", small_notebook(CELL, "import json, time\nfrom pathlib import Path\nfacts = {'n': n, 'log': [{'train_runtime': time.time()}], 'finished': time.ctime()}\n"
+                                                            "Path(out, 'facts.json').write_text(json.dumps(facts))"))
+    write_json(tmp_path / "after.ipynb", small_notebook(CELL, "from pathlib import Path\nPath(out, 'n').write_text('')"))
+    path = write_bytes(tmp_path / "two.toml", TWO.replace('"one"', '"two"').encode())
+    assert s3ft("run", path).exit_code == 0
+    before = (tmp_path / "runs/two/count/facts.json").read_bytes()
+    assert "[2/2] after is done, skipped" in s3ft("run", path, "--from", "count").stderr
+    assert (tmp_path / "runs/two/count/facts.json").read_bytes() != before
+    assert "[2/2] after done" in s3ft("run", path, "count.n=9").stderr
+
+
+@pytest.mark.parametrize("how", ["absolute", "up", "link", "base"])
+def test_a_recipe_runs_notebooks_of_its_own_folder_only(recipe, tmp_path, how):
+    write_json(tmp_path / "away" / "there.ipynb", small_notebook(CELL, "open('ran', 'w')"))
+    (tmp_path / "home").mkdir()
+    name = {"absolute": str(tmp_path / "away/there.ipynb"), "up": "../away/there.ipynb", "link": "here.ipynb", "base": "there.ipynb"}[how]
+    if how == "link": (tmp_path / "home/here.ipynb").symlink_to(tmp_path / "away/there.ipynb")
+    text, own = RECIPE.replace("count.ipynb", name), tmp_path / "home/own.toml"
+    if how == "base":
+        write_bytes(tmp_path / "away/base.toml", text.encode())
+        text = f'name = "own"\nextends = "{tmp_path}/away/base.toml"\n'
+    refused = s3ft("run", write_bytes(own, text.encode()))
+    assert refused.exit_code == 2 and "outside of the recipe's folder (read that notebook" in refused.stderr
+    assert not (tmp_path / "runs").exists()

@@ -288,3 +288,11 @@ if __name__ == "__main__":  # pages to look at: python tests/test_report.py FOLD
     print(write_report(step_folders(home), home / "report", note="Everything on this page is invented: tests/test_report.py made it.", main="s3ft"))
     alone = build_measurement(Path(sys.argv[1]) / "few", {"base": ARMS["base"]}, 6, 4)
     print(write_report([alone], alone / "report", title="few"))
+
+
+def test_a_page_reads_in_one_direction(tmp_path):
+    text = "safe \u202egnihton\u202c \u2066x\u2069 \x1b[31m"
+    write_section(tmp_path / "a", text, text, tables=[Table(text, ["A"], [[text]], text, "t")], headline=text, notes=[text])
+    page = write_report([tmp_path / "a"], tmp_path / "page", text).read_text()
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\x1b") & set(page) and "safe �gnihton�" in page
+    assert "Content-Security-Policy" in page and "default-src" in page

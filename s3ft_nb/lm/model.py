@@ -127,8 +127,9 @@ def load_tokenizer(source: str | Path) -> Any:  # A transformers tokenizer
 def check_template(folder: Path) -> None:
     "Raise `InputError` when the template is not the one that the adapter was trained under."
     if not (folder / RECORD).exists(): return  # made elsewhere
-    if (folder / TEMPLATE).exists() and read_object(folder / RECORD).get("sha256") == file_hash(folder / TEMPLATE): return
-    raise InputError("is not the template that this adapter was trained under", folder / TEMPLATE,
+    known, path = read_object(folder / RECORD).get("sha256"), folder / TEMPLATE
+    if path.exists() and known == file_hash(path): return
+    raise InputError("is not the template that this adapter was trained under", path,
                      remedy="put the original back, or train again")
 
 

@@ -276,6 +276,10 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         notebook = next((file for file in (place["file"].parent / name, bundled / name) if file.is_file()), None)
         names = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
         if not notebook: raise unknown("notebook", name, names, **place)
+        homes = layers[0][0].parent.resolve(), bundled.resolve()  # a notebook is a program, so a recipe names no others
+        if not any(notebook.resolve().is_relative_to(home) for home in homes):
+            raise InputError(f"{shorten(name, 80)} is outside of the recipe's folder", **place,
+                             remedy="read that notebook, and copy it beside the recipe if you trust it")
         free = {key: value for key, value in parameters(notebook).items() if key != "out"}
         taken |= free.keys()
         each = at("steps", group, "each")

@@ -176,6 +176,7 @@ def measure(
     out: Path | None = None,  # Folder of the measurement; runs/measure-NAME when not given
     rules_only: bool = False,  # Write the rules, print them and stop
     ifeval: tuple[str, str] = ("", ""),  # Score responses to IFEval tasks, INPUT and RESPONSES, and nothing else
+    complete: bool = False,  # With --ifeval: stop at the first task or response that cannot be used
     json_: bool = False,  # As JSON
     **config: MeasureConfig,
 ):
@@ -184,14 +185,17 @@ def measure(
     from s3ft_nb.measure.measure import measure as run_measure, prepare
     from s3ft_nb.report.page import measurement_section, write_report
     if ifeval[0]:
-        found = score_ifeval(*map(Path, ifeval))
+        found = score_ifeval(*map(Path, ifeval), complete)
         if json_:
             yield as_json(found)
             return
         for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
             mean, low, high, n = (found[name][key] for key in ("mean", "low", "high", "n"))
-            text = "no response was scored" if mean is None else f"{mean:.1%} [{low:.1%}, {high:.1%}], n = {n}"
+            ends = "" if low is None else f" [{low:.1%}, {high:.1%}]"
+            text = "no response was scored" if mean is None else f"{mean:.1%}{ends}, n = {n}"
             yield f"{name.replace('_', ', ')}: {text}"
+        for code, rows in found["left_out"].items():
+            yield f"{code.replace('_', ' ')}: {len(rows)} ({', '.join(rows[:5])}{', …' * (len(rows) > 5)})"
         for id, n in found["unknown"].items(): yield f"unknown instruction {id}: {n} times, its prompts are left out"
         if out: yield f"results: {write_json(out / 'ifeval.json', found)}"
         return

@@ -27,6 +27,8 @@ from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
 from s3ft_nb.measure.config import make_config, options
 from s3ft_nb.measure.dialogues import change_system, compose, pair_scripts, user_blocks
 from s3ft_nb.measure.measure import Arm, measure, measure_arms, prepare
+from s3ft_nb.measure.metrics import compare_folders
+from s3ft_nb.report.page import measurement_section, write_report
 
 ROOT = Path(__file__).parents[1]
 PIRATE = SystemPrompt(id="pirate", type="persona", text="Talk like a pirate {and} use at most 3 words.")
@@ -49,7 +51,8 @@ class Sailor:
 
 
 def hears(responses, rules):
-    return [verdict_of(one, rule, Judgement("arr" in one.response.lower()), "ears") for one in responses for rule in rules_finder(rules)(one)]
+    known = lambda one: one.id.endswith("good") if one.arm == "planted" else "arr" in one.response.lower()
+    return [verdict_of(one, rule, Judgement(known(one)), "ears") for one in responses for rule in rules_finder(rules)(one)]
 
 
 hears.name = "ears"
@@ -59,9 +62,9 @@ def plays(n=3, n_turns=4):
     return pair_scripts(compose(user_blocks(), n, n_turns, 0), [PIRATE], n, n_turns)
 
 
-def play(folder, arms, rows=None, rules=RULES, **more):
+def play(folder, arms, rows=None, rules=RULES, judge=hears, **more):
     arms = {name: Arm(lambda engine=engine: engine) for name, engine in arms.items()}
-    return measure_arms(arms, rows or plays(), rules, Stage(folder), hears, ("own",), **more)
+    return measure_arms(arms, rows or plays(), rules, Stage(folder), judge, ("own",), **more)
 
 
 def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
@@ -113,6 +116,40 @@ def test_the_guard_sees_a_model_that_began_to_refuse(tmp_path):
     before, after = (guard_responses(engine, users, Stage(tmp_path / name)) for name, engine in (("a", Sailor(9)), ("b", Refuser())))
     found = {(row["metric"], row["against"]): row["mean"] for row in guard_numbers("new", users, before, after, Judge()) if row["arm"] == "new"}
     assert found["plain_refusals", "base"] == 1 and found["plain_helpfulness", ""] == 0
+
+
+def judge_that(name, says):
+    def judge(responses, rules): return [verdict_of(one, rule, says(one), name) for one in responses for rule in rules_finder(rules)(one)]
+    judge.name = name
+    return judge
+
+
+def test_a_judge_that_knows_nothing_makes_no_headline(tmp_path):
+    about = play(tmp_path, {"base": Sailor(), "repeat": make_arm(read_arm("repeat"), Sailor())}, judge=judge_that("yes", lambda one: Judgement(True)))
+    rows = read_rows(tmp_path / "numbers.jsonl")
+    whole = {(row["arm"], row["metric"]): row["mean"] for row in rows if row["part"] == "all" and not row["against"]}
+    assert not about["judge_trusted"] and "The judge yes is not trusted: its kappa with known verdicts is 0." in about["warnings"][0]
+    assert whole["base", "adherence"] == 0.5 and whole["base", "verdicts"] == whole["base", "verdicts_unsettled"] == 12  # of p2, and of p1
+    assert {row["key"] for row in rows if row["part"] == "rule"} == {"p2"} and {row["key"]: row["mean"] for row in rows if row["part"] == "unsettled"} == {"p1": 1.0}
+    section = measurement_section(tmp_path)
+    assert section["headline"].startswith("base keeps the 1 of 2 rules that a program checks in 50") and section["notes"][0] == about["warnings"][0]
+    assert [table["title"] for table in section["parts"][-1]["tables"] if "untrusted" in table["title"]] and len(read_rows(tmp_path / "verdicts.jsonl")) == 48
+    for name in "bc": play(tmp_path / name, {"base": Sailor()}, rules=RULES[:1], judge=judge_that("yes", lambda one: Judgement(True)))
+    with pytest.raises(InputError, match="no verdicts with own"): compare_folders([tmp_path / "b", tmp_path / "c"])
+
+
+@pytest.mark.parametrize("rules", [RULES, RULES[:1]])
+def test_unreadable_verdicts_still_get_a_page(tmp_path, rules):
+    about = play(tmp_path, {"base": Sailor(), "repeat": make_arm(read_arm("repeat"), Sailor())}, rules=rules, judge=judge_that("mute", lambda one: Judgement(rationale="unreadable")))
+    assert not about["judge_trusted"] and "could be compared" in about["warnings"][0]
+    section, page = measurement_section(tmp_path), write_report([tmp_path], tmp_path / "report", "Measurement")
+    assert page.is_file() and section["headline"].startswith("base keeps the 1 of 2" if len(rules) > 1 else "No rule is settled")
+
+
+def test_an_arm_without_a_decided_turn_is_no_end(tmp_path):
+    known = lambda one: Judgement(one.id.endswith("good")) if one.arm == "planted" else Judgement(True if one.arm == "base" else None)
+    about = play(tmp_path, {"base": Sailor(), "repeat": make_arm(read_arm("repeat"), Sailor())}, rules=RULES[:1], judge=judge_that("shy", known))
+    assert about["judge_trusted"] and not [row for row in read_rows(tmp_path / "numbers.jsonl") if row["against"]]
 
 
 def test_every_option_has_help_and_the_notebook_has_every_option():
@@ -242,7 +279,7 @@ def test_measure_from_end_to_end(measured):
     verdicts, responses, about = read_rows(folder / "run" / "verdicts.jsonl"), read_rows(folder / "run" / "responses-base.jsonl"), read_json(folder / "run" / "measure.json")
     assert len(responses) == 3 * 3 * 2 and {row["judge"] for row in verdicts} == {"checks", "discriminator:micro-base"}
     assert {row["response_id"] for row in verdicts} >= {row["id"] for row in responses}
-    assert about["complete"] and set(about["options"]) == set(options()) - {"out", "fresh"} and "same family" in about["warnings"][0]
+    assert about["complete"] and set(about["options"]) == set(options()) - {"out", "fresh"} and "same family" in about["warnings"][-1]
     assert {row["metric"] for row in read_rows(folder / "run" / "numbers.jsonl") if row["part"] == "judge"} >= {"kappa", "undecided"}
     assert read_json(folder / "run" / "usage.json")["generated"] > 0
 

@@ -151,3 +151,14 @@ def test_alpha_is_that_of_the_krippendorff_package():
 def test_sums_of_rows_are_all_that_counts():
     table = cluster_sums([[1, 1], [0, 1], [1, 1], [1, 1]], list("abab"))
     assert estimate_sums(lambda s: s[..., 0] / s[..., 1], table, 4) == rate([1, 0, 1, 1], list("abab"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_few_or_uniform_rows_have_a_wide_interval_or_none(n):
+    "Clusters that are alike, agreement without exception, opposite raters, a single label: never an interval of no width."
+    names, wide = np.repeat(np.arange(n), 2), lambda found: found["low"] is None or found["high"] - found["low"] > 0.15
+    one, two = ["x", "y"] * n, ["x", "y", "y"] * n
+    found = [rate([1, 0] * n, names), rate([1] * 2 * n, names), cohen_kappa(one, one, names), cohen_kappa(one, one[::-1], names), cohen_kappa(["x"] * n, ["x"] * n),
+             cohen_kappa(two, ["x", "y", "x"] * n, np.repeat(np.arange(n), 3)), difference(RATE, ([1, 0] * n, names), ([0, 1] * n, names)), fleiss_kappa([[1, 1]] * n), krippendorff_alpha([[2, 0], [0, 2]] * n, names),
+             *classification(["x", "y"] * n, ["x", "x"] * n, ["x", "y"], names).values()]
+    assert all(map(wide, found)), [one for one in found if not wide(one)]

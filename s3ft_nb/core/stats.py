@@ -68,7 +68,7 @@ def rate_ends(value: np.ndarray, apart: np.ndarray, c: np.ndarray, level: float,
     "Interval of a rate; `stretch` is how much of the skewness correction applies, one half inside a contrast."
     value, stderr, squares = np.clip(value, 0, 1), standard_error(apart, c), (apart**2).sum(-1)
     skewness = np.where(squares > 1e-20, np.abs((apart**3).sum(-1)) / c / (squares / c) ** 1.5, 0)
-    constant = (value < 1e-12) | (value > 1 - 1e-12)
+    constant = (value < 1e-12) | (value > 1 - 1e-12) | (stderr < 1e-9)  # clusters that are alike count once each
     n = np.where(constant, c, value * (1 - value) / np.maximum(stderr, 1e-9) ** 2)
     q, extreme = student.ppf((1 + level) / 2, c - 1), np.abs(1 - 2 * value)  # 0 at one half, 1 at 0 and 1
     # a cluster that is all or nothing is one row, whose skewness Wilson's interval knows

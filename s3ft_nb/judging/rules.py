@@ -108,8 +108,8 @@ def demands_of(text: str) -> tuple[list[tuple], list[tuple]]:  # [(demand, with 
             condition = next((one for one in clauses[:-1] if prose["applies"].search(one)), None)
             if condition: clauses = [*clauses[:clauses.index(condition)], sentence[sentence.index(condition):]]
             needs = lambda part: prose["antecedent"].search(part) and not recognise(part)
-            if any(prose["refers_back"].search(one) and not needs(one) and not recognise(one) for one in clauses[1:]):
-                clauses = [sentence]
+            apart = lambda part: prose["such"].search(part) or recognise(part) or not prose["refers_back"].search(part)
+            if not all(map(apart, clauses[1:])): clauses = [sentence]
             for part in clauses:
                 if found := why_no_rule(part): aside.append((found, part))
                 elif lead: out.append((part, f"{lead}{':' * bool(prose['applies'].search(lead))} {part}"))

@@ -6,8 +6,8 @@
 __all__ = ['half', 'at_first', 'METRICS', 'SYSBENCH', 'PART_METRICS', 'turn_columns', 'adherence_columns', 'slope', 'area',
            'retention', 'half_life', 'first_violation', 'risk_columns', 'survival', 'observed_turns', 'median_survival',
            'stability_columns', 'recovery_columns', 'rule_sums', 'conflict_columns', 'state_metric', 'rule_metric',
-           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'differences', 'conversations_to_show', 'seed_numbers',
-           'compare_folders']
+           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'settled_numbers', 'differences',
+           'conversations_to_show', 'seed_numbers', 'compare_folders']
 
 # %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from ..core.files import InputError
+from ..core.files import InputError, read_json
 from ..core.records import STANCES
 from ..core.stats import Metric, difference, estimate, estimate_sums, holm, number_row, over_seeds, ratio
 from .verdicts import ABSENT, BROKEN, KEPT, NOT_APPLICABLE, UNKNOWN
@@ -249,6 +249,18 @@ def numbers(source: str | Path | Iterable | dict, level: float = 0.95) -> list[d
                 for part, key, name, row in found if row["mean"] is not None]
     return out
 
+# %% ../../nbs/measure/01_metrics.ipynb #3b96ba59
+def settled_numbers(path: str | Path, trusted: bool, level: float = 0.95) -> tuple[dict, list[dict]]:  # tables, numbers
+    "Numbers of a file of verdicts; only checks count where the judge is not trusted."
+    by_checks = lambda row: row.get("judge") == "checks"
+    tables, out = verdict_table(row for row in stream_rows(path) if trusted or by_checks(row)), []
+    unsettled = {} if trusted else verdict_table(row for row in stream_rows(path) if not by_checks(row))
+    for (arm, history), table in unsettled.items():
+        out.append(number_row("verdicts_unsettled", len(table.turn), arm=arm, history=history))
+        out += [number_row("csr", estimate(METRICS["csr"], table.where(rows), level), "unsettled", key, arm, "", history)
+                for key, rows in parts(table)["rule"].items()]
+    return tables, [*numbers(tables, level), *out]
+
 # %% ../../nbs/measure/01_metrics.ipynb #c55410ed
 def differences(tables: dict, against: str | None = None, level: float = 0.95, seed: int = 0) -> list[dict]:
     """Paired differences of arms under each history, and of own and original history of each arm (part "history"):
@@ -261,7 +273,8 @@ def differences(tables: dict, against: str | None = None, level: float = 0.95, s
     pairs = [(arm, history, against, history) for arm, history in tables if arm != against]
     pairs += [(arm, history, arm, "original") for arm, history in tables if history == "own"]
     for arm, history, other, theirs in pairs:
-        if (other, theirs) not in tables: continue
+        known = (tables[one].states for one in ((arm, history), (other, theirs)) if one in tables)
+        if sum((states > UNKNOWN).any() for states in known) < 2: continue  # missing, or all is undecided
         a, b = paired(tables[arm, history], tables[other, theirs])
         rows = [("history" if arm == other else "all", "", METRICS[name])
                 for name in (*SYSBENCH, "survival", "slope", "area", "recovery")]
@@ -331,10 +344,13 @@ def compare_folders(folders: list, history: str = "own") -> dict:  # as `verdict
     def rows() -> Iterator[dict]:
         for parts, folder in zip(paths, folders):
             path, name = Path(folder) / "verdicts.jsonl", "/".join(parts[-length:])
+            about = Path(folder) / "measure.json"
+            trusted = not about.exists() or read_json(about).get("judge_trusted") is not False
             arms = {row.get("arm", "") for row in stream_rows(path)}
             for row in stream_rows(path):
                 arm = name if len(arms) == 1 else f"{name}: {row.get('arm')}"
-                if (row.get("history") or "own") == history: yield row | {"arm": arm}
+                if (row.get("history") or "own") == history and (trusted or row.get("judge") == "checks"):
+                    yield row | {"arm": arm}
 
     if tables := verdict_table(rows()): return tables
     raise InputError(f"no verdicts with {history} history", Path(folders[0]) / "verdicts.jsonl", field="history")

@@ -68,7 +68,7 @@ def with_interval(row: dict | None, signed: bool = False) -> str:  # "81 % [78, 
 
 def main_history(numbers: list[dict]) -> str:
     "The history that a headline is about: own, recorded, or original."
-    there = {row["history"] for row in select(numbers, metric="adherence", part="all")}
+    there = {row["history"] for row in select(numbers, metric=["adherence", "verdicts_unsettled"], part="all")}
     return next((history for history in ("own", "recorded", "original") if history in there), "")
 
 
@@ -86,8 +86,12 @@ def shown_rows(numbers: list[dict], arm: str = "", main: str = "") -> tuple:
 def headline(numbers: list[dict], main: str = "") -> str:  # main: arm to name; the best one when empty
     "What a measurement found, in one sentence with its uncertainty."
     whole, first, last, apart = shown_rows(numbers, main=main)
+    unsettled, checked = ({row["key"] for row in select(numbers, part=part)} for part in ("unsettled", "rule"))
+    if whole is None and unsettled:
+        return f"No rule is settled: no program decides one of the {len(unsettled)}, and the judge is not trusted."
     if whole is None: return "No verdict could be used, so nothing is known about adherence."
-    text = f"{whole['arm']} follows its system prompt in {with_interval(whole)} of its turns"
+    of = f"the {len(checked)} of {len(checked | unsettled)} rules that a program checks" if unsettled else "its system prompt"
+    text = f"{whole['arm']} {'keeps' if unsettled else 'follows'} {of} in {with_interval(whole)} of its turns"
     if last: text += " (" + ", ".join(f"{with_interval(row)} at turn\u00a0{row['key']}" for row in (first, last)) + ")"
     if apart is None: return text + "."
     if apart["arm"] != main and outcome(apart) != "better": return f"{text}; no other arm is shown to be better."
@@ -156,7 +160,8 @@ def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last
 # %% ../../nbs/report/02_page.ipynb #f6293e67
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json
     "What must be known before a measurement's numbers are believed."
-    out = [] if about.get("complete", True) else ["The measurement was stopped early; it covers what was judged."]
+    out = [str(note) for note in about.get("warnings") or []]
+    out += [] if about.get("complete", True) else ["The measurement was stopped early; it covers what was judged."]
     counts, rows = defaultdict(dict), select(numbers, part="all", history=main_history(numbers))
     for row in rows: counts[row["arm"]][row["metric"]] = row["mean"]
     for arm, n in counts.items():
@@ -166,7 +171,7 @@ def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.j
             out.append(f"{arm}: only {broken} of {few} conversations hold a violation: slopes are uncertain.")
         if lost and lost > 0.05 * n["verdicts"]:
             out.append(f"{arm}: {100 * lost / n['verdicts']:.0f} % of the verdicts are undecided and left out.")
-    return out + [str(note) for note in about.get("warnings") or []]
+    return out
 
 
 def measurement_section(folder: str | Path, title: str = "Adherence and drift", main: str = "") -> dict:
@@ -177,7 +182,7 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
     words = {row["id"]: row["text"] for _, row in rows_in([folder], "rules.jsonl")}
     prompts = {row.get("system_prompt_id"): row.get("system_prompt") for _, row in rows_in([folder], "dialogues.jsonl")}
     named = {"type": "type of rule", "prompt": "system prompt", "stance": "stance of the user", "model": "model",
-             "n_rules": "number of rules"}
+             "n_rules": "number of rules", "unsettled": "rule that only an untrusted judge decides"}
     shown = [part for part in named if select(numbers, metric="adherence", part=part)]
     histories = [history, *(one for one in distinct(row["history"] for row in numbers) if one and one != history)]
 
@@ -218,7 +223,7 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
              "figures": [draw.heat(numbers, words, history)], "tables": [by("rule"), *heats]},
             {"title": "By type, prompt, user and model", "tables": [by(part) for part in shown],
              "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]},
-            {"title": "How far to trust this", "figures": [], "tables": [*counts, judged, guard]}])
+            {"title": "How far to trust this", "figures": [], "tables": [*counts, judged, by("unsettled", "csr"), guard]}])
 
 # %% ../../nbs/report/02_page.ipynb #81524eed
 LONGEST = 1200  # Characters of a text on the page

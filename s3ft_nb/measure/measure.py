@@ -26,6 +26,7 @@ from ..core.stage import Stage, file_hash, rows_hash
 from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
 from ..judging.judge import verdicts
 from ..lm.engine import HttpEngine, make_engine
+from ..lm.template import split_reasoning
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
@@ -120,7 +121,7 @@ def measure_arms(
         said += responses
         about["arms"][name] = {"engine": engine.name, "notes": notes}
         about["warnings"] = about.get("warnings", []) + [
-            f"{name}, {history} history: {n} {code}" for history, found_in in notes.items() for code, n in found_in.items()
+            f"{name}, {history} history: {n} {code}" for history, codes in notes.items() for code, n in codes.items()
             if code in ("request_failed", "responses_empty", "responses_filtered", "responses_with_reasoning")]
         extra += after(name, engine) if after else []
     write_rows(out / "verdicts.jsonl", found)
@@ -313,6 +314,9 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     if not due: raise InputError("no rule can be checked by a program", path, field="judge", remedy="name a judge")
     work = stage.part("work")
     judge = load_judge(config, None, language, work)[1](work.part("judge")) if named else None
+    thoughts = sum(split_reasoning(one.content, True)[0] is not None for row in conversations for one in row.messages
+                   if one.role == "assistant")
+    if thoughts: stage.ledger.note("responses_with_reasoning", thoughts)  # which is not scored
     left_out = f"{len(rules) - len(due)} of {len(rules)} rules need a judge and are left out; name one with --judge."
     about = claim_folder(stage, {"recorded": file_hash(path) if Path(path).is_file() else str(path)},
                          judge=judge.name if judge else "checks", options=options_of(config), language=language,

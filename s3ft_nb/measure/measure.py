@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arm', 'response_file', 'claim_folder', 'close_measurement', 'probe_judge', 'measure_arms', 'LoadedModel',
-           'server_options', 'load_model', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
+           'server_options', 'load_model', 'rules_engine', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
            'measure_played', 'measure_recorded']
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab25
@@ -169,6 +169,13 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     return LoadedModel(engine, n, room if counted else None, token_counter(counted) if counted else None)
 
 
+def rules_engine(config: MeasureConfig) -> Callable | None:  # () -> engine
+    "What loads the model that takes system prompts apart; where the measured model has a server, that is asked."
+    if not (name := config.judge.rules_by): return None
+    n = 1024 if config.model.engine == "http" else min(1024, context_length(name) // 2)
+    return lambda: load_model(replace(config.model, model=name, temperature=0.0, max_new_tokens=n)).engine
+
+
 def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
     "Let a server's engine learn what the server refuses before anything expensive is asked; once in a folder."
     if not isinstance(engine, HttpEngine): return
@@ -238,7 +245,7 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     "Play dialogues with every arm, judge the responses and count."
     want, asked, judging = config.dialogues, config.model, config.judge
     stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
-    work, ready, base = stage.part("work"), prepare(config), load_model(config.model)
+    work, ready, base = stage.part("work"), prepare(config, rules_engine(config)), load_model(config.model)
     histories = ("own",) if want.user else want.histories  # what a simulated user writes has no original response
     settings = {key: getattr(asked, key) for key in ("engine", "temperature", "dtype", "quantization", "overflow")} | {
         "model": model_hash(asked.model), "max_new_tokens": base.response_tokens,
@@ -300,7 +307,8 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     texts, handles = dict.fromkeys(row.messages[0].content for row in conversations), {}
     prompts = [SystemPrompt(id=stable_id(text), type="given", text=text, source="recorded") for text in texts]
     language = config.dialogues.language or system_prompt(prompts[0].text).language
-    rules = rules_by_prompt([one.id for one in prompts], folder_rules(stage, asked.rules, asked.split_rules, prompts))
+    rules = rules_by_prompt([one.id for one in prompts], folder_rules(
+        stage, asked.rules, asked.split_rules, prompts, rules_engine(config)))
     named = asked.judge or asked.judge_url or asked.judge_adapter
     due = [rule for rule in rules if named or rule.how == "check"]
     if not due: raise InputError("no rule can be checked by a program", path, field="judge", remedy="name a judge")

@@ -370,6 +370,7 @@ def system_prompt(row: Any) -> SystemPrompt:
     "The system prompt of a row (in personas: under agent and config); raises `InputError` when it has none."
     if isinstance(row, InputError): raise row
     if isinstance(row, dict) and {"id", "type", "text"} <= set(row): return row_of(SystemPrompt, row)
+    given = row.get("id") if isinstance(row, dict) else None
     for inner in ("agent", "config"):
         if isinstance(row, dict) and isinstance(row.get(inner), dict): row = row[inner]
     found = [row]
@@ -382,7 +383,8 @@ def system_prompt(row: Any) -> SystemPrompt:
     text, names = text_of(found[0], "").strip() if found else "", "text, prompt, system_prompt, system or content"
     if not text: raise InputError("has no system prompt", remedy=f"give it text under {names}")
     language = "zh" if 10 * len(re.findall(r"[\u4e00-\u9fff]", text)) >= len(text) else "en"
-    return SystemPrompt(id=stable_id(text), type="imported", text=text, language=language, source="file")
+    id = str(given) if isinstance(given, int | str) and str(given).strip() else stable_id(text)
+    return SystemPrompt(id=id, type="imported", text=text, language=language, source="file")
 
 
 def read_prompts(path: str | Path) -> list[SystemPrompt]:  # In file order, no text twice

@@ -376,5 +376,8 @@ def values_of(path: str | Path, format: str = "auto") -> list[tuple[int, Any]]: 
 def upstream(step: str, folder: str = "") -> Path:
     "Folder of an earlier step, else its bundled outputs; raises `InputError` when there is no such folder."
     path = Path(folder) if folder else resource("data", "micro-run") / step
-    if path.is_dir(): return path
-    raise InputError("no such folder", path, field=f"{step}_from", remedy="run that step first, or leave it empty")
+    if path.is_dir() and any(path.iterdir()): return path
+    root = resource("notebooks")
+    made_by = [file.relative_to(root).as_posix() for file in root.glob(f"*/*{step}.ipynb")] or ["the step before"]
+    raise InputError("is empty" if path.is_dir() else "no such folder", path, field=f"{step}_from",
+                     remedy=f"run {made_by[0]} first, or leave it empty")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT_NAMES', 'SPEAKER', 'TEXT', 'LISTS', 'ASKED', 'RESPONSE', 'IDS', 'SYSTEM', 'LABEL', 'THOUGHTS', 'BAD', 'WORSE',
-           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'pieces', 'text_of',
+           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'text_of',
            'has_one_of', 'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages',
            'read_tree', 'fields_of', 'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields',
            'drafts_of', 'build', 'read_conversations', 'convert', 'system_prompt', 'read_prompts']
@@ -52,24 +52,24 @@ def first_of(names: tuple, entry: dict) -> str | None:
     return next((name for name in there if entry[name] not in (None, "", [])), there[0] if there else None)
 
 
-def pieces(value: Any, where: str) -> list[str]:
+def text_pieces(value: Any, where: str) -> list[str]:
     "The texts of a message: a string, texts or typed parts; raises `InputError` for anything else."
     if value is None or isinstance(value, str): return [value or ""]
     if isinstance(value, list):
-        found = [pieces(part, f"{where}.{i}") for i, part in enumerate(value)]
+        found = [text_pieces(part, f"{where}.{i}") for i, part in enumerate(value)]
         for i in range(1, len(value)):  # texts stand on lines of their own, typed parts follow each other
             if not isinstance(value[i - 1], dict) and not isinstance(value[i], dict): found[i].insert(0, "\n")
         return [piece for part in found for piece in part]
     kind = value.get("type", "text") if isinstance(value, dict) else None
     if str(kind) in THOUGHTS or kind and value.get("thought") is True: return []  # and so counted as not read
     name = first_of(TEXT, value) if kind in ("text", "input_text", "output_text") else None
-    if name: return pieces(value[name], where)
+    if name: return text_pieces(value[name], where)
     raise refusal("not_text", f"must be text, got {shorten(value)}", where)
 
 
 def text_of(value: Any, where: str) -> str:
     "The text of a message; raises `InputError` when it has none."
-    return "".join(pieces(value, where))
+    return "".join(text_pieces(value, where))
 
 # %% ../../nbs/core/03_convert.ipynb #f6005e91
 def has_one_of(entry: Any, *groups: tuple) -> bool:
@@ -234,7 +234,7 @@ def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str,
     if beside and (not pairs or pairs[0][0] != "system"): pairs.insert(0, ("system", beside))
     for role, message in pairs:
         text = text_of(message.text, message.where).strip()
-        read.update((text, *map(str.strip, pieces(message.text, message.where))))
+        read.update((text, *map(str.strip, text_pieces(message.text, message.where))))
         if is_blank(text): raise refusal("blank_message", "is blank", message.where)
         if len(text) > max_chars:
             raise refusal("too_long", f"{role} message has {len(text):,} characters, more than {max_chars:,}",

@@ -320,7 +320,7 @@ def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[
             found = found.to_dict("records")
         elif kind == "parquet":
             for batch in pyarrow.parquet.ParquetFile(data).iter_batches(64):  # a column may repeat a value without end
-                size += sum(getattr(one, "dictionary_decode", lambda: one)().nbytes for one in batch.columns)  # noqa: B023
+                size += sum(getattr(one, "dictionary_decode", lambda: one)().nbytes for one in batch.columns)
                 if size > 2**30: raise ValueError(f"holds more than {2**30:,} bytes")
                 found += batch.to_pylist()
                 assert_few(len(found), name)

@@ -221,8 +221,7 @@ def system_beside(row: Any, format: str) -> RawMessage | None:
     "The system prompt beside the messages of a row; the `instructions` of recorded speakers are for crowd workers."
     names = {re.sub("[_ -]", "", name).lower(): name for name in row if row[name]} if isinstance(row, dict) else {}
     name = next((names[name] for name in SYSTEM if name in names), None)
-    crowd = format == "speakers" and name == "instructions"
-    return None if crowd or name is None else RawMessage(name, "system", row[name])
+    if name and (format, name) != ("speakers", "instructions"): return RawMessage(name, "system", row[name])
 
 
 def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str, max_chars: int,

@@ -182,7 +182,8 @@ def measure(
 ):
     "Measure how far a model keeps to its system prompt over many turns, and whether free fixes help."
     from s3ft_nb.measure.benchmarks import score_ifeval
-    from s3ft_nb.measure.measure import measure as run_measure, prepare
+    from s3ft_nb.judging.rules import rule_lines
+    from s3ft_nb.measure.measure import measure as run_measure, prepare, rules_engine
     from s3ft_nb.report.page import measurement_section, write_report
     if ifeval[0]:
         found = score_ifeval(*map(Path, ifeval), complete)
@@ -206,10 +207,14 @@ def measure(
     chosen = make_config(out, **{key: ",".join(one) if isinstance(one, list) else one for key, one in config.items()})
     if rules_only:
         if json_:
-            yield as_json(prepare(chosen).rules)
+            yield as_json(prepare(chosen, rules_engine(chosen)).rules)
             return
-        rules = [f"  {rule.how:5}  {rule.type}: {' '.join(rule.text.split())}" for rule in prepare(chosen).rules]
-        yield "\n".join(["rules:", *rules, f"edit them in {out / 'rules.jsonl'}"])
+        ready, ledger = prepare(chosen, rules_engine(chosen)), Path(out) / "work" / "rules" / "ledger.json"
+        left = read_json(ledger) if ledger.exists() else {"dropped": [], "notes": {}}
+        yield "\n".join([*rule_lines(ready.rules, ready.prompts),
+                         *(f"no rule ({row['reason']}): {row['detail']}" for row in left["dropped"]),
+                         *(f"{code.replace('_', ' ')}: {n}" for code, n in left["notes"].items()),
+                         f"edit them in {chosen.judge.rules or out / 'rules.jsonl'}"])
         return
     run_measure(chosen)
     section, page = measurement_section(out), write_report([out], out / "report", "Measurement")

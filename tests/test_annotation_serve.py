@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -360,3 +361,42 @@ def test_pairs_over_the_network(serving, browser, tmp_path):
     assert [row.choice for row in stored(tmp_path / "annotations.sqlite")] == ["first", "second", "tie", "both_bad"]
     subprocess.run([*COMMAND, "export", str(tmp_path / "annotations.sqlite"), str(tmp_path / "out.jsonl")], check=True, capture_output=True)
     assert len(read_rows(tmp_path / "out.jsonl", Preference)) == 4
+
+
+# ---------------------------------------------------------------- connections that never say what they want
+
+
+@pytest.mark.slow
+def test_half_open_connections_keep_nobody_out(serving):
+    server = serving([sample(0)], "--annotators", "ann")
+    silent = []
+    for i in range(130):  # more than one address may hold; some say nothing, some half a head, some half a body
+        one = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        with suppress(OSError): one.sendall((b"", b"GET / HTTP/1.1\r\nHost: 127.0", b"POST /api/change HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{")[i % 3])
+        silent.append(one)
+    other = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=("127.0.0.2", 0))
+    other.request("GET", "/")
+    assert other.getresponse().status == 200  # at once, for another address
+    other.close()
+    time.sleep(16)  # the deadline
+    assert server.ask("GET", "/api/task", token=server.token("ann"))[0] == 200
+    closed = 0
+    for one in silent:
+        one.settimeout(2)
+        with suppress(ConnectionError):
+            while one.recv(4096): pass  # an answer may come first
+        closed += 1
+        one.close()
+    assert closed == 130
+
+
+def test_a_client_that_leaves_in_the_body_writes_no_traceback(serving, tmp_path):
+    server = serving([sample(0)], "--annotators", "ann")
+    for part in (b"", b"{", b'{"submission": "submission-1'):
+        one = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        one.sendall(f"POST /api/change HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 999\r\nAuthorization: Bearer {server.token('ann')}\r\n\r\n".encode() + part)
+        time.sleep(0.2)
+        one.close()
+    assert server.ask("GET", "/api/task", token=server.token("ann"))[0] == 200
+    server.process.send_signal(signal.SIGINT)
+    assert "Traceback" not in server.process.communicate(timeout=20)[1]

@@ -225,3 +225,15 @@ def test_a_recipe_runs_notebooks_of_its_own_folder_only(recipe, tmp_path, how):
     refused = s3ft("run", write_bytes(own, text.encode()))
     assert refused.exit_code == 2 and "outside of the recipe's folder (read that notebook" in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_reads_the_file_of_conversations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    talks = [{"messages": [{"role": "user", "content": f"How deep is harbour {i}?"}, {"role": "assistant", "content": "Nine fathoms."}]} for i in range(30)]
+    path = write_bytes(tmp_path / "talks.jsonl", "".join(json.dumps(row) + "\n" for row in talks).encode())
+    words = ["s3ft-smoke", f"conversations.conversations={path}", "conversations.n_conversations=200", "conversations.n_eval_conversations=50"]
+    plan = json.loads(s3ft("plan", *words, "--json").stdout)
+    assert "holds 30 usable conversations of the 250 asked for: about 24 are left to train on and 6 to measure with" in plan["warnings"][0]
+    assert next(row["rows"] for row in plan["steps"] if row["step"] == "conversations") == 30
+    assert "warning: conversations: " in s3ft("plan", *words).stdout
+    assert json.loads(s3ft("plan", "s3ft-smoke", "--json").stdout)["warnings"] == []

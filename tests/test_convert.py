@@ -229,6 +229,68 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
     assert convert(path, tmp_path / "out.jsonl")["rows_out"] == 1
 
 
+# What the tables of names and marks are for
+
+KEPT = [  # row: what is read
+    ({"sysPrompt": {"parts": [{"text": "Be kind."}]}, "q": "Is tea hot?", "a": "Yes."}, [("system", "Be kind."), ("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"preamble": ["Be kind.", "Be brief."], "messages": [], "query": "Is tea hot?", "reply": "Yes."}, [("system", "Be kind.\nBe brief."), ("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"system_prompt": "Be kind.", "messages": [{"role": "system", "content": ""}, *messages_of([("Is tea hot?", "Yes.")])]}, [("system", "Be kind."), ("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"rejected_messages": messages_of([("Is tea hot?", "No.")]), "chosen_messages": messages_of([("Is tea hot?", "Yes.")])}, [("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"contents": [{"role": "user", "parts": [{"text": "Is tea hot?"}]}, {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Yes."}]}]}, [("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"messages": [{"type": "human", "content": "Is tea hot?"}, {"role": "assistant", "channel": "analysis", "content": "Hm."}, {"type": "ai", "content": "Yes.", "value": ""}]}, [("user", "Is tea hot?"), ("assistant", "Yes.")]),
+    ({"instruction": "", "question": "Is tea hot?", "context": [{"type": "text", "text": "Tea is hot."}], "output": "", "answer": "Yes."}, [("user", "Is tea hot?\nTea is hot."), ("assistant", "Yes.")]),
+]
+
+
+@pytest.mark.parametrize("row, expected", KEPT, ids=range(len(KEPT)))
+def test_fields_of_other_names_and_forms_are_read(tmp_path, row, expected):
+    assert read_of(tmp_path, row)[0] == [expected]
+
+
+@pytest.mark.parametrize("more, note", [
+    ({"rejected": "Yes"}, "unread_rejected"), ({"split": "test"}, "unread_split"), ({"meta": "lost"}, "unread_meta"), ({"score": 0.5}, "unread_score"), ({"type": "persona"}, "unread_type"),
+    ({"label": 0}, "unread_label"), ({"label": "tea"}, "unread_label"), ({"mask_history": True}, "unread_mask_history"), ({"system": "Be kind."}, "unread_system"),
+])
+def test_a_word_about_every_field(tmp_path, more, note):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, *messages_of([("Is tea hot? Yes", "Yes.")])]}
+    assert read_of(tmp_path, row | more)[1].notes == {"format_openai": 1, note: 1}
+    assert read_of(tmp_path, row | {"model": "m", "source": "s", "meta": {"a": 1}, "split": "eval", "label": True, "id": 3})[1].notes == {"format_openai": 1}
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"loss": 0.0}, {"learn": False}, {"masked": 1}, {"label": False}, {"feedback": "bad"}, {"thinking": "Yes"}])
+def test_a_word_about_every_mark_of_a_message(tmp_path, mark):
+    asked, response = messages_of([("Is tea hot?", "Yes.")])
+    assert read_of(tmp_path, {"messages": [asked, response | mark]})[1].notes == {"format_openai": 1, f"unread_messages.{next(iter(mark))}": 1}
+    assert read_of(tmp_path, {"messages": [asked | {"loss": 0}, response | {"loss": True, "train": 1, "masked": 0}]})[1].notes == {"format_openai": 1}
+
+
+@pytest.mark.parametrize("label", [{"label": "False"}, {"kto_tag": False}, {"label": "thumbs_down"}])
+def test_labels_of_other_forms(tmp_path, label):
+    good, bad = ({"prompt": "2 + 2?", "completion": text} for text in "45")
+    read, ledger = read_of(tmp_path, bad | label, good)
+    assert read == [[("user", "2 + 2?"), ("assistant", "4")]] and ledger.as_dict()["reasons"] == {"labelled_bad": 1}
+
+
+def test_a_first_line_decides_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"[\n{GOOD}\n")
+    assert len(read_conversations(tmp_path / "a.jsonl", on_error="skip")) == 1
+    (tmp_path / "b.json").write_text('{"messages":\n' + json.dumps(messages_of([("Hi.", "Hello!")]), indent=1) + "}")
+    assert len(read_conversations(tmp_path / "b.json")) == 1
+
+
+def test_a_user_message_is_no_system_prompt(tmp_path):
+    with pytest.raises(InputError, match="has no system prompt"):
+        read_prompts(write_rows(tmp_path / "a.jsonl", [{"prompt": "Is tea hot?", "messages": messages_of([("Is tea hot?", "Yes.")])}]))
+
+
+def test_values_that_json_cannot_hold(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [WRITERS["openai"]([("Hi.", text)]) | {"meta": {"at": pandas.Timestamp("2020-02-03"), "x": x, "bytes": b"\xff"}} for text, x in (("a", float("nan")), ("b", float("inf")))]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "out.jsonl")
+    assert [one.meta for one in read_conversations(tmp_path / "out.jsonl")] == [{"at": "2020-02-03 00:00:00", "bytes": "b'\\xff'"}, {"at": "2020-02-03 00:00:00", "x": "inf", "bytes": "b'\\xff'"}]
+
+
 # Files that others wrote
 
 REAL = {  # file: (format, conversations, turns)

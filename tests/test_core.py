@@ -1,5 +1,6 @@
 "What the chapters of core cannot hold: kills, a full disk, round trips of made-up rows, shards, secrets."
 import errno
+import gzip
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from s3ft_nb.core.stage import EVENTS, Progress, Stage, rows_hash, spend
 from s3ft_nb.core.records import Conversation, conversation, is_blank
 from s3ft_nb.core.files import InputError, iter_lines, read_json, read_rows, write_json, write_rows
-from s3ft_nb.core.files import redact
+from s3ft_nb.core.files import redact, values_of
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).map(str.strip).filter(lambda text: not is_blank(text))
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
@@ -197,3 +198,40 @@ def test_a_secret_is_never_said(secret, around):
     assert secret not in redact(f"<{around}>{secret}</>", {"API_KEY": secret}).replace("***API_KEY***", "\0")
 
 
+
+
+# Limits of inputs
+
+
+@pytest.mark.parametrize("name, unit, n, said", [
+    ("spaces.jsonl.gz", b" ", 2**27, "holds more than"), ("rows.jsonl.gz", b"{}\n", 2**23, "holds more than 2,000,000 rows"), ("table.csv.gz", b"a,b\n", 2**23, "holds more than 2,000,000 rows"),
+    ("array.json.gz", b"0,", 2**23, "holds more than 2,000,000 rows"), ("deep.jsonl.gz", b"[", 2**24, "nested more than 100 levels deep"),
+])
+def test_archives_that_explode_are_one_line(tmp_path, name, unit, n, said):
+    body = b"[" + unit * (n // len(unit)) + b"0]" if name == "array.json.gz" else unit * (n // len(unit))
+    (tmp_path / name).write_bytes(gzip.compress(body, 6))
+    start = time.process_time()
+    with pytest.raises(InputError, match=said): values_of(tmp_path / name)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
+def test_pipes_and_devices_are_one_line(tmp_path, ending):
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    os.symlink("/dev/zero", tmp_path / f"zero.{ending}")
+    for name in ("pipe", "zero"):
+        with pytest.raises(InputError, match=f"{name}.{ending}: is not a file"): values_of(tmp_path / f"{name}.{ending}")
+
+
+def test_a_table_that_explodes_is_one_line(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pa.array(["x" * 1_000_000])
+    parquet.write_table(pa.table({"prompt": pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), text)}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10**6
+    with pytest.raises(InputError, match="a.parquet: .*holds more than 1,073,741,824 bytes"): values_of(tmp_path / "a.parquet")
+
+
+def test_file_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    write_json(tmp_path / "a.json", {"source": os.fsdecode(b"caf\xe9.txt")})
+    assert read_json(tmp_path / "a.json") == {"source": "caf\ufffd.txt"}
+    with pytest.raises(InputError, match="no such file"): values_of("x" * 5000)

@@ -332,3 +332,12 @@ def test_odd_configurations_are_one_line(folders, tmp_path, odd):
     (model / "config.json").write_text(json.dumps(odd))
     with pytest.raises(InputError): load(model, "none", device="cpu")
     folder_size(model)
+
+
+def test_every_end_that_the_model_declares_ends_a_response(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "declares")
+    tokenizer = load(folder, "none", dtype="float32", device="cpu").tokenizer
+    other = tokenizer.convert_tokens_to_ids("<|/head|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, other, 10**7]}))
+    lm = load(folder, "none", dtype="float32", device="cpu")
+    assert stop_ids(lm.tokenizer) == sorted({tokenizer.eos_token_id, other}) and not engines.forbidden(lm, stop_ids(lm.tokenizer))[other]

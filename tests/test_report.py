@@ -296,3 +296,14 @@ def test_a_page_reads_in_one_direction(tmp_path):
     page = write_report([tmp_path / "a"], tmp_path / "page", text).read_text()
     assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\x1b") & set(page) and "safe �gnihton�" in page
     assert "Content-Security-Policy" in page and "default-src" in page
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_chinese_on_figures_is_drawn_or_said_to_be_missing(monkeypatch, tmp_path, found):
+    import warnings
+    if not found: monkeypatch.setitem(figures.HOUSE, "font.family", ["DejaVu Sans"])
+    elif len(figures.HOUSE["font.family"]) < 2: pytest.skip("no font with Chinese here")
+    with warnings.catch_warnings(action="error"):
+        picture = figures.bars({"规则一 ok": 3, "规则二": 5}, "回复", "被遵守的规则", name="zh")
+        figures.save(picture, tmp_path / "zh")
+    assert ("no font here has" in picture.caption) == (not found)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import sys
+import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from s3ft_nb.core.files import InputError
 from s3ft_nb.lm.doctor import coloured, recommend, set_policy, to_ansi, to_html, verdict
 from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
 from s3ft_nb.lm.labels import check_labels, encode_rows
-from s3ft_nb.lm.template import Policy, chat_template, control_tokens, fold, in_use, ordered_messages, prompt_ids, split_reasoning, with_policy
+from s3ft_nb.lm.template import Policy, TemplateLimit, chat_template, control_tokens, fold, in_use, ordered_messages, prompt_ids, split_reasoning, with_policy
 
 TABLE = json.loads((FIXTURES / "verdicts.json").read_text(encoding="utf-8"))
 USABLE = [name for name, one in TABLE.items() if one["trainable"]]
@@ -424,3 +425,67 @@ def test_views_show_every_character():
         assert "".join(text for text, _ in pieces) == tokenizer.decode(encode(tokenizer, talk)["input_ids"]), name
         assert "<b>" not in to_html(pieces) and "Aye." in to_ansi(pieces)
     assert chat_template(ready("gemma")).startswith("{# s3ft_nb policy ")
+
+
+# ---- thoughts in every form, and templates without end
+
+
+@pytest.mark.parametrize("given", [
+    "<think>Carry on.</think>\n<think>Or not.</think>\nNine.", "Carry on.\n</think>\n\nNine.", "So I carry on.</think> Nine.", "Carry on</think>Nine.",
+    "[THINK]Carry on.[/THINK]Nine.", "<seed:think>Carry on.</seed:think>Nine.", "analysisCarry on.assistantfinalNine.",
+    "<|start|>assistant<|channel|>commentary<|message|>Carry on.<|end|><|start|>assistant<|channel|>final<|message|>Nine.<|return|>",
+])
+def test_no_form_of_a_thought_is_learnt_as_the_response(given):
+    tokenizer = tokenizer_of("llama3")
+    talk = [{"role": "user", "content": "Four and five?"}, {"role": "assistant", "content": given}]
+    with pytest.raises(InputError, match="holds reasoning"): encode(tokenizer, talk, policy=recommend(tokenizer))
+    assert runs_of(tokenizer, encode(tokenizer, talk, policy=recommend(tokenizer, reasoning="strip"))) == ["Nine.<|eot_id|>"]
+
+
+@pytest.mark.parametrize("given", ["Close it with `</think>`.", 'The word "</think>" closes it.', "I say </think>, you say nothing.", "assistantfinal is a word."])
+def test_words_about_thoughts_are_a_response(given):
+    assert split_reasoning(given) == (None, given)
+
+
+def test_the_label_ends_where_the_turn_ends_and_not_with_a_thought():
+    end = "{% if not (thinking | default(true)) %}<think></think>{% endif %}"
+    tokenizer = changed("{% for m in messages %}<|start_header_id|>{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
+                        "{% if add_generation_prompt %}<|start_header_id|>assistant: {% endif %}" + end)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    assert runs_of(tokenizer, encode(tokenizer, TALK, policy=recommend(tokenizer))) == ["Aye.<|eot_id|>"]
+
+
+def test_a_thought_that_is_kept_is_not_preceded_by_a_closed_one():
+    turn = "{{ '<|start_header_id|>' + m.role + ': ' + ('<think>' + m.thinking + '</think>' if m.thinking else '') + m.content + '<|eot_id|>' }}"
+    prompt = "{% if add_generation_prompt %}<|start_header_id|>assistant: {% if not thinking %}<think></think>{% endif %}{% endif %}"
+    tokenizer = changed("{% for m in messages %}" + turn + "{% endfor %}" + prompt)
+    set_policy(tokenizer, reasoning="keep")
+    row = encode(tokenizer, THOUGHT)
+    assert runs_of(tokenizer, row) == ["<think>Far.</think>Very far.<|eot_id|>"] and "</think><think>" not in tokenizer.decode(row["input_ids"])
+    always = changed(tokenizer.chat_template.split("begin #}\n")[1].split("{# s3ft")[0].replace("{% if not thinking %}", "{% if true %}"))
+    assert "closes the reasoning" in verdict(always, reasoning="keep")["why_not"]
+
+
+BOMBS = {
+    "loops": "{% for i in range(90000) %}{% for j in range(90000) %}{{ '' }}{% endfor %}{% endfor %}",
+    "doubles": "{% set n = namespace(t='ab') %}{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "recurs": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "fills": "{{ 'ab' | center(9999999999) }}",
+    "powers": "{{ 3 ** (3 ** 33) }}",
+    "writes much": "{% for i in range(90000) %}{{ 'ahoy ' * 100 }}{% endfor %}",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_without_end_is_given_up_in_one_line(bomb):
+    import resource
+    tokenizer, limits, began = changed(BOMBS[bomb] + FILES["yi"].read_text()), resource.getrlimit(resource.RLIMIT_AS), time.process_time()
+    with pytest.raises(TemplateLimit, match="computes powers|does not end|makes more text"): verdict(tokenizer)
+    assert time.process_time() - began < 10 and resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert verdict(tokenizer_of("yi"))["trainable"]  # and others work after it
+
+
+def test_markdown_and_keyword_arguments_are_no_powers():
+    tokenizer = changed("{% macro f() %}{{ kwargs.a }}{% endmacro %}{{ f(**{'a': '**bold**'}) }}" + FILES["yi"].read_text())
+    assert verdict(tokenizer)["trainable"]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, RootModel
 
-from ..core.files import (CONTROL, InputError, decode, iter_lines, read_bytes, read_json, read_rows, resource, row_of,
+from ..core.files import (InputError, decode, iter_lines, read_bytes, read_json, read_rows, resource, row_of,
                                 stable_id, write_bytes, write_rows)
 from ..core.records import Annotation, Pair, Preference, Response, Row, Sample
 from ..core.stage import Ledger
@@ -199,9 +199,7 @@ def page_words() -> dict:  # {language: {texts, rubric: {role, decide, order, la
 
 def task_payload(task: Task, annotator: str = "") -> dict:
     "The task as the page takes it, a JSON value; the page asks for the annotator's name when it is empty."
-    shown = json.loads(CONTROL.sub("�", task.model_dump_json()))  # as long as before, and read in one direction
-    items = [one | {"id": item["id"]} for one, item in zip(shown["items"], task.items)]
-    return shown | {"id": task.id, "items": items, "annotator": annotator, "words": page_words()}
+    return task.model_dump(mode="json") | {"annotator": annotator, "words": page_words()}
 
 
 class Change(Row):

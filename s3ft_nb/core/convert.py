@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT_NAMES', 'SPEAKER', 'TEXT', 'LISTS', 'ASKED', 'RESPONSE', 'IDS', 'SYSTEM', 'LABEL', 'THOUGHTS', 'BAD', 'WORSE',
-           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'pieces', 'text_of',
+           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'text_of',
            'has_one_of', 'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages',
            'read_tree', 'fields_of', 'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields',
            'drafts_of', 'build', 'read_conversations', 'convert', 'system_prompt', 'read_prompts']
@@ -52,24 +52,24 @@ def first_of(names: tuple, entry: dict) -> str | None:
     return next((name for name in there if entry[name] not in (None, "", [])), there[0] if there else None)
 
 
-def pieces(value: Any, where: str) -> list[str]:
+def text_pieces(value: Any, where: str) -> list[str]:
     "The texts of a message: a string, texts or typed parts; raises `InputError` for anything else."
     if value is None or isinstance(value, str): return [value or ""]
     if isinstance(value, list):
-        found = [pieces(part, f"{where}.{i}") for i, part in enumerate(value)]
+        found = [text_pieces(part, f"{where}.{i}") for i, part in enumerate(value)]
         for i in range(1, len(value)):  # texts stand on lines of their own, typed parts follow each other
             if not isinstance(value[i - 1], dict) and not isinstance(value[i], dict): found[i].insert(0, "\n")
         return [piece for part in found for piece in part]
     kind = value.get("type", "text") if isinstance(value, dict) else None
     if str(kind) in THOUGHTS or kind and value.get("thought") is True: return []  # and so counted as not read
     name = first_of(TEXT, value) if kind in ("text", "input_text", "output_text") else None
-    if name: return pieces(value[name], where)
+    if name: return text_pieces(value[name], where)
     raise refusal("not_text", f"must be text, got {shorten(value)}", where)
 
 
 def text_of(value: Any, where: str) -> str:
     "The text of a message; raises `InputError` when it has none."
-    return "".join(pieces(value, where))
+    return "".join(text_pieces(value, where))
 
 # %% ../../nbs/core/03_convert.ipynb #f6005e91
 def has_one_of(entry: Any, *groups: tuple) -> bool:
@@ -221,8 +221,7 @@ def system_beside(row: Any, format: str) -> RawMessage | None:
     "The system prompt beside the messages of a row; the `instructions` of recorded speakers are for crowd workers."
     names = {re.sub("[_ -]", "", name).lower(): name for name in row if row[name]} if isinstance(row, dict) else {}
     name = next((names[name] for name in SYSTEM if name in names), None)
-    crowd = format == "speakers" and name == "instructions"
-    return None if crowd or name is None else RawMessage(name, "system", row[name])
+    if name and (format, name) != ("speakers", "instructions"): return RawMessage(name, "system", row[name])
 
 
 def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str, max_chars: int,
@@ -234,7 +233,7 @@ def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str,
     if beside and (not pairs or pairs[0][0] != "system"): pairs.insert(0, ("system", beside))
     for role, message in pairs:
         text = text_of(message.text, message.where).strip()
-        read.update((text, *map(str.strip, pieces(message.text, message.where))))
+        read.update((text, *map(str.strip, text_pieces(message.text, message.where))))
         if is_blank(text): raise refusal("blank_message", "is blank", message.where)
         if len(text) > max_chars:
             raise refusal("too_long", f"{role} message has {len(text):,} characters, more than {max_chars:,}",
@@ -370,6 +369,7 @@ def system_prompt(row: Any) -> SystemPrompt:
     "The system prompt of a row (in personas: under agent and config); raises `InputError` when it has none."
     if isinstance(row, InputError): raise row
     if isinstance(row, dict) and {"id", "type", "text"} <= set(row): return row_of(SystemPrompt, row)
+    given = row.get("id") if isinstance(row, dict) else None
     for inner in ("agent", "config"):
         if isinstance(row, dict) and isinstance(row.get(inner), dict): row = row[inner]
     found = [row]
@@ -382,7 +382,8 @@ def system_prompt(row: Any) -> SystemPrompt:
     text, names = text_of(found[0], "").strip() if found else "", "text, prompt, system_prompt, system or content"
     if not text: raise InputError("has no system prompt", remedy=f"give it text under {names}")
     language = "zh" if 10 * len(re.findall(r"[\u4e00-\u9fff]", text)) >= len(text) else "en"
-    return SystemPrompt(id=stable_id(text), type="imported", text=text, language=language, source="file")
+    id = str(given) if isinstance(given, int | str) and str(given).strip() else stable_id(text)
+    return SystemPrompt(id=id, type="imported", text=text, language=language, source="file")
 
 
 def read_prompts(path: str | Path) -> list[SystemPrompt]:  # In file order, no text twice

@@ -195,8 +195,11 @@ NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    "JSON text of a value, ending in a newline; raises `ValueError` on NaN and on half character pairs."
-    return (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=plain) + "\n").encode()
+    """JSON text of a value, ending in a newline; file names that are not UTF-8 get a replacement character.
+    Raises `ValueError` on NaN and on half character pairs."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=plain) + "\n"
+    try: return text.encode()
+    except UnicodeEncodeError: return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
 def parse_json(text: str, file: str | Path | None = None, line: int | None = None) -> Any:
@@ -216,7 +219,7 @@ def parse_json(text: str, file: str | Path | None = None, line: int | None = Non
                 if brackets in (before, b""): break
             else: raise RecursionError
         value = json.loads(text, parse_constant=finite_number, parse_float=finite_number, object_pairs_hook=unique_keys)
-        if re.search(r"\\u[dD][89a-fA-F]", text): to_json(value)  # half a character pair cannot be written again
+        if re.search(r"\\u[dD][89a-fA-F]", text): json.dumps(value, ensure_ascii=False).encode()  # half of a pair
         return value
     except RecursionError: message = "unusable JSON: nested more than 100 levels deep"
     except UnicodeEncodeError: message = "holds half of a character pair (\\udXXX)"
@@ -317,7 +320,8 @@ def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[
             found = found.to_dict("records")
         elif kind == "parquet":
             for batch in pyarrow.parquet.ParquetFile(data).iter_batches(64):  # a column may repeat a value without end
-                if (size := size + batch.nbytes) > 2**30: raise ValueError(f"holds more than {2**30:,} bytes")
+                size += sum(getattr(one, "dictionary_decode", lambda: one)().nbytes for one in batch.columns)
+                if size > 2**30: raise ValueError(f"holds more than {2**30:,} bytes")
                 found += batch.to_pylist()
                 assert_few(len(found), name)
         elif any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
@@ -372,5 +376,8 @@ def values_of(path: str | Path, format: str = "auto") -> list[tuple[int, Any]]: 
 def upstream(step: str, folder: str = "") -> Path:
     "Folder of an earlier step, else its bundled outputs; raises `InputError` when there is no such folder."
     path = Path(folder) if folder else resource("data", "micro-run") / step
-    if path.is_dir(): return path
-    raise InputError("no such folder", path, field=f"{step}_from", remedy="run that step first, or leave it empty")
+    if path.is_dir() and any(path.iterdir()): return path
+    root = resource("notebooks")
+    made_by = [file.relative_to(root).as_posix() for file in root.glob(f"*/*{step}.ipynb")] or ["the step before"]
+    raise InputError("is empty" if path.is_dir() else "no such folder", path, field=f"{step}_from",
+                     remedy=f"run {made_by[0]} first, or leave it empty")

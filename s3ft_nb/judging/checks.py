@@ -111,8 +111,10 @@ def echoes(response: str, n: int, prompt: list) -> bool:  # prompt: messages bef
     return len(asked & set(split_words(response))) >= n
 
 # %% ../../nbs/judging/02_checks.ipynb #3862fe72
-SIGN = ("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23f3\u25fd\u25fe\u2600-\u2604\u2614\u2615\u2639\u263a\u2648-\u2653\u2665\u267f"
-        "\u2693\u26a0\u26a1\u26aa\u26ab\u26bd\u26be\u26c4\u26c5\u26ce\u26d4\u26ea\u26f2\u26f3\u26f5\u26fa\u26fd\u2705\u270a-\u270d\u2728"
+SIGN = ("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23f3\u25fd\u25fe\u2600-\u2604"
+        "\u2614\u2615\u2639\u263a\u2648-\u2653\u2665\u267f"
+        "\u2693\u26a0\u26a1\u26aa\u26ab\u26bd\u26be"
+        "\u26c4\u26c5\u26ce\u26d4\u26ea\u26f2\u26f3\u26f5\u26fa\u26fd\u2705\u270a-\u270d\u2728"
         "\u274c\u274e\u2753-\u2755\u2757\u2763\u2764\u2795-\u2797\u27b0\u27bf\u2b1b\u2b1c\u2b50\u2b55]|.\ufe0f")
 EMOJI = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|(?:{SIGN})(?:[\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d(?:{SIGN}))*")
 BULLET = re.compile(r"(?m)^[^\S\n]*(?:[-*+•·‣–—]|\d+[.)、])[^\S\n]*[^\s\-*+•·‣–—]")

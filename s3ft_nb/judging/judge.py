@@ -258,7 +258,7 @@ def judge_agreement(
     seed: int = 0,
     language: str = "",  # Of planted responses, which count as well: en or zh; empty: none
 ) -> list[dict]:  # Rows of numbers over all arms and by arm: undecided, kappa, agreement; empty with nothing to compare
-    "Agreement of a judge with checks, on a sample over all arms, histories and system prompts, and on planted responses."
+    "Agreement of a judge with checks, on a sample of all arms, histories and prompts, and on planted responses."
     checked = [rule for rule in rules if rule.how == "check"]
     rng, find, groups, out = random.Random(seed), rules_finder(checked), defaultdict(list), []
     for row in responses:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST_DEMAND', 'RULE_TYPES', 'load_patterns', 'match_pattern', 'recognise', 'rule_from', 'demands_of',
            'why_no_rule', 'split_demand', 'split_prompt', 'parse_rules', 'make_rules', 'rules_of_checks', 'read_rules',
-           'rules_finder']
+           'rule_lines', 'rules_finder']
 
 # %% ../../nbs/judging/03_rules.ipynb #d3ad86b3
 import re
@@ -224,6 +224,19 @@ def read_rules(path: str | Path) -> list[Rule]:
         out[rule.id] = rule
     if not out: raise InputError("holds no rule", path, remedy="write one rule per line: {\"text\": \"Be brief.\"}")
     return list(out.values())
+
+
+def rule_lines(rules: list[Rule], prompts: list[SystemPrompt]) -> list[str]:
+    "Each rule under its prompt, with its check; last, what is left to a judge."
+    names, lines = {prompt.id: shorten(prompt.text, 60) for prompt in prompts} | {"": "every system prompt"}, []
+    for id in dict.fromkeys(rule.system_prompt_id for rule in rules):
+        lines.append(f"{id} {names.get(id, '')}".strip())
+        for rule in (rule for rule in rules if rule.system_prompt_id == id):
+            params = ", ".join(f"{name} {value}" for name, value in (rule.check.params if rule.check else {}).items())
+            decided = f"check {rule.check.kind} {params}".strip() if rule.check else "judge"
+            lines.append(f"  {rule.id}  {rule.type}: {' '.join(rule.text.split())}  [{decided}]")
+    n = sum(rule.how == "judge" for rule in rules)
+    return [*lines, f"{n} of {len(rules)} rules ({n / max(1, len(rules)):.0%}) are left to a judge"]
 
 
 def rules_finder(rules: list[Rule]) -> Callable:  # response -> the rules it has to satisfy

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Engine', 'pad_left', 'draws', 'choose', 'step', 'n_shared', 'prefill', 'forbidden', 'write',
-           'pieces', 'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'make_engine']
+           'chunks', 'label_ids', 'encode_requests', 'TransformersEngine', 'checked', 'ask', 'make_engine']
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
@@ -138,7 +138,7 @@ def write(lm: LM, prompts: list, drawn: np.ndarray, temperature: float, top_p: f
     return written, shared, logprobs
 
 
-def pieces(tokenizer, ids: list[int], logprobs: list[float], text: str) -> list:  # [(end character, nats)], by token
+def chunks(tokenizer, ids: list[int], logprobs: list[float], text: str) -> list:  # [(end character, nats)], by token
     "Where in a text that was decoded from ids each token ends, and its log-probability."
     decoded = [tokenizer.decode(ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
                for n in range(1, len(ids) + 1)]
@@ -204,7 +204,7 @@ class TransformersEngine:
         text = self.lm.tokenizer.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
         thought, text = split_reasoning(text, generated=True)
         row = {"text": text.strip(), "tokens": n, "finish": "stop" if ended else "length"}
-        if logprobs is not None: row["pieces"] = pieces(self.lm.tokenizer, written, logprobs, row["text"])
+        if logprobs is not None: row["pieces"] = chunks(self.lm.tokenizer, written, logprobs, row["text"])
         return row | ({"reasoning": thought} if thought else {})
 
     @torch.inference_mode()
@@ -239,7 +239,7 @@ class TransformersEngine:
             for one, row, given, found in zip(batch, rows, labels, picked):
                 if not one.get("pieces"): continue
                 own = given != -100
-                row["pieces"] = pieces(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), one["response"])
+                row["pieces"] = chunks(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), one["response"])
             return rows
 
         return self._in_batches(requests, 0, work, progress, "scored", "scored")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'FAILURES', 'OPTIONS', 'PROBE', 'EngineError', 'api_key', 'check_requests', 'parse_body', 'response_text',
-           'read_response', 'read_pieces', 'read_scores', 'refusal', 'another_way', 'describe', 'BoundedClient',
+           'read_choice', 'read_pieces', 'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient',
            'HttpEngine']
 
 # %% ../../nbs/lm/05_http.ipynb #f8231399
@@ -77,14 +77,15 @@ def response_text(content: Any, kinds: str = ".*") -> str:  # What JSON can hold
     return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
 
 
-def read_response(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` and `pieces` if any
+def read_choice(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` and `pieces` if any
     "The response in a choice."
     message, finish = choice["message"], str(choice.get("finish_reason")).lower()
     text = response_text(message.get("content"), "text|output_text") or response_text(message.get("refusal"))
     thought, text = split_reasoning(text, generated=True)
     apart = message["content"] if isinstance(message.get("content"), list) else ""
     names = ("reasoning_content", "reasoning", "thinking")
-    thoughts = [*(response_text(message.get(name)) for name in names), response_text(apart, "thinking|reasoning"), thought]
+    thoughts = [response_text(message.get(name)) for name in names]
+    thoughts += [response_text(apart, "thinking|reasoning"), thought]
     ended = next((end for end, names in SERVER["ends"].items() if re.fullmatch(names, finish)), "stop")
     found = {"reasoning": "\n\n".join(dict.fromkeys(filter(None, thoughts))),
              "pieces": read_pieces(choice.get("logprobs"), text.strip())}
@@ -120,7 +121,7 @@ FAILURES = (openai.OpenAIError, ValueError, TimeoutError)
 OPTIONS = ("max_tokens", "top_logprobs", "seed", "top_p", "temperature", "logprobs")  # That a server may refuse
 
 
-def refusal(error: openai.APIStatusError) -> str:
+def refusal_text(error: openai.APIStatusError) -> str:
     "What a server says when it refuses a request, without what it repeats of the request."
     details = error.body.get("detail") if isinstance(error.body, dict) else None
     if not isinstance(details, list): return f"{error.param or ''} {error.message}"
@@ -129,7 +130,7 @@ def refusal(error: openai.APIStatusError) -> str:
 
 def another_way(error: openai.APIStatusError, sent: dict) -> dict:  # {option: None, largest number, or another name}
     "How to do without what a server refuses."
-    told = refusal(error)
+    told = refusal_text(error)
     places = {name: hit.start() for name in OPTIONS if name in sent and (hit := re.search(rf"\b{name}\b", told))}
     name = min(places, key=places.get, default="")
     if error.status_code in (401, 403, 404, 408, 409, 413, 429): return {}
@@ -150,7 +151,7 @@ def describe(error: Exception) -> tuple:  # (what happened, how to fix it, wheth
     if type(cause) is ValueError: return str(cause), log, True
     if isinstance(error, openai.APIConnectionError): return "cannot be reached", "start it, or see the base_url", True
     if not isinstance(error, openai.APIStatusError): return shorten(error, 100), log, True
-    code, option = error.status_code, re.search(r"\b(temperature)\b|\bmax_(completion_)?tokens\b", refusal(error))
+    code, option = error.status_code, re.search(r"\b(temperature)\b|\bmax_(completion_)?tokens\b", refusal_text(error))
     remedy = remedies[option[1] or "max_tokens"] if option else remedies.get(str(code), log)
     return f"status {code}: {error.message[:200]}", remedy, code in (408, 409, 429) or code >= 500
 
@@ -204,7 +205,7 @@ class HttpEngine:
         seeded = lambda one: int(stable_id(seed, one["id"], one["messages"], n=8),
                                  16) >> 1  # below 2**31, as servers want
         own = lambda one: sampling | {"seed": seeded(one)} | ({"logprobs": True} if one.get("pieces") else {})
-        return self._run(requests, own, read_response, progress, "prompt")
+        return self._run(requests, own, read_choice, progress, "prompt")
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `lm.engine.Engine`; labels are single letters or words of one token. Raises `EngineError`."
@@ -264,8 +265,9 @@ class HttpEngine:
                         model=self.model, messages=sent["messages"], extra_body=sent)
                     return read(*parse_body(raw.content))
                 except openai.APIStatusError as error:
-                    filtered = error.status_code == 400 and re.search(SERVER["refused"]["filter"], refusal(error), re.I)
-                    if filtered and read is read_response: return {"text": "", "finish": "content_filter"}
+                    told, filtered = refusal_text(error), SERVER["refused"]["filter"]
+                    if error.status_code == 400 and read is read_choice and re.search(filtered, told, re.I):
+                        return {"text": "", "finish": "content_filter"}
                     self.habits |= another_way(error, sent)
                     if self._fields(messages, body) == sent: raise
                 except (ValueError, TimeoutError) as error:

@@ -23,6 +23,7 @@ from ..core.stage import Stage, shard_seed
 from ..judging.judge import verdicts
 from ..lm.engine import ask
 from ..lm.labels import fit_context
+from ..lm.template import split_reasoning
 
 # %% ../../nbs/measure/03_arms.ipynb #3529e117
 REMINDERS = {"en": "(Keep to your instructions: {system_prompt})", "zh": "（请继续遵守设定：{system_prompt}）"}
@@ -312,10 +313,12 @@ def recorded_responses(conversations: Iterable[Conversation], arm: str) -> Itera
     "The responses of conversations with system prompts, in order; `arm` is for those that name no model."
     for row in conversations:
         first, rest, model = row.messages[0], row.messages[1:], str(row.meta.get("model") or "")
+        said = [split_reasoning(one.content, True)[1] if one.role == "assistant" else one.content for one in rest]
+        rest = [Message(role=one.role, content=text or "…") for one, text in zip(rest, said)]
         common = {"arm": re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, "model": model,
                   "history": "recorded", "dialogue_id": row.id, "conversation_id": row.id,
                   "system_prompt_id": stable_id(first.content), "type": str(row.meta.get("type") or "given"),
                   "system_prompt": first.content}
         for i, one in enumerate(rest):
             if one.role == "assistant": yield Response(id=stable_id("recorded", row.id, i), turn=i // 2 + 1,
-                                                       prompt=rest[:i], response=one.content, **common)
+                                                       prompt=rest[:i], response=said[i], **common)

@@ -151,7 +151,8 @@ def assert_task(task: Any, path: str | Path, line: int) -> None:
 def read_response(row: Any, path: str | Path, line: int) -> tuple[dict, str]:  # {key, prompt} that it names, response
     "A response to a task; raises `InputError` when it is none. One that is null is empty."
     if isinstance(row, InputError): raise row
-    if isinstance(row, dict) and "resps" in row and isinstance(row.get("doc"), dict):  # a sample log of lm-evaluation-harness
+    if isinstance(row, dict) and "resps" in row and isinstance(row.get("doc"),
+                                                               dict):  # a sample log of lm-evaluation-harness
         text = next((row[name] for name in ("filtered_resps", "resps") if row.get(name)), None)
         while isinstance(text, list): text = text[0] if text else None
         row = {name: row["doc"].get(name) for name in ("key", "prompt")} | {"response": text}
@@ -212,7 +213,8 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
             unknown.update(strange)
             note("unknown_instruction", str(task["key"]))
             continue
-        if not reply.strip(): note("empty_response", str(task["key"]), InputError("is empty", responses, field="response"))
+        if not reply.strip():
+            note("empty_response", str(task["key"]), InputError("is empty", responses, field="response"))
         prompt = [Message(role="user", content=task["prompt"])]
         for kind, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
             seen[kind] += 1

@@ -73,6 +73,7 @@ class JudgeConfig:
 
     rules: str = ""  # File of rules; empty: rules.jsonl in the folder, or rules made from the system prompts
     split_rules: bool = True  # Split a system prompt without checks into rules; false: it is one rule
+    rules_by: str = ""  # Model that takes system prompts apart, checked against their text; empty: by sentences
     judge: str = ""  # Model that judges rules no program can check; empty: the measured one
     judge_url: str = ""  # Address of the judge's server; empty: in process
     judge_adapter: str = ""  # Folder of a discriminator or an adapter; its calibration.json is used

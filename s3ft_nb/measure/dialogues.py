@@ -259,18 +259,19 @@ def systems(dialogues: list[dict]) -> dict:  # {text: id}
             for one in (row, *(turn["system"] for turn in row["turns"] if "system" in turn))}
 
 
-def folder_rules(stage: Stage, path: str, split: bool, prompts: list[SystemPrompt]) -> list[Rule]:
+def folder_rules(stage: Stage, path: str, split: bool, prompts: list[SystemPrompt],
+                 splitter: Callable | None = None) -> list[Rule]:  # splitter: () -> engine that takes prompts apart
     "Rules of a file, else those in the folder, else new ones, which are written there."
     target = Path(path or stage.folder / "rules.jsonl")
     if not path and not target.exists():
         part = stage.part("work").part("rules")
-        rules = make_rules(prompts, stage=part) if split else rules_of_checks(prompts)
-        part.close(len(rules), len(rules))
+        rules = make_rules(prompts, splitter and splitter(), part) if split else rules_of_checks(prompts)
+        part.close(len(rules) + len(part.ledger.dropped), len(rules))
         write_rows(target, rules)
     return read_rules(target)
 
 
-def prepare(config: MeasureConfig) -> Prepared:
+def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared:  # splitter: see `folder_rules`
     "Read all that needs no model and write rules.jsonl; raises `InputError` when a prompt in force has no rules."
     config, spare = with_model_defaults(config), 24  # scripts besides those that are played, for examples and the guard
     want, asked = config.dialogues, config.judge
@@ -302,7 +303,7 @@ def prepare(config: MeasureConfig) -> Prepared:
         prompts = [*prompts, read_system_prompts(want.change)[0]]
         at = want.change_at or want.turns // 2 + 1
         dialogues = [change_system(row, at, prompts[-1], want.change_how) for row in dialogues]
-    rules = folder_rules(stage, asked.rules, asked.split_rules, prompts)
+    rules = folder_rules(stage, asked.rules, asked.split_rules, prompts, splitter)
     rules_by_prompt(list(systems(dialogues).values()), rules)
     aside = {tuple(one) for one in read_json(asked.not_applicable)} if asked.not_applicable else None
     played, everyday = {row["turns"][0]["user"] for row in dialogues}, user_blocks(language=language)["neutral"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arm', 'response_file', 'claim_folder', 'close_measurement', 'probe_judge', 'measure_arms', 'LoadedModel',
-           'server_options', 'load_model', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
+           'server_options', 'load_model', 'rules_engine', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
            'measure_played', 'measure_recorded']
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab25
@@ -26,6 +26,7 @@ from ..core.stage import Stage, file_hash, rows_hash
 from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
 from ..judging.judge import verdicts
 from ..lm.engine import HttpEngine, make_engine
+from ..lm.template import split_reasoning
 from ..lm.model import context_length, model_hash, pick_device, token_counter
 from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
@@ -120,7 +121,7 @@ def measure_arms(
         said += responses
         about["arms"][name] = {"engine": engine.name, "notes": notes}
         about["warnings"] = about.get("warnings", []) + [
-            f"{name}, {history} history: {n} {code}" for history, found_in in notes.items() for code, n in found_in.items()
+            f"{name}, {history} history: {n} {code}" for history, codes in notes.items() for code, n in codes.items()
             if code in ("request_failed", "responses_empty", "responses_filtered", "responses_with_reasoning")]
         extra += after(name, engine) if after else []
     write_rows(out / "verdicts.jsonl", found)
@@ -166,6 +167,13 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
                                on_error="keep", **options | server_options(config.engine_options))
     room = min(config.max_prompt_tokens or context, context - n)
     return LoadedModel(engine, n, room if counted else None, token_counter(counted) if counted else None)
+
+
+def rules_engine(config: MeasureConfig) -> Callable | None:  # () -> engine
+    "What loads the model that takes system prompts apart; where the measured model has a server, that is asked."
+    if not (name := config.judge.rules_by): return None
+    n = 1024 if config.model.engine == "http" else min(1024, context_length(name) // 2)
+    return lambda: load_model(replace(config.model, model=name, temperature=0.0, max_new_tokens=n)).engine
 
 
 def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
@@ -237,7 +245,7 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     "Play dialogues with every arm, judge the responses and count."
     want, asked, judging = config.dialogues, config.model, config.judge
     stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
-    work, ready, base = stage.part("work"), prepare(config), load_model(config.model)
+    work, ready, base = stage.part("work"), prepare(config, rules_engine(config)), load_model(config.model)
     histories = ("own",) if want.user else want.histories  # what a simulated user writes has no original response
     settings = {key: getattr(asked, key) for key in ("engine", "temperature", "dtype", "quantization", "overflow")} | {
         "model": model_hash(asked.model), "max_new_tokens": base.response_tokens,
@@ -299,12 +307,16 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     texts, handles = dict.fromkeys(row.messages[0].content for row in conversations), {}
     prompts = [SystemPrompt(id=stable_id(text), type="given", text=text, source="recorded") for text in texts]
     language = config.dialogues.language or system_prompt(prompts[0].text).language
-    rules = rules_by_prompt([one.id for one in prompts], folder_rules(stage, asked.rules, asked.split_rules, prompts))
+    rules = rules_by_prompt([one.id for one in prompts], folder_rules(
+        stage, asked.rules, asked.split_rules, prompts, rules_engine(config)))
     named = asked.judge or asked.judge_url or asked.judge_adapter
     due = [rule for rule in rules if named or rule.how == "check"]
     if not due: raise InputError("no rule can be checked by a program", path, field="judge", remedy="name a judge")
     work = stage.part("work")
     judge = load_judge(config, None, language, work)[1](work.part("judge")) if named else None
+    thoughts = sum(split_reasoning(one.content, True)[0] is not None for row in conversations for one in row.messages
+                   if one.role == "assistant")
+    if thoughts: stage.ledger.note("responses_with_reasoning", thoughts)  # which is not scored
     left_out = f"{len(rules) - len(due)} of {len(rules)} rules need a judge and are left out; name one with --judge."
     about = claim_folder(stage, {"recorded": file_hash(path) if Path(path).is_file() else str(path)},
                          judge=judge.name if judge else "checks", options=options_of(config), language=language,

@@ -257,7 +257,8 @@ def settled_numbers(path: str | Path, trusted: bool, level: float = 0.95) -> tup
     unsettled = {} if trusted else verdict_table(row for row in stream_rows(path) if not by_checks(row))
     for (arm, history), table in unsettled.items():
         out.append(number_row("verdicts_unsettled", len(table.turn), arm=arm, history=history))
-        out += [number_row("csr", estimate(METRICS["csr"], table.where(rows), level), "unsettled", key, arm, "", history)
+        out += [number_row("csr", estimate(METRICS["csr"], table.where(rows), level), "unsettled", key, arm, "",
+                           history)
                 for key, rows in parts(table)["rule"].items()]
     return tables, [*numbers(tables, level), *out]
 

@@ -11,15 +11,18 @@ __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'INK', 'QUIE
 # %% ../../nbs/report/01_figures.ipynb #75c1dfe5
 import io
 import itertools
+import re
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten as shortened
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 from matplotlib import rc_context, rc_params_from_file
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.optimize import isotonic_regression
@@ -34,6 +37,12 @@ INK, QUIET, DASHED, DOTTED = "#1b1b1f", "#5f6368", (0, (4, 2)), (0, (1, 1.5))
 LINES = ("-", (0, (5, 2)), (0, (6, 2, 1, 2)), DOTTED, (0, (3, 1)))
 HOUSE = rc_params_from_file(resource("data", "report", "house.mplstyle"), use_default_template=False)
 HOUSE["font.family"] = [name for name in HOUSE["font.family"] if name in fontManager.get_font_names()]  # here
+if len(HOUSE["font.family"]) < 2:  # a font with Chinese that came after matplotlib made its list, or has another name
+    for path in sorted(findSystemFonts()):
+        if not re.search(r"CJK|SourceHan|wqy|PingFang|Hiragino|msyh|simhei|DroidSansFallback", path): continue
+        with suppress(OSError, RuntimeError): fontManager.addfont(path)
+        HOUSE["font.family"].append(fontManager.ttflist[-1].name)
+        break
 styled = rc_context(HOUSE)  # decorator: draw in the style of the house
 
 
@@ -66,7 +75,9 @@ class Picture(Figure):
         words = read_toml(resource("data", "report", "figures.toml"))[entry]
         self.name, self.title = name or entry, title or words["title"].format(**facts)
         self.caption, self.alt = words["caption"].format(**facts), words["alt"].format(**facts)
-        self.draw_without_rendering()
+        with catch_warnings(record=True, action="always") as found: self.draw_without_rendering()
+        if any("missing from" in str(one.message) for one in found):
+            self.caption += " A box stands for a character that no font here has; Noto Sans CJK has Chinese ones."
         self.set_layout_engine("none")  # placed once: what is drawn later depends on nothing but the figure
         return self
 
@@ -78,7 +89,9 @@ class Picture(Figure):
 def image(figure: Figure, ending: str = "png", dpi: int = 200) -> bytes:
     "A figure as PNG (128 colours, small) or PDF bytes that depend on nothing but the figure: no date, no version."
     buffer, dateless = io.BytesIO(), dict.fromkeys(("Creator", "Producer", "CreationDate") if ending == "pdf" else ())
-    figure.savefig(buffer, format=ending, dpi=dpi, metadata=dateless)
+    with catch_warnings():  # the caption says it once, see `describe`
+        filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(buffer, format=ending, dpi=dpi, metadata=dateless)
     if ending == "pdf": return buffer.getvalue()
     small = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     small.save(buffer := io.BytesIO(), "PNG", optimize=True)

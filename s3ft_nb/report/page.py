@@ -90,7 +90,8 @@ def headline(numbers: list[dict], main: str = "") -> str:  # main: arm to name; 
     if whole is None and unsettled:
         return f"No rule is settled: no program decides one of the {len(unsettled)}, and the judge is not trusted."
     if whole is None: return "No verdict could be used, so nothing is known about adherence."
-    of = f"the {len(checked)} of {len(checked | unsettled)} rules that a program checks" if unsettled else "its system prompt"
+    some = f"the {len(checked)} of {len(checked | unsettled)} rules that a program checks"
+    of = some if unsettled else "its system prompt"
     text = f"{whole['arm']} {'keeps' if unsettled else 'follows'} {of} in {with_interval(whole)} of its turns"
     if last: text += " (" + ", ".join(f"{with_interval(row)} at turn\u00a0{row['key']}" for row in (first, last)) + ")"
     if apart is None: return text + "."
@@ -223,7 +224,8 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
              "figures": [draw.heat(numbers, words, history)], "tables": [by("rule"), *heats]},
             {"title": "By type, prompt, user and model", "tables": [by(part) for part in shown],
              "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]},
-            {"title": "How far to trust this", "figures": [], "tables": [*counts, judged, by("unsettled", "csr"), guard]}])
+            {"title": "How far to trust this", "figures": [],
+             "tables": [*counts, judged, by("unsettled", "csr"), guard]}])
 
 # %% ../../nbs/report/02_page.ipynb #81524eed
 LONGEST = 1200  # Characters of a text on the page

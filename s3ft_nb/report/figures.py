@@ -11,6 +11,7 @@ __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'INK', 'QUIE
 # %% ../../nbs/report/01_figures.ipynb #75c1dfe5
 import io
 import itertools
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 INK, QUIET, DASHED, DOTTED = "#1b1b1f", "#5f6368", (0, (4, 2)), (0, (1, 1.5))
 LINES = ("-", (0, (5, 2)), (0, (6, 2, 1, 2)), DOTTED, (0, (3, 1)))
 HOUSE = rc_params_from_file(resource("data", "report", "house.mplstyle"), use_default_template=False)
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a word for every weight that a font lacks
 HOUSE["font.family"] = [name for name in HOUSE["font.family"] if name in fontManager.get_font_names()]  # here
 if len(HOUSE["font.family"]) < 2:  # a font with Chinese that came after matplotlib made its list, or has another name
     for path in sorted(findSystemFonts()):

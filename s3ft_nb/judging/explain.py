@@ -21,6 +21,7 @@ from ..core.files import InputError
 from ..core.stage import Stage
 from .rubric import LABELS, LETTERS, label_of, words_of
 from ..lm.engine import Engine, ask
+from ..lm.http import HttpEngine
 
 # %% ../../nbs/judging/04_explain.ipynb #e6d6e21b
 SMALLEST = 1e-4  # Added to a probability before its logarithm is taken
@@ -86,8 +87,9 @@ def explain(
     scores = ask(requests, engine, part("letters"), claim, labels=list(LETTERS.values()))
     rows = [{"id": one["id"], "logprobs": [round(nats, 6) for nats in one["logprobs"]],
              "outside": round(one["outside"], 6), "text": None, "told": None, "shown": None} for one in scores]
+    wanted = {} if isinstance(engine, HttpEngine) else {"pieces": True}  # a server tells no likelihood of a given text
     due = [(row, request) for row, request in zip(rows, requests) if softmax(row["logprobs"])[0] >= settled]
-    written = ask([request | {"pieces": True} for _, request in due], engine, part("explanations"),
+    written = ask([request | wanted for _, request in due], engine, part("explanations"),
                   claim) if due else []
     claims = []
     for (row, request), one in zip(due, written):

@@ -204,7 +204,9 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
         except InputError as error: note("unreadable_task", str(error), error)
         else: tasks[line] = task
     replies = pair_responses(tasks, responses, note)
-    if not tasks: raise InputError(f"holds no task: {left_out['unreadable_task'][:1]}", inputs)
+    if not tasks:
+        first = next(iter(left_out["unreadable_task"]), "it is empty").replace(f"{inputs}:", "line ")
+        raise InputError(f"holds no task: {first}", inputs, remedy="give one task per line, each with its own key")
     if not replies:
         raise InputError("no response to any task", responses, remedy="give the file of responses to these prompts")
     for line, reply in replies.items():

@@ -56,7 +56,8 @@ def test_conversations_shared_by_seeds_do_not_average_out():
 def test_the_whole_table():
     rows = bench.coverage(1000, seed=7)
     assert np.mean([93 <= row["coverage"] <= 97 for row in rows]) > 0.85
-    assert all(91.5 <= row["coverage"] <= 99 for row in rows), [row for row in rows if not 91.5 <= row["coverage"] <= 99]
+    wrong = [row for row in rows if not 91.5 <= row["coverage"] <= 99.5]  # above: rare events in 15 conversations
+    assert not wrong, wrong
 
 
 def test_intervals_that_ignore_clusters_would_not_cover():

@@ -120,12 +120,13 @@ def features(row: dict) -> list[float]:  # (12,)
 def fit_labels(rows: list[dict], labels: dict,
                strength: float = 1.0) -> dict:  # {classes, mean, scale, weights, bias, n}
     """Fit a multinomial logistic regression of annotations {id: label} on rows of `explain`.
-    Raises `InputError` when fewer than two labels occur. JSON can hold the result."""
+    Where one label only occurs, it is always predicted. Raises `InputError` without any. JSON can hold the result."""
     known = [row for row in rows if labels.get(row["id"]) and row["text"] is not None]
     given = [labels[row["id"]] for row in known]
-    if len(set(given)) < 2:
-        raise InputError(f"{len(given)} annotations of {len(set(given))} label(s)", field="labels",
-                         remedy="annotate more samples, or set explain = off")
+    if not given: raise InputError("no annotations of explained samples", field="labels", remedy="annotate some samples")
+    if len(set(given)) == 1:
+        blank = {"mean": [0.0] * 12, "scale": [1.0] * 12, "weights": [[0.0] * 12], "bias": [0.0]}
+        return {"classes": given[:1], "n": len(known)} | blank
     scaler = StandardScaler()
     fitted = LogisticRegression(C=strength, max_iter=3000).fit(scaler.fit_transform([*map(features, known)]), given)
     weights, bias = fitted.coef_, fitted.intercept_

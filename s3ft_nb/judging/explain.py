@@ -25,8 +25,7 @@ from ..lm.http import HttpEngine
 
 # %% ../../nbs/judging/04_explain.ipynb #e6d6e21b
 SMALLEST = 1e-4  # Added to a probability before its logarithm is taken
-CLAIMS = {"told": "asked",
-          "shown": "setting"}  # A response fits if it tells what was asked, follows if it shows the setting
+CLAIMS = {"told": "asked", "shown": "setting"}  # It fits if it tells what was asked, follows if it shows the setting
 
 
 @cache
@@ -37,9 +36,8 @@ def explanation_pattern(language: str) -> re.Pattern:
     return re.compile(r"[.。;；]?[\s*_•-]*".join(parts) + r"[.。]?[ \t*_]*$", re.MULTILINE | re.IGNORECASE)
 
 
-def read_explanation(text: str,
-                     language: str = "en") -> dict | None:  # {part: (start, end)} characters; None if unreadable
-    "Where the parts of an explanation stand."
+def read_explanation(text: str, language: str = "en") -> dict | None:  # {part: (start, end)} characters
+    "Where the parts of an explanation stand; None when it is unreadable."
     found = explanation_pattern(language).search(text)
     return {part: found.span(part) for part in found.groupdict()} if found else None
 
@@ -47,18 +45,18 @@ def read_explanation(text: str,
 def as_claimed(text: str, spans: dict) -> tuple[str, dict]:
     "Explanation of a response that fits and follows: (text, {slot that changed: (start, end) with what closes it})."
     out, places, at = "", {}, 0
-    for slot, source in CLAIMS.items():
-        start, end = spans[slot]
+    for name, source in CLAIMS.items():
+        start, end = spans[name]
         own, wanted = text[start:end], text[slice(*spans[source])]
         out, at = out + text[at:start], end
-        if own.casefold() != wanted.casefold(): places[slot] = len(out), len(out) + len(wanted) + 1
-        out += wanted if slot in places else own
+        if own.casefold() != wanted.casefold(): places[name] = len(out), len(out) + len(wanted) + 1
+        out += wanted if name in places else own
     return out + text[at:], places
 
 # %% ../../nbs/judging/04_explain.ipynb #e0b2e733
-def slot(text: str, spans: dict, name: str,
-         found: list | None) -> dict:  # found: pieces, see `Engine`; None: compare words
-    "Log-probability per slot and number of tokens of the model's own words, which are the claim until it is scored."
+def slot(text: str, spans: dict, name: str, found: list | None) -> dict:  # found: pieces, see `Engine`
+    """Log-probability and number of tokens of the model's own words, which are the claim until it is scored.
+    Without pieces, words are compared."""
     start, end = spans[name]
     if found is None:
         same = text[start:end].casefold() == text[slice(*spans[CLAIMS[name]])].casefold()
@@ -89,8 +87,8 @@ def explain(
              "outside": round(one["outside"], 6), "text": None, "told": None, "shown": None} for one in scores]
     wanted = {} if isinstance(engine, HttpEngine) else {"pieces": True}  # a server tells no likelihood of a given text
     due = [(row, request) for row, request in zip(rows, requests) if softmax(row["logprobs"])[0] >= settled]
-    written = ask([request | wanted for _, request in due], engine, part("explanations"),
-                  claim) if due else []
+    asked = [request | wanted for _, request in due]
+    written = ask(asked, engine, part("explanations"), claim) if due else []
     claims = []
     for (row, request), one in zip(due, written):
         row["text"], spans = one["text"], read_explanation(one["text"], language)
@@ -110,15 +108,13 @@ def features(row: dict) -> list[float]:  # (12,)
     letters = log_softmax(row["logprobs"])
     aside = np.exp(letters[LABELS.index("not_applicable")])
     fits, follows = (np.exp(row[name]["claimed"]) if row[name] else 0.5 for name in CLAIMS)
-    joint = np.array([fits * follows, (1 - fits) * follows, fits * (1 - follows),
-                      (1 - fits) * (1 - follows)])  # `LABELS`
+    joint = np.outer((follows, 1 - follows), (fits, 1 - fits)).ravel()  # good, bad_context, bad_system, all_bad
     per_token = lambda one: one["claimed"] / one["tokens"] - one["own"] / one["own_tokens"] if one else 0.0
     return [*letters, *np.log(np.append((1 - aside) * joint, aside) + SMALLEST),
             *(per_token(row[name]) for name in CLAIMS)]
 
 
-def fit_labels(rows: list[dict], labels: dict,
-               strength: float = 1.0) -> dict:  # {classes, mean, scale, weights, bias, n}
+def fit_labels(rows: list[dict], labels: dict, strength: float = 1.0) -> dict:  # {classes, n} and coefficients
     """Fit a multinomial logistic regression of annotations {id: label} on rows of `explain`.
     Where one label only occurs, it is always predicted. Raises `InputError` without any. JSON can hold the result."""
     known = [row for row in rows if labels.get(row["id"]) and row["text"] is not None]
@@ -190,9 +186,8 @@ def rationales(
     for id in labels:
         if labels[id] is None: stage.ledger.drop(id, "tie")
     texts = {row["id"]: [row["text"] or ""] for row, _ in known}
-    again = [request | {"id": f"{row['id']}#{k}"} for row,
-             request in known if implied_label(row["text"] or "", language)
-             != labels[row["id"]] for k in range(draws)]
+    elsewhere = [one for one in known if implied_label(one[0]["text"] or "", language) != labels[one[0]["id"]]]
+    again = [request | {"id": f"{row['id']}#{k}"} for row, request in elsewhere for k in range(draws)]
     drawn = ask(again, sampler, stage.part("rationales"), claim) if again else []
     for one in drawn: texts[one["id"].rsplit("#", 1)[0]].append(one["text"])
     out = []

@@ -26,7 +26,7 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
     r"\b(Wish|Ruled|Merit|figures? of merit|tally|[Tt]old about|reconcile with the books|[Cc]omes? along|has no say|has a say|go_on|goes on from"
     r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
     r"|can put right|whole at the last turn|source of chance)\b")
-LINES, MODULES_MOST, ROOM, WIDTH = 12_000, 55, 400, 120  # the plan: 13,000 with all four methods
+LINES, MODULES_MOST, ROOM, WIDTH = 12_000, 55, 400, 120  # issue of the house: 11,000; plan for all four methods: 13,000
 
 
 def code(path):

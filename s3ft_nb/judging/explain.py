@@ -119,7 +119,7 @@ def fit_labels(rows: list[dict], labels: dict, strength: float = 1.0) -> dict:  
     Where one label only occurs, it is always predicted. Raises `InputError` without any. JSON can hold the result."""
     known = [row for row in rows if labels.get(row["id"]) and row["text"] is not None]
     given = [labels[row["id"]] for row in known]
-    if not given: raise InputError("no annotations of explained samples", field="labels", remedy="annotate some samples")
+    if not given: raise InputError("no annotations of explained samples", field="labels", remedy="annotate some")
     if len(set(given)) == 1:
         blank = {"mean": [0.0] * 12, "scale": [1.0] * 12, "weights": [[0.0] * 12], "bias": [0.0]}
         return {"classes": given[:1], "n": len(known)} | blank

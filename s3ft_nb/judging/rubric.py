@@ -53,14 +53,14 @@ def blocks(
     response: str | None = None,  # Response to show; None leaves its block out
     language: str = "en",  # en or zh
 ) -> str:  # User message of a judge or restyle request
-    "The setting, conversation, last message and response; raises `InputError` when the last message is not the user's."
+    "The conversation, last message, response and setting; raises `InputError` when the last message is not the user's."
     words, rows = words_of(language), [one if isinstance(one, dict) else one.model_dump() for one in prompt]
     turns = [shown_turn(row, language) for row in rows]
     if not rows or rows[-1]["role"] != "user":
         raise InputError("the prompt does not end with a user message", field="prompt", remedy="cut it after one")
-    parts = {"setting": quoted(system_prompt, language), "conversation": "\n".join(turns[:-1]) or words["none"],
-             "last": quoted(rows[-1]["content"], language)}
+    parts = {"conversation": "\n".join(turns[:-1]) or words["none"], "last": quoted(rows[-1]["content"], language)}
     if response is not None: parts["response"] = quoted(response, language)
+    parts["setting"] = quoted(system_prompt, language)  # last, so that requests about one response begin alike
     return "\n".join(f"{words['blocks'][key]}\n{text}" for key, text in parts.items())
 
 # %% ../../nbs/judging/00_rubric.ipynb #6368a0eb

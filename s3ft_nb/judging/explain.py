@@ -30,16 +30,18 @@ CLAIMS = {"told": "asked", "shown": "setting"}  # It fits if it tells what was a
 
 @cache
 def explanation_pattern(language: str) -> re.Pattern:
-    "The four parts of an explanation, on one line or four, with or without Markdown."
+    "The parts of an explanation, on one line or several, with or without Markdown; its style may be left out."
     names = words_of(language)["explain"]["names"]
     parts = [rf"{re.escape(name)}[*_]*\s*[:：][*_]*\s*(?P<{part}>[^\n]+?)" for part, name in names.items()]
-    return re.compile(r"[.。;；]?[\s*_•-]*".join(parts) + r"[.。]?[ \t*_]*$", re.MULTILINE | re.IGNORECASE)
+    apart, style = r"[.。;；]?[\s*_•-]*", list(names).index("style")
+    parts[style] = f"(?:{parts[style]}{apart})?" + parts.pop(style + 1)
+    return re.compile(apart.join(parts) + r"[.。]?[ \t*_]*$", re.MULTILINE | re.IGNORECASE)
 
 
 def read_explanation(text: str, language: str = "en") -> dict | None:  # {part: (start, end)} characters
     "Where the parts of an explanation stand; None when it is unreadable."
     found = explanation_pattern(language).search(text)
-    return {part: found.span(part) for part in found.groupdict()} if found else None
+    return {part: found.span(part) for part, text in found.groupdict().items() if text} if found else None
 
 # %% ../../nbs/judging/04_explain.ipynb #d7f0da45
 def as_claimed(text: str, spans: dict) -> tuple[str, dict]:

@@ -10,7 +10,7 @@ from functools import cache
 
 from ..core.files import InputError, read_toml, resource
 
-# %% ../../nbs/methods/02_selfalign.ipynb #7e6e5522
+# %% ../../nbs/methods/02_selfalign.ipynb #64906648
 @cache
 def wording(language: str) -> dict:  # {instruct, topics, questions, align, blocks, names, meta}
     "Wording of the requests; raises `InputError` for a language that has none."
@@ -46,10 +46,11 @@ def question_messages(kind: str, topics: list[str], language: str = "en") -> lis
 def align_messages(
     principles: list[dict], examples: list[dict],  # `{"n", "name", "text"}`; `{"user", "thought", "reply"}`
     text: str, language: str = "en",
+    thinks: bool = True,  # Ask for a thought that names principles by number before the reply
 ) -> list[dict]:
-    "Request for a thought that names principles by number, and a reply to a message."
+    "Request for a reply to a message that keeps to principles."
     words = wording(language)
-    heads, names = words["blocks"], words["names"]
-    shown = [f"{one['n']}. {one['name']}: {one['text']}" for one in principles]
-    turns = ["\n".join([heads["example"], *(names[key] + one[key] for key in names)]) for one in examples]
-    return pair_of("\n".join([words["align"], heads["principles"], *shown, *turns]), text)
+    heads, names = words["blocks"], {key: name for key, name in words["names"].items() if thinks or key != "thought"}
+    shown = [f"{one['name']} ({one['n']}): {one['text']}" for one in principles]
+    turns = ["\n".join([heads["example"], *(name + one[key] for key, name in names.items())]) for one in examples]
+    return pair_of("\n".join([words["align" if thinks else "align_plain"], heads["principles"], *shown, *turns]), text)

@@ -26,6 +26,7 @@ from ..core.records import message
 from ..core.stage import Progress
 from ..judging.explain import read_explanation
 from ..judging.rubric import judge_messages
+from ..lm.model import pick_dtype
 from .skills import (
     APPLIED, CONSTRAINT_KEPT, JUDGED, OBEYS, RULE_KEPT, attempt, constraints, explanation, free_prompt,
     free_rules, free_turns, kind_of, principle_prompt, remind_from, situation, task, thought)
@@ -91,7 +92,8 @@ class Blocks(torch.utils.data.Dataset):
 def weighted_loss(model: LlamaForCausalLM, batch: list) -> torch.Tensor:  # Nats per unit of weight
     "Cross-entropy of the next token, weighted."
     ids, weights = (part.to(model.device) for part in batch)
-    with torch.autocast(model.device.type, torch.bfloat16): logits = model(input_ids=ids).logits[:, :-1]
+    dtype = pick_dtype("auto", str(model.device))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16): logits = model(input_ids=ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     return (loss * weights).sum() / weights.sum()
@@ -177,7 +179,7 @@ def pretrain(
 GATES = {  # name: (lowest, highest) value aimed at
     "first turn": (0.65, 1), "later turn": (0, 0.05), "reminded": (0.5, 1), "after examples": (0.5, 1),
     "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1), "told": (0.95, 1), "setting": (0.90, 1),
-    "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9), "older constraints": (0.75, 1),
+    "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9), "older constraints": (0.75, 1),
     "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06), "thought right": (0.6, 1),
     "principle out of place": (0, 0.10)} | {f"{k} rules": (
         round(OBEYS["first"] * (p := RULE_KEPT[0] * np.prod([
@@ -244,7 +246,7 @@ def judge_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (mess
     parts = lambda text: {name: text[slice(*span)] for name, span in (read_explanation(text) or {}).items()}
     right = lambda name: lambda said: parts(said).get(name) == parts(true)[name]
     request = judge_messages(at.text, at.messages, response, explained=True)
-    yield request, {name: right(name) for name in ("asked", "told", "setting", "shown")}
+    yield request, {name: right(name) for name in ("asked", "told", "setting", "style", "shown")}
 
 
 def exam(engine, judge, asks: dict, n: int = 300, seed: int = 0) -> list:  # {gate, value, n, low, high, met}

@@ -57,7 +57,6 @@ def show_examples(messages: list[dict], turn: int | None = None, examples: dict 
 # %% ../../nbs/measure/03_arms.ipynb #4ba8dcd4
 class PromptWrapper:
     "An engine that gets a changed prompt: `change(messages, turn)`, without a turn the longest it can become."
-
     def __init__(self, engine, change: Callable, name: str):
         self.engine, self.change, self.name = engine, change, f"{engine.name}, {name}"
 
@@ -83,14 +82,12 @@ def rule_scorer(prompts: dict, rules: list[Rule], judge: Callable | None = None)
         for one in verdicts(responses, due, judge):
             if one.applicable and one.satisfied is not None: found[one.response_id].append(one.satisfied)
         return [float(np.mean(found[one.id])) if found[one.id] else None for one in responses]
-
     score.name = getattr(judge, "name", "judge") if judge else "checks"
     return score
 
 
 class BestOf:
     "An engine that responds several times and gives the best response; raises `InputError` without a choice."
-
     def __init__(self, engine, scorer: Callable | None, n: int = 4):
         if scorer is None: raise InputError("best_of needs a scorer", field="arms", remedy="name a judge")
         if n < 2: raise InputError(f"best of {n} is no choice", field="n", remedy="use 2 or more")
@@ -132,7 +129,6 @@ def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: 
 # %% ../../nbs/measure/03_arms.ipynb #b311d578
 class FreeFix(NamedTuple):
     "An arm without training; without a change and a wrapper the model as it is."
-
     change: Callable | None = None  # (messages, turn, n=, language=, examples=) -> messages
     n: int | None = None  # Number where it takes one
     wrap: Callable | None = None  # (engine, scorer, n) -> engine, instead of a change

@@ -194,7 +194,6 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     def note(code: str, what: str, error: InputError | None = None) -> None:
         if complete and error: raise error
         left_out[code].append(what)
-
     keys = Counter(str(task.get("key")) for _, task in values_of(inputs) if isinstance(task, dict))
     for line, task in values_of(inputs):
         try:

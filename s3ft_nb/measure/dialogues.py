@@ -30,7 +30,6 @@ from .config import MeasureConfig, with_model_defaults
 # %% ../../nbs/measure/04_dialogues.ipynb #c5d2e7a1
 class UserBlock(Row):
     "User turns that belong together; id, set and topic are for the reader."
-
     id: str = ""
     set: str = ""
     language: Literal["en", "zh"] = "en"  # Of the turns
@@ -223,13 +222,11 @@ def simulated_user(
         if all(message.strip() for message in out): return out
         raise InputError(f"the simulated user wrote nothing at turn {turn}", field="user",
                          remedy="use another model or a higher temperature")
-
     return write
 
 # %% ../../nbs/measure/04_dialogues.ipynb #9a0eab28
 class Prepared(NamedTuple):
     "What is measured, before any model is loaded."
-
     prompts: list  # `SystemPrompt`s, that of a change last
     language: str  # en or zh
     rules: list  # As they stand in the folder

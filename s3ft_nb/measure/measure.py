@@ -39,7 +39,6 @@ from .metrics import differences, settled_numbers
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab32
 class Arm(NamedTuple):
     "An arm of a measurement."
-
     load: Callable  # () -> engine, called when the arm is due
     claim: Any = ()  # What its responses depend on, such as the adapter's hash
 
@@ -134,7 +133,6 @@ def measure_arms(
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab37
 class LoadedModel(NamedTuple):
     "A model that can be asked, and what it holds."
-
     engine: Any  # See `lm.engine.Engine`
     response_tokens: int  # Longest response
     room: int | None  # Longest prompt, tokens; None: not limited
@@ -274,7 +272,6 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
         if name not in adapters or not users: return []
         replies = guard_responses(engine, users, work.part(f"guard-{name}"))
         return guard_numbers(name, users, before, replies, helps.engine, ready.language)
-
     warnings = [same_family(judge_model.engine.name, [base.engine.name]) if judge_model else "",
                 "A simulated user responds to each arm differently: arms are not paired." if want.user else ""]
     used = dict.fromkeys(one.engine for one in (base, judge_model, says) if one)

@@ -352,6 +352,5 @@ def compare_folders(folders: list, history: str = "own") -> dict:  # as `verdict
                 arm = name if len(arms) == 1 else f"{name}: {row.get('arm')}"
                 if (row.get("history") or "own") == history and (trusted or row.get("judge") == "checks"):
                     yield row | {"arm": arm}
-
     if tables := verdict_table(rows()): return tables
     raise InputError(f"no verdicts with {history} history", Path(folders[0]) / "verdicts.jsonl", field="history")

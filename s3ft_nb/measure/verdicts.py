@@ -27,7 +27,6 @@ KEPT, BROKEN, UNKNOWN, NOT_APPLICABLE, ABSENT = 1, 0, -1, -2, -3  # states of a 
 @dataclass(frozen=True)
 class Index:
     "Names behind the numbers, shared by all arms that were read together."
-
     dialogues: list  # Dialogue ids; in what follows a dialogue is one conversation under one system prompt
     conversations: list  # Conversation ids
     conversation: np.ndarray  # (dialogues,) number of its conversation
@@ -41,7 +40,6 @@ class Index:
 @dataclass(frozen=True)
 class VerdictTable:
     "Verdicts of one arm under one history, one entry per rule and turn."
-
     index: Index
     dialogue: np.ndarray  # (rows,) number of the dialogue
     turn: np.ndarray  # (rows,) from 1
@@ -110,7 +108,6 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
             both = f"{kind} {name} belongs to {facts[kind][n]} and to {fact}"
             raise InputError(both, field=f"{kind}_id", remedy="give each an id of its own")
         return n
-
     for row in rows:
         arm, dialogue, conversation, prompt, rule, kind, model, turn, *rest = verdict_fields(row)
         d = number("dialogue", dialogue, number("conversation", conversation))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'FAILURES', 'EngineError', 'api_key', 'check_requests', 'parse_body', 'response_text', 'read_choice',
-           'read_pieces', 'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient', 'HttpEngine']
+           'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient', 'HttpEngine']
 
 # %% ../../nbs/lm/05_http.ipynb #f8231399
 import asyncio
@@ -77,7 +77,7 @@ def response_text(content: Any, kinds: str = ".*") -> str:  # What JSON can hold
     return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
 
 
-def read_choice(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` and `pieces` if any
+def read_choice(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the tokens, `reasoning` if any
     "The response in a choice."
     message, finish = choice["message"], str(choice.get("finish_reason")).lower()
     text = response_text(message.get("content"), "text|output_text") or response_text(message.get("refusal"))
@@ -86,21 +86,8 @@ def read_choice(choice: dict, tokens: dict) -> dict:  # `text`, `finish`, the to
     thoughts = [response_text(message.get(name)) for name in ("reasoning_content", "reasoning", "thinking")]
     thoughts += [response_text(apart, "thinking|reasoning"), thought]
     ended = next((end for end, names in SERVER["ends"].items() if re.fullmatch(names, finish)), "stop")
-    found = {"reasoning": "\n\n".join(dict.fromkeys(filter(None, thoughts))),
-             "pieces": read_pieces(choice.get("logprobs"), text.strip())}
-    return {"text": text.strip(), "finish": ended} | tokens | {name: value for name, value in found.items() if value}
-
-
-def read_pieces(logprobs: Any, text: str) -> list:  # [[end character, nats]] by token, if the server says it
-    "Where in a response each token ends, and its log-probability."
-    ends, whole = [], b""
-    try:
-        for one in logprobs["content"]:
-            whole += bytes(one.get("bytes") or one["token"].encode())
-            ends.append([len(whole.decode("utf-8", "ignore")), float(one["logprob"])])
-    except (TypeError, ValueError, KeyError, AttributeError): return []
-    start, known = whole.decode("utf-8", "ignore").rfind(text), all(math.isfinite(nats) for _, nats in ends)
-    return [[end - start, nats] for end, nats in ends] if start >= 0 and known else []
+    reasoning = "\n\n".join(dict.fromkeys(filter(None, thoughts)))
+    return {"text": text.strip(), "finish": ended} | tokens | ({"reasoning": reasoning} if reasoning else {})
 
 
 def read_scores(choice: dict, tokens: dict, labels: list[str]) -> dict:  # `logprobs`, `outside` and `prompt_tokens`
@@ -191,8 +178,7 @@ class HttpEngine:
         "See `lm.engine.Engine`; the seed is sent along, servers may ignore it. Raises `EngineError`."
         sampling = {"max_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         seeded = lambda one: int(stable_id(seed, one["id"], one["messages"], n=8), 16) >> 1  # 31 bits, as servers want
-        own = lambda one: sampling | {"seed": seeded(one)} | ({"logprobs": True} if one.get("pieces") else {})
-        return self._run(requests, own, read_choice, progress, "prompt")
+        return self._run(requests, lambda one: sampling | {"seed": seeded(one)}, read_choice, progress, "prompt")
 
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `lm.engine.Engine`; labels are single letters or words of one token. Raises `EngineError`."

@@ -90,7 +90,8 @@ def located(model: str | Path, adapter: bool = False) -> str | Path:  # A folder
     "Raise `InputError` when a folder does not hold a model, or adapter, that loads without running its code."
     if not is_folder(model := model_folder(model)): return str(model)
     folder, remedy = Path(model).expanduser(), "name a folder with config.json and *.safetensors, or a model on the hub"
-    config, weights = ("adapter_config.json", "adapter_model.safetensors") if adapter else ("config.json", "*.safetensors")
+    config = "adapter_config.json" if adapter else "config.json"
+    weights = "adapter_model.safetensors" if adapter else "*.safetensors"
     if (folder / config).exists():
         if read_object(folder / config) and any(folder.glob(weights)): return folder
         remedy = "save it with save_pretrained; pickled weights (*.bin, *.pt) can run code and are not read"

@@ -168,7 +168,7 @@ def apply(tokenizer, template: str, messages: list[dict], generate: bool = True)
         if len(text) > 10**6 + 100 * sum(len(one["content"]) for one in messages): raise MemoryError
         return text
     except TimeoutError: raise TemplateLimit("the chat template does not end in two seconds", remedy=remedy) from None
-    except MemoryError: raise TemplateLimit("the chat template makes more text than any prompt", remedy=remedy) from None
+    except MemoryError: raise TemplateLimit("the chat template makes more text than a prompt", remedy=remedy) from None
     except Exception as error:  # a template is somebody's program and may fail in any way
         raise InputError(f"the chat template refuses these messages: {error}",
                          remedy="see what s3ft doctor says about this model") from None

@@ -121,8 +121,7 @@ def read_entries(entries: Any, where: str) -> list[RawMessage]:
 def read_pair(pair: dict, where: str) -> list[RawMessage]:
     "Read a prompt and the response to it; without a response there is a user message only."
     names = [first_of(group, pair) for group in (ASKED, RESPONSE)]
-    if names[0] is None or pair[names[0]] is None:
-        raise refusal("missing_field", f"has none of {', '.join((*TEXT, *ASKED))}", where)
+    if pair.get(names[0]) is None: raise refusal("missing_field", f"has none of {', '.join(TEXT + ASKED)}", where)
     sides = []
     for name, role in zip(names, ("user", "assistant")):
         value, at = pair.get(name), f"{where}.{name}".strip(".")
@@ -182,9 +181,8 @@ def read_row(row: Any, format: str = "auto") -> tuple[str, list[list[RawMessage]
     if entries == []: raise refusal("empty", "is empty", name)
     bare = bool(entries) and all(isinstance(entry, str) for entry in entries)
     transcript = name in ("utterances", "dialogue", "dialog", "log") or has_one_of(row, ("dialogue_id", "dialog_id"))
-    remedy = "if user and assistant take turns, name the format speakers"
-    if bare and format != "speakers" and not transcript:
-        raise refusal("no_speakers", "lists texts without speakers", name, remedy)
+    remedy, named = "if user and assistant take turns, name the format speakers", transcript or format == "speakers"
+    if bare and not named: raise refusal("no_speakers", "lists texts without speakers", name, remedy)
     fields = None if entries is None else set().union(*(entry for entry in entries if isinstance(entry, dict)))
     if bare: format = "speakers"
     elif format not in FORMATS: format = next((name for name, test in FORMATS.items() if test(row, fields)), "")

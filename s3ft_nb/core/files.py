@@ -347,8 +347,7 @@ def json_values(path: str | Path) -> list[tuple[int, Any]]:  # (line or element 
         except InputError as error:
             error.reason = "broken_line"
             values.append((n, error))
-    if any(isinstance(value, dict) if whole else not isinstance(value, InputError) for _, value in values):
-        return values
+    if any(isinstance(one, dict) if whole else not isinstance(one, InputError) for _, one in values): return values
     raise whole or InputError(f"holds no JSON: {values[0][1].message}", path, values[0][0], remedy=remedy)
 
 

@@ -172,10 +172,8 @@ def encode_requests(lm: LM, requests: list[dict], room: int) -> list[dict]:  # `
 class TransformersEngine:
     "Generate and score with a model in this process."
 
-    def __init__(
-        self, lm: LM, batch_size: int = 64, max_new_tokens: int = 64,  # Rows computed at a time; longest response
-        temperature: float = 1.0, top_p: float = 1.0,  # 0 takes the likeliest token; nucleus, probability in (0, 1]
-    ):
+    def __init__(self, lm: LM, batch_size: int = 64, max_new_tokens: int = 64, temperature: float = 1.0,
+                 top_p: float = 1.0):  # Rows at a time; tokens; 0: the likeliest token; nucleus, probability in (0, 1]
         if batch_size < 1 or max_new_tokens < 1: raise InputError("batch_size and max_new_tokens must be at least 1")
         if temperature < 0 or not 0 < top_p <= 1: raise InputError("temperature must be at least 0, top_p in (0, 1]")
         self.lm, self.name, self.batch_size, self.max_new_tokens = lm, lm.name, batch_size, max_new_tokens
@@ -256,14 +254,11 @@ class TransformersEngine:
         return rows
 
 # %% ../../nbs/lm/06_engine.ipynb #e1a1f0a3
-def ask(
-    requests: list[dict], engine: Engine, stage: Stage | None,  # See `Engine`, distinct ids; None: in another's work
-    claim: Any = (),  # What else the rows depend on, such as temperature and a hash of the model
-    errors: str = "raise", title: str = "",  # raise, or keep the rows `{"id", "error"}` of an engine that returns them
-    labels: list | None = None,  # To be scored
-) -> list[dict]:  # In the order of the requests; responses with the `seed` of their shard
+def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = (), errors: str = "raise",
+        title: str = "", labels: list | None = None) -> list[dict]:  # In the order of the requests; `seed` of a shard
     """Score labels, tell the likelihood of responses that the requests hold, or generate: sharded and resumable.
-    Raises `InputError` naming the request that failed."""
+    `claim`: what else the rows depend on, such as a hash of the model; without a stage they are part of another's work.
+    Raises `InputError` naming the request that failed, unless `errors` is keep: then its row is `{"id", "error"}`."""
     kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
 
     def work(shard: list[dict], seed: int) -> list[dict]:
@@ -281,12 +276,10 @@ def ask(
     return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
 
 # %% ../../nbs/lm/06_engine.ipynb #266c4ba6
-def make_engine(
-    kind: str = "transformers", model: str = "",  # transformers: a folder or hub name; http: the server's name for it
-    adapter: str | None = None, quantization: str = "nf4", dtype: str = "auto", device: str = "auto",  # See `load`
-    base_url: str = "", **options: Any,  # Of the server; what the engine takes besides, such as temperature
-) -> Engine:  # A `TransformersEngine` or `HttpEngine`
-    "Make the engine that a recipe names; raises `InputError` on an unknown kind or option."
+def make_engine(kind: str = "transformers", model: str = "", adapter: str | None = None, quantization: str = "nf4",
+                dtype: str = "auto", device: str = "auto", base_url: str = "", **options: Any) -> Engine:
+    """Make the engine that a recipe names, a `TransformersEngine` (see `load`) or an `HttpEngine`, with its options.
+    Raises `InputError` on an unknown kind or option."""
     maker = {"transformers": TransformersEngine, "http": HttpEngine}.get(kind)
     if not maker: raise InputError(f"unknown engine {kind!r}", remedy="use transformers or http")
     if not model: raise InputError("names no model", field="engine", remedy="set model to a folder or a name")

@@ -39,12 +39,11 @@ def api_key(variable: str, base_url: str) -> str:  # "none" for a local server
 def check_requests(requests: list[dict]) -> None:  # `{"id", "messages"}`
     "Raise `InputError` unless every request has an id of its own and messages."
     seen = set()
-    for i, request in enumerate(requests):
-        lacks = [field for field in ("id", "messages") if not request.get(field)]
+    for i, one in enumerate(requests):
+        lacks = [field for field in ("id", "messages") if not one.get(field)]
         if lacks: raise InputError("missing", field=f"requests.{i}.{lacks[0]}", remedy="add this field")
-        if request["id"] in seen:
-            raise InputError(f"id {request['id']!r} appears twice", field=f"requests.{i}", remedy="make ids unique")
-        seen.add(request["id"])
+        if one["id"] in seen: raise InputError(f"id {one['id']!r} occurs twice", field=f"requests.{i}", remedy="rename")
+        seen.add(one["id"])
 
 # %% ../../nbs/lm/05_http.ipynb #dcf958be
 SERVER = read_toml(resource("data", "template", "server.toml"))  # What servers call things

@@ -102,11 +102,10 @@ def learnt_responses(messages: list[dict], train_on: str | list) -> list[int]:  
     return [i for i, one in enumerate(train_on) if one]
 
 # %% ../../nbs/lm/02_labels.ipynb #ec04d7a9
-def encode(
-    tokenizer, messages: list, train_on: str | list = "last",  # last, all, or a list with 0 or 1 for each message
-    policy: Policy | None = None, note: Callable[[str], None] = NO_NOTE,  # Called with what was changed
-) -> dict:  # `input_ids`; `labels`, -100 but on responses and what ends them
-    "Encode a conversation up to the last response learnt; raises `InputError` rather than guess where a response is."
+def encode(tokenizer, messages: list, train_on: str | list = "last", policy: Policy | None = None,
+           note: Callable[[str], None] = NO_NOTE) -> dict:  # `input_ids`; `labels`, -100 but on responses and ends
+    """Encode a conversation up to the last response learnt (`train_on` last, all, or a list with 0 or 1 per message).
+    Raises `InputError` rather than guess where a response is; `note` is called with what was changed."""
     policy, template = in_use(tokenizer, policy)
     ready = checked_messages(messages, policy, note)
     wanted, roles = learnt_responses(ready, train_on), roles_of(ready)
@@ -148,12 +147,10 @@ def fewest(most: int, fits: Callable[[int], bool]) -> int:  # most + 1 when none
     return 0 if fits(0) else 1 + bisect_left(range(1, most + 1), True, key=fits)
 
 
-def fit_context(
-    messages: list, count: Callable, room: int | None,  # count: rendered messages -> tokens; room: most tokens, or None
-    ledger: Ledger | None = None, id: str = "",  # Notes `history_cut`, `turns_cut`; with `id` of the row, `too_long`
-    render: Callable = lambda messages: messages,  # messages -> what is counted, such as a judge's request about them
-) -> list | None:  # The same without the fewest oldest turns; None when the last turn alone is too long
-    "Drop the oldest turns of a prompt until it fits."
+def fit_context(messages: list, count: Callable, room: int | None, ledger: Ledger | None = None, id: str = "",
+                render: Callable = lambda messages: messages) -> list | None:  # None: the last turn alone is too long
+    """Drop the fewest oldest turns of a prompt that make it fit `room` tokens, as `count` counts rendered messages.
+    The ledger notes `history_cut` and `turns_cut`, and drops the `id` of a row that is too long."""
     if room is None: return messages
     most = (len(messages) - has_system(messages) - 1) // 2
     n = fewest(most, lambda n: count(render(without_oldest(messages, n))) <= room)
@@ -225,8 +222,7 @@ def encode_rows(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, to
         else: ledger.drop(id, "too_long", f"{tokens} tokens, {max_length} allowed{alone}")
         if cut and too_long == "cut": ledger.note("history_cut"), ledger.note("turns_cut", cut)
     if encoded: return encoded
-    raise InputError(f"none of {len(rows)} rows can be trained on", field="rows",
-                     remedy="give shorter rows or a larger max_length")
+    raise InputError(f"none of {len(rows)} rows can be trained on", field="rows", remedy="cut them or raise max_length")
 
 # %% ../../nbs/lm/02_labels.ipynb #556caf35
 def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # One line of the last n tokens

@@ -250,10 +250,8 @@ class LM:
     name: str  # For reports: base, and adapter if there is one; no more of a path than tells it apart
 
 # %% ../../nbs/lm/04_model.ipynb #663890df
-def load(
-    model: str | Path, quantization: str = "nf4",  # Folder or hub name of the base; nf4 or none
-    adapter: str | Path | None = None, dtype: str = "auto", device: str = "auto",  # auto, cpu, cuda, cuda:1, mps …
-) -> LM:
+def load(model: str | Path, quantization: str = "nf4", adapter: str | Path | None = None, dtype: str = "auto",
+         device: str = "auto") -> LM:  # model: folder or hub name; quantization: nf4, none; device: cpu, cuda:1 …
     "Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`."
     base, device = located(model), pick_device(device)
     dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)

@@ -71,8 +71,7 @@ def ordered_messages(messages: list, same_role="refuse", note: Callable = NO_NOT
     check_order([Message(**one) for one in joined] if len(joined) < len(checked) else checked)
     for _ in range(len(checked) - len(joined)): note("joined_same_role")
     if system != "refuse" or joined[0]["role"] != "system": return joined
-    raise InputError("has a system message", field="messages.0",
-                     remedy="choose where the system text goes: first_user or every_user")
+    raise InputError("has a system message", field="messages.0", remedy="use system policy first_user or every_user")
 
 # %% ../../nbs/lm/00_template.ipynb #189a9e72
 def fold(messages: list, system: str = "native") -> list[dict]:  # `{"role", "content"}` to be sent to a server
@@ -170,8 +169,7 @@ def apply(tokenizer, template: str, messages: list[dict], generate: bool = True)
     except TimeoutError: raise TemplateLimit("the chat template does not end in two seconds", remedy=remedy) from None
     except MemoryError: raise TemplateLimit("the chat template makes more text than a prompt", remedy=remedy) from None
     except Exception as error:  # a template is somebody's program and may fail in any way
-        raise InputError(f"the chat template refuses these messages: {error}",
-                         remedy="see what s3ft doctor says about this model") from None
+        raise InputError(f"the chat template refuses these messages: {error}", remedy="see s3ft doctor") from None
 
 # %% ../../nbs/lm/00_template.ipynb #7049c526
 REASONING_TAGS = JINJA["reasoning_tags"]
@@ -350,8 +348,7 @@ def encode_text(tokenizer, template: str, text: str, own: list[str], mark: str =
     pattern, control = control_tokens(tokenizer, template)
     written, found = sum(len(pattern.findall(part)) for part in own), sum(map(control.__contains__, ids))
     if found == written: return ids
-    if found > written:
-        raise InputError("holds text that the tokenizer turns into a control token", remedy="remove that text")
+    if found > written: raise InputError("holds text that the tokenizer turns into a control token", remedy="remove it")
     raise InputError("the tokenizer does not recognise the template's control tokens", remedy="see its added tokens")
 
 # %% ../../nbs/lm/00_template.ipynb #b04efdd1

@@ -191,8 +191,7 @@ def closed_thought(text: str) -> int:  # Characters, the tag included; 0 when th
 
 
 def split_reasoning(text: str, generated: bool = False) -> tuple:  # (reasoning or None, response)
-    """Split a response from the reasoning in it: tags, a closing tag alone, channels of harmony. Reasoning that does
-    not end raises `InputError`, or, where a model generated it, leaves no response."""
+    "Split a response from the reasoning in it; what does not end raises `InputError`, or, generated, has no response."
     if CHANNEL.match(text):
         parts = CHANNEL.findall(text)
         told = lambda final: "\n\n".join(part.strip() for name, part in parts if (name == "final") == final)

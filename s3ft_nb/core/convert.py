@@ -377,7 +377,7 @@ def system_prompt(row: Any) -> SystemPrompt:
 
 
 def read_prompts(path: str | Path) -> list[SystemPrompt]:  # In file order, no text twice
-    "Read system prompts from .txt (one per line), .csv, .parquet, a dataset or JSON; raises `InputError` naming a line."
+    "Read system prompts: .txt (one per line), .csv, .parquet, a dataset or JSON; raises `InputError` naming a line."
     prompts, lines = {}, re.search(r"\.txt(\.gz)?$", str(path))
     for line, row in enumerate(decode(read_bytes(path), path).split("\n"), start=1) if lines else values_of(path):
         if isinstance(row, str) and not row.strip(): continue

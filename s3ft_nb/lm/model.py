@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'RECORD', 'WEIGHTY', 'quiet', 'loading', 'is_folder', 'safely', 'read_object', 'hub_name', 'located',
-           'load_tokenizer', 'check_template', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes',
-           'load_weights', 'weights_hash', 'check_base', 'check_finite', 'add_adapter', 'LM', 'load', 'model_hash',
-           'token_counter', 'context_length']
+           'load_tokenizer', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes', 'load_weights', 'weights_hash',
+           'check_adapter', 'check_finite', 'add_adapter', 'LM', 'load', 'model_hash', 'token_counter',
+           'context_length']
 
 # %% ../../nbs/lm/04_model.ipynb #24845d3a
 import hashlib
@@ -118,14 +118,6 @@ def load_tokenizer(source: str | Path) -> Any:  # A transformers tokenizer
     return tokenizer
 
 
-def check_template(folder: Path) -> None:
-    "Raise `InputError` when the template is not the one that the adapter was trained under."
-    if not (folder / RECORD).exists(): return  # made elsewhere
-    known, path = read_object(folder / RECORD).get("sha256"), folder / TEMPLATE
-    wrong, remedy = "is not the template that this adapter was trained under", "put the original back, or train again"
-    if not path.exists() or known != file_hash(path): raise InputError(wrong, path, remedy=remedy)
-
-
 def linked_model(model: str | Path, template: str, out: str | Path) -> Path:  # out: folder to make, new or empty
     "Make a folder that is the model with another chat template, by links; raises `InputError` when it is not empty."
     source, out = located(model), Path(out)
@@ -201,12 +193,16 @@ def weights_hash(model: str | Path) -> str:  # 16 hexadecimal digits; empty when
     return stable_id(tensors, n=16) if tensors else ""
 
 
-def check_base(adapter: Path, base: str | Path) -> None:
-    "Raise `InputError` when the adapter is known to belong to another base: by its weights, else by name or config."
+def check_adapter(adapter: Path, base: str | Path) -> None:
+    "Raise `InputError` when the adapter has another template or base than at its training, by weights, name or config."
+    made = read_object(adapter / RECORD) if (adapter / RECORD).exists() else {}  # at the training
+    wrong, remedy = "is not the template that this adapter was trained under", "put the original back, or train again"
+    if made and not ((file := adapter / TEMPLATE).exists() and made.get("sha256") == file_hash(file)):
+        raise InputError(wrong, file, remedy=remedy)
     trained_on = read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     if not isinstance(trained_on, str): raise InputError("must be text", adapter / "adapter_config.json", None,
                                                          "base_model_name_or_path", "name the base")
-    known = read_object(adapter / RECORD).get("base", "") if (adapter / RECORD).exists() else ""  # at the training
+    known = made.get("base", "")
     if trained_on and not known and hub_name(trained_on) != hub_name(base): known = weights_hash(trained_on)
     if known and (here := weights_hash(base)): same = known == here
     elif is_folder(trained_on) or is_folder(base):
@@ -255,7 +251,7 @@ def load(model: str | Path, quantization: str = "nf4", adapter: str | Path | Non
     "Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`."
     base, device = located(model), pick_device(device)
     dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)
-    if isinstance(adapter, Path): check_base(adapter, base), check_template(adapter)
+    if isinstance(adapter, Path): check_adapter(adapter, base)
     own = isinstance(adapter, Path) and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own else base)
     policy = set_policy(tokenizer)

@@ -149,8 +149,8 @@ class Stage:
 
     def part(self, name: str, seed: int | None = None, shard_size: int | None = None) -> "Stage":
         "A sub-folder with its own ledger and shards; tokens are counted together."
-        seed, size = self.seed if seed is None else seed, shard_size or self.shard_size
-        part = Stage(self.folder / name, name, seed, self.fresh, size)
+        seed = self.seed if seed is None else seed
+        part = Stage(self.folder / name, name, seed, self.fresh, shard_size or self.shard_size)
         part.usage, part.parent = self.usage, self
         return part
 

@@ -27,7 +27,7 @@ from unicodedata import normalize
 
 import jinja2
 
-from ..core.files import InputError, read_toml, resource, row_of, shorten
+from ..core.files import InputError, read_toml, resource, row_of, shorten, unknown
 from ..core.records import Message, check_order
 
 # %% ../../nbs/lm/00_template.ipynb #e079087e
@@ -45,8 +45,7 @@ class Policy:
 
     def __post_init__(self):
         for name, value, known in ((one.name, getattr(self, one.name), get_args(one.type)) for one in fields(self)):
-            wrong, remedy = f"unknown {name} policy {value!r}", f"use one of {known}"
-            if known and value not in known: raise InputError(wrong, field=name, remedy=remedy)
+            if known and value not in known: raise unknown(f"{name} policy", str(value), known, field=name)
         wrong, remedy = f"{self.today!r} is not a date", "write it as 2026-01-01"
         try: date.fromisoformat(self.today)
         except ValueError: raise InputError(wrong, field="today", remedy=remedy) from None

@@ -56,14 +56,9 @@ class Progress:
         if self.bar is not None: self.bar.close()
         elif self.outlet == "events" or time.monotonic() - self.began >= LINE_SECONDS: self.report()
 
-    def update(self, n: int = 1, tokens: int = 0) -> None:
-        "Count units done now, and the tokens they took."
-        self.worked, self.tokens = self.worked + n, self.tokens + tokens
-        self.skip(n)
-
-    def skip(self, n: int) -> None:
-        "Count units done earlier: they move the bar, not the rate."
-        self.done += n
+    def update(self, n: int = 1, tokens: int = 0, earlier: bool = False) -> None:
+        "Count units done, and the tokens they took; what was done earlier moves the bar, not the rate."
+        self.done, self.worked, self.tokens = self.done + n, self.worked + n * (not earlier), self.tokens + tokens
         if self.bar is not None: self.bar.update(n)
         pause = 0.5 if self.outlet == "events" else LINE_SECONDS  # at most two events a second
         if time.monotonic() - self.reported >= pause: self.report()
@@ -181,13 +176,13 @@ class Stage:
         with progress as self.progress:
             for index, start in enumerate(range(0, len(rows), step)):
                 shard, path = rows[start : start + step], folder / f"shard-{index:05d}.jsonl"
-                count = self.progress.skip if path.exists() else self.progress.update
-                if not path.exists(): self._make(path, work, shard, shard_seed(self.seed, index))
+                earlier = path.exists()
+                if not earlier: self._make(path, work, shard, shard_seed(self.seed, index))
                 elif path.with_suffix(".json").exists():  # what a finished shard spent and reported
                     kept = read_json(path.with_suffix(".json"))
                     self.usage.update(kept["usage"]), self.ledger.notes.update(kept["notes"])
                     self.ledger.dropped += kept["dropped"]
-                count(max(start + len(shard) - self.progress.done, 0))
+                self.progress.update(max(start + len(shard) - self.progress.done, 0), earlier=earlier)
                 done += read_rows(path)
         self.progress = None
         return done

@@ -218,8 +218,7 @@ def kappa_of(sums: np.ndarray) -> np.ndarray:  # (..., labels²) counts, rows on
 
 def confusion(a: Sequence, b: Sequence, labels: Sequence | None = None) -> np.ndarray:  # (rows, labels²) one 1 each
     "Which cell of the confusion matrix each row falls into; raises `InputError` on an unknown label."
-    if len(a) != len(b):
-        raise InputError(f"{len(a)} labels against {len(b)}", field="b", remedy="label the same samples")
+    if len(a) != len(b): raise InputError(f"{len(a)} labels against {len(b)}", field="b", remedy="label the same rows")
     columns = {label: i for i, label in enumerate(dict.fromkeys([*a, *b]) if labels is None else labels)}
     unknown = {*a, *b} - columns.keys()
     if unknown: raise InputError(f"labels {sorted(map(str, unknown))} are not among {list(columns)}", field="labels")

@@ -51,7 +51,6 @@ def assert_turns(responses: list[Response]) -> None:
 # %% ../../nbs/judging/05_judge.ipynb #45fd218a
 class Judgement(NamedTuple):
     "What is known about one response and one rule."
-
     satisfied: bool | None = None  # None when undecided or not applicable
     applicable: bool = True
     rationale: str = ""
@@ -229,7 +228,6 @@ def make_judge(
             cut = " [oldest turns not shown to the judge]" if prompt and len(prompt) < len(row.prompt) else ""
             out.append(verdict_of(row, rule, judgement._replace(rationale=(judgement.rationale + cut).strip()), name))
         return out
-
     judge.name = name
     return judge
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'RECORD', 'WEIGHTY', 'quiet', 'loading', 'is_folder', 'safely', 'read_object', 'hub_name', 'located',
            'load_tokenizer', 'check_template', 'linked_model', 'pick_device', 'pick_dtype', 'check_sizes',
-           'load_weights', 'weights_hash', 'check_base', 'own_tokens', 'check_finite', 'add_adapter', 'LM', 'load',
-           'model_hash', 'token_counter', 'context_length']
+           'load_weights', 'weights_hash', 'check_base', 'check_finite', 'add_adapter', 'LM', 'load', 'model_hash',
+           'token_counter', 'context_length']
 
 # %% ../../nbs/lm/04_model.ipynb #24845d3a
 import hashlib
@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
-from ..core.files import InputError, model_folder, read_json, shorten, stable_id, write_bytes
+from ..core.files import InputError, model_folder, read_json, shorten, stable_id, unknown, write_bytes
 from ..core.stage import file_hash
 from .doctor import set_policy
 from .labels import stop_ids
@@ -89,23 +89,17 @@ def hub_name(model: str | Path) -> str:
 def located(model: str | Path, adapter: bool = False) -> str | Path:  # A folder as a path, a hub name as text
     "Raise `InputError` when a folder does not hold a model, or adapter, that loads without running its code."
     if not is_folder(model := model_folder(model)): return str(model)
-    folder, wrong = Path(model).expanduser(), ""
-    has = lambda pattern: any(folder.glob(pattern))
-    remedy = "name a folder with config.json and *.safetensors, or a model on the hub"
-    if adapter:
-        if not has("adapter_config.json"):
-            wrong, remedy = "is not an adapter folder", "name a folder with adapter_config.json"
-        elif not read_object(folder / "adapter_config.json") or not has("adapter_model.safetensors"):
-            wrong, remedy = "has no adapter_model.safetensors", "pickled adapters are not read; train it again"
-    elif not folder.is_dir(): wrong = "there is no such model folder"
-    elif not has("config.json") and has("adapter_config.json"):
-        wrong, remedy = "is an adapter", "name its base as the model and this folder as the adapter"
-    elif not has("config.json"): wrong = "has no config.json"
-    elif not read_object(folder / "config.json") or not has("*.safetensors"):
-        wrong = "has no safetensors weights"
-        remedy = "save the model with save_pretrained; pickled weights (*.bin, *.pt) can run code and are not read"
-    if wrong: raise InputError(wrong, folder, remedy=remedy)
-    return folder
+    folder, remedy = Path(model).expanduser(), "name a folder with config.json and *.safetensors, or a model on the hub"
+    config = "adapter_config.json" if adapter else "config.json"
+    weights = "adapter_model.safetensors" if adapter else "*.safetensors"
+    if (folder / config).exists():
+        if read_object(folder / config) and any(folder.glob(weights)): return folder
+        remedy = "save it with save_pretrained; pickled weights (*.bin, *.pt) can run code and are not read"
+        raise InputError(f"has no {'safetensors weights' if weights[0] == '*' else weights}", folder, remedy=remedy)
+    if adapter: raise InputError("is not an adapter folder", folder, remedy=f"name a folder with {config}")
+    if not folder.is_dir(): raise InputError("there is no such model folder", folder, remedy=remedy)
+    if not (folder / "adapter_config.json").exists(): raise InputError(f"has no {config}", folder, remedy=remedy)
+    raise InputError("is an adapter", folder, remedy="name its base as the model and this folder as the adapter")
 
 # %% ../../nbs/lm/04_model.ipynb #01bc0453
 TEMPLATE, RECORD = "chat_template.jinja", "template.json"
@@ -128,9 +122,8 @@ def check_template(folder: Path) -> None:
     "Raise `InputError` when the template is not the one that the adapter was trained under."
     if not (folder / RECORD).exists(): return  # made elsewhere
     known, path = read_object(folder / RECORD).get("sha256"), folder / TEMPLATE
-    if path.exists() and known == file_hash(path): return
-    raise InputError("is not the template that this adapter was trained under", path,
-                     remedy="put the original back, or train again")
+    wrong, remedy = "is not the template that this adapter was trained under", "put the original back, or train again"
+    if not path.exists() or known != file_hash(path): raise InputError(wrong, path, remedy=remedy)
 
 
 def linked_model(model: str | Path, template: str, out: str | Path) -> Path:  # out: folder to make, new or empty
@@ -181,8 +174,7 @@ def check_sizes(config: Any, name: str | Path) -> None:
 
 def load_weights(source: str | Path, quantization: str, dtype: torch.dtype, device: str) -> Any:  # A transformers model
     "Load a causal language model; raises `InputError` when weights are missing, which would be random numbers."
-    if quantization not in ("nf4", "none"):
-        raise InputError(f"unknown quantization {quantization!r}", remedy="use nf4 or none")
+    if quantization not in ("nf4", "none"): raise unknown("quantization", quantization, ("nf4", "none"))
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype) if quantization == "nf4" else None
     with loading("model", source):
@@ -226,14 +218,6 @@ def check_base(adapter: Path, base: str | Path) -> None:
     raise InputError(wrong, adapter, remedy="name the base that it was trained on as the model")
 
 
-def own_tokens(adapter: Path) -> tuple[int, bool]:  # rows of its own embeddings (0: none); whether it learnt some rows
-    "What an adapter holds for tokens of its own."
-    with loading("adapter", adapter), safe_open(adapter / "adapter_model.safetensors", "np") as file:
-        rows = [file.get_slice(name).get_shape()[0] for name in file.keys()
-                if re.search(r"(embed\w*|wte|lm_head)\.weight$", name)]
-        return max(rows, default=0), any("trainable_tokens" in name for name in file.keys())
-
-
 def check_finite(model: Any, base: str | Path, adapter: str | Path | None) -> None:
     "Raise `InputError` when a weight is NaN or infinite."
     for name, weight in model.named_parameters():
@@ -266,10 +250,8 @@ class LM:
     name: str  # For reports: base, and adapter if there is one; no more of a path than tells it apart
 
 # %% ../../nbs/lm/04_model.ipynb #663890df
-def load(
-    model: str | Path, quantization: str = "nf4",  # Folder or hub name of the base; nf4 or none
-    adapter: str | Path | None = None, dtype: str = "auto", device: str = "auto",  # auto, cpu, cuda, cuda:1, mps …
-) -> LM:
+def load(model: str | Path, quantization: str = "nf4", adapter: str | Path | None = None, dtype: str = "auto",
+         device: str = "auto") -> LM:  # model: folder or hub name; quantization: nf4, none; device: cpu, cuda:1 …
     "Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`."
     base, device = located(model), pick_device(device)
     dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)
@@ -278,7 +260,12 @@ def load(
     tokenizer = load_tokenizer(adapter if own else base)
     policy = set_policy(tokenizer)
     weights = load_weights(base, quantization, dtype, device)
-    rows, learnt = own_tokens(adapter) if isinstance(adapter, Path) else (0, False)
+    sizes = {}  # rows of what the adapter holds, such as embeddings of tokens of its own
+    if isinstance(adapter, Path):
+        with loading("adapter", adapter), safe_open(adapter / "adapter_model.safetensors", "np") as file:
+            sizes = {one: (file.get_slice(one).get_shape() or [0])[0] for one in file.keys()}
+    learnt = any("trainable_tokens" in one for one in sizes)
+    rows = max((n for one, n in sizes.items() if re.search(r"(embed\w*|wte|lm_head)\.weight$", one)), default=0)
     size, rows = weights.get_input_embeddings().num_embeddings, rows or learnt * len(tokenizer)
     if len(tokenizer) > max(size, rows):
         who, remedy = (adapter, "save its embeddings with it") if own else (base, "name the folder of both")

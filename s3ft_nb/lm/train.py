@@ -106,8 +106,7 @@ class Watch(TrainerCallback):
     def __init__(self, progress: Progress, tokens: list[int]):  # tokens: of each step
         self.progress, self.tokens, self.label = progress, tokens, progress.label
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step: self.progress.skip(state.global_step)
+    def on_train_begin(self, args, state, control, **kwargs): self.progress.update(state.global_step, earlier=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs: self.progress.label = f"{self.label}, loss {logs['loss']:.3f}"
@@ -236,13 +235,10 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     return result
 
 
-def sft(
-    model: str | Path,  # Folder or hub name of the base
-    rows: list[dict],  # `{"id", "messages", "response"}`; messages are the prompt. Or see `labels.parse_row`
-    stage: Stage | str | Path,  # Or its folder: `adapter/`, `training.json` and, while it trains, `checkpoints/`
-    **settings: Any,  # Fields of `Settings`
-) -> dict:  # What `training.json` holds
-    "Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023); raises `InputError` on what cannot work."
+def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, **settings: Any) -> dict:  # `training.json`
+    """Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023) of rows `{"id", "messages", "response"}`, see
+    `labels.parse_row`; settings: see `Settings`. The stage, or its folder, gets `adapter/`, `training.json` and, while
+    it trains, `checkpoints/`. Raises `InputError` on what cannot work."""
     stage, settings = stage if isinstance(stage, Stage) else Stage(stage), make_settings(settings)
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
     decisive = {name: value for name, value in settings.model_dump().items() if name not in ("save_steps", "report_to")}

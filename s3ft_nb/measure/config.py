@@ -17,7 +17,6 @@ from ..core.files import InputError, assert_address, model_folder, read_toml, un
 @dataclass(frozen=True)
 class ModelConfig:
     "Model and limits"
-
     model: str = "micro-base"  # Folder of a model, a name on the hub, or micro-base, which is bundled
     engine: str = "transformers"  # transformers, or http for an OpenAI-compatible server
     base_url: str = ""  # Address of the server, such as http://localhost:8000/v1
@@ -36,7 +35,6 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DialogueConfig:
     "Dialogues"
-
     system_prompt: str = ""  # Text of one system prompt, or a .jsonl, .json or .csv file of several
     language: str = ""  # Language of reminders, judge and user turns: en or zh; empty: that of the system prompt
     recorded: str = ""  # File of conversations whose responses are scored as they stand; nothing is generated
@@ -59,7 +57,6 @@ class DialogueConfig:
 @dataclass(frozen=True)
 class ArmConfig:
     "Arms"
-
     arms: tuple[str, ...] = ("base", "repeat", "remind:4")  # Of base, repeat, remind:K, few_shot:N, best_of:N
     adapter: tuple[str, ...] = ()  # Trained adapter, an arm of its own: name, equals sign, folder
     examples: str = ""  # Rows of user and assistant for few_shot; empty: the model writes them
@@ -70,7 +67,6 @@ class ArmConfig:
 @dataclass(frozen=True)
 class JudgeConfig:
     "Rules and judge"
-
     rules: str = ""  # File of rules; empty: rules.jsonl in the folder, or rules made from the system prompts
     split_rules: bool = True  # Split a system prompt without checks into rules; false: it is one rule
     rules_by: str = ""  # Model that takes system prompts apart, checked against their text; empty: by sentences
@@ -85,7 +81,6 @@ class JudgeConfig:
 @dataclass(frozen=True)
 class MeasureConfig:
     "A measurement"
-
     out: str  # Folder of the measurement
     seed: int = 0  # Random seed
     fresh: bool = False  # Discard what an earlier measurement left in the folder, except the rules

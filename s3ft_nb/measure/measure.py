@@ -19,27 +19,25 @@ from typing import Any, NamedTuple, get_type_hints
 
 from .. import __version__
 from ..core.convert import read_conversations, system_prompt
-from ..core.files import (InputError, locked, model_folder, parse_json, read_json, read_rows, redact,
-                                stable_id, to_json, write_json, write_rows)
-from ..core.records import SystemPrompt, Rule
+from ..core.files import InputError, locked, model_folder, parse_json, read_json, read_rows, redact, stable_id
+from ..core.files import to_json, unknown, write_json, write_rows
+from ..core.records import Rule, SystemPrompt
 from ..core.stage import Stage, file_hash, rows_hash
 from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
 from ..judging.judge import verdicts
 from ..lm.engine import HttpEngine, make_engine
 from ..lm.template import split_reasoning
 from ..lm.model import context_length, model_hash, pick_device, token_counter
-from .arms import PLAY, assert_choice, make_arm, make_examples, make_fit, recorded_responses, rollout
+from .arms import PLAY, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
 from .config import MeasureConfig, ModelConfig, options_of, typed, with_model_defaults
-from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user
-from .dialogues import systems
+from .dialogues import Prepared, folder_rules, prepare, rules_by_prompt, simulated_user, systems
 from .metrics import differences, settled_numbers
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab32
 class Arm(NamedTuple):
     "An arm of a measurement."
-
     load: Callable  # () -> engine, called when the arm is due
     claim: Any = ()  # What its responses depend on, such as the adapter's hash
 
@@ -85,14 +83,12 @@ def probe_judge(judge: Callable | None, responses: list, rules: list[Rule], abou
 
 
 def measure_arms(
-    arms: dict[str, Arm], dialogues: list[dict], rules: list[Rule], stage: Stage,
-    judge: Callable | None = None,  # For rules without a check, see `judging.judge.make_judge`
+    arms: dict[str, Arm], dialogues: list[dict], rules: list[Rule], stage: Stage, judge: Callable | None = None,
     histories: tuple = ("own", "original"), not_applicable: set | None = None,  # {(conversation id, turn)}: no rules
     fit: Callable = lambda engine: lambda messages: messages,  # engine -> messages -> messages that fit
     write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
     settings: dict | None = None, about: dict | None = None,  # What responses depend on; what else measure.json holds
-    agreement: int = 200, level: float = 0.95,  # Responses on which judge and checks are compared; of intervals
-    language: str = "en",  # Of the responses with which a judge is probed
+    agreement: int = 200, level: float = 0.95, language: str = "en",  # For `probe_judge`; level: of intervals
     after: Callable | None = None,  # (name, engine) -> number rows, called when an arm has been played
 ) -> dict:  # What measure.json holds
     "Measure arms; raises `InputError` when the folder holds another measurement."
@@ -100,7 +96,7 @@ def measure_arms(
     settings = {"histories": list(histories), "dialogues": rows_hash(dialogues)[:16],
                 "seed": stage.seed} | (settings or {})
     files = {name: out / response_file(name) for name in arms}
-    for history in histories: assert_choice(history, tuple(PLAY), "histories", "history")
+    for history in set(histories) - set(PLAY): raise unknown("history", history, PLAY, field="histories")
     about = claim_folder(stage, settings, judge=judge.name if judge else "checks", arms={}, **(about or {}))
     write_rows(out / "dialogues.jsonl", dialogues)
     write_rows(out / "rules.jsonl", rules)  # as given: copies under an extended prompt are made anew
@@ -134,7 +130,6 @@ def measure_arms(
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab37
 class LoadedModel(NamedTuple):
     "A model that can be asked, and what it holds."
-
     engine: Any  # See `lm.engine.Engine`
     response_tokens: int  # Longest response
     room: int | None  # Longest prompt, tokens; None: not limited
@@ -183,10 +178,8 @@ def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
     engine.habits |= part.map([{"engine": engine.name}], lambda *_: [engine.probe(labels)], title="first request")[0]
 
 
-def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str,
-               work: Stage) -> tuple[LoadedModel, Callable]:
-    """The judge's model, `base` or that of the config, and what makes a judge, see `judging.judge.make_judge`, for a
-    stage (None inside the work of one)."""
+def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str, work: Stage) -> tuple:
+    "A judge's model, `base` or the config's, and stage (None inside the work of one) -> judge, see `make_judge`."
     asked, model = config.judge, base
     name, adapter = asked.judge or config.model.model, asked.judge_adapter and adapter_of(asked.judge_adapter)
     if base is None:  # a name beside a server is a model of that server
@@ -222,9 +215,8 @@ def examples_of(config: MeasureConfig, base: LoadedModel, ready: Prepared, n: in
     return {text: row["rows"] for text, row in zip(texts, made)}
 
 
-def make_arms(config: MeasureConfig, base: LoadedModel, ready: Prepared, judge: Callable | None,
-              work: Stage) -> dict[str, Arm]:
-    "The arms of a config."
+def make_arms(config: MeasureConfig, base: LoadedModel, ready: Prepared, judge: Callable | None, work: Stage) -> dict:
+    "The arms of a config, {name: `Arm`}."
     texts, arms = systems(ready.dialogues), {}
     scorer = rule_scorer(texts, rules_by_prompt(list(texts.values()), ready.rules), judge)
     for plan in ready.plans:
@@ -274,7 +266,6 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
         if name not in adapters or not users: return []
         replies = guard_responses(engine, users, work.part(f"guard-{name}"))
         return guard_numbers(name, users, before, replies, helps.engine, ready.language)
-
     warnings = [same_family(judge_model.engine.name, [base.engine.name]) if judge_model else "",
                 "A simulated user responds to each arm differently: arms are not paired." if want.user else ""]
     used = dict.fromkeys(one.engine for one in (base, judge_model, says) if one)
@@ -321,9 +312,8 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     about = claim_folder(stage, {"recorded": file_hash(path) if Path(path).is_file() else str(path)},
                          judge=judge.name if judge else "checks", options=options_of(config), language=language,
                          warnings=[left_out] if len(due) < len(rules) else [])
+    sample, talks = [], recorded_responses(conversations, Path(path).name.split(".")[0])
     with ExitStack() as stack:
-        sample = []
-        talks = recorded_responses(conversations, Path(path).name.split(".")[0])
         for responses in iter(lambda: list(islice(talks, 1024)), []):  # in memory at a time
             sample = sample or responses
             found = [("verdicts.jsonl", one) for one in verdicts(responses, due, judge)]

@@ -121,7 +121,6 @@ def calibrate(scores: list[Score], labels: dict) -> dict:  # `{temperature, nll_
     def nll(temperature: float) -> float:  # Negative log-likelihood of the annotations, nats per sample
         scaled = logs / temperature
         return float(np.mean(np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(truth)), truth]))
-
     best = minimize_scalar(lambda log_t: nll(np.exp(log_t)), bounds=(np.log(0.05), np.log(20)), method="bounded")
     temperature = float(np.exp(best.x)) if best.fun < nll(1.0) else 1.0
     return {"temperature": temperature, "nll_before": nll(1.0), "nll_after": nll(temperature), "n": len(known)}

@@ -116,7 +116,6 @@ def grow(
         if reason: return stage.ledger.drop(request["id"], reason, text)
         id = f"{type}-{language}-{stable_id(text)}"
         pool.append(SystemPrompt(id=id, type=type, text=text, language=language, source="grown"))
-
     for number in count():
         requests, seed = [], shard_seed(stage.seed, number)
         for type in types:

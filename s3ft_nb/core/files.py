@@ -230,8 +230,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def record(path: Path) -> dict:
-    "What is written down in a JSON file; nothing when there is none."
-    return read_json(path) if path.is_file() else {}
+    "The JSON object in a file, such as a configuration; an empty one when there is no file."
+    if isinstance(value := read_json(path) if path.is_file() else {}, dict): return value
+    raise InputError(f"must be a JSON object, got {shorten(value)}", path, remedy="copy or download it again")
 
 
 def read_toml(path: str | Path) -> dict:

@@ -173,7 +173,6 @@ def encode_within(tokenizer, messages: list, max_length: int, train_on="last", p
     return (None, 0, tokens) if n > most else (encoded(n), n, tokens)
 
 # %% ../../nbs/lm/02_labels.ipynb #d54b364f
-@lru_cache(maxsize=64)
 def closing_ids(tokenizer, template: str) -> list[int]:  # Token ids; none when the template cannot be trained on
     "What ends a response."
     try:

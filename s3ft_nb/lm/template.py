@@ -287,7 +287,6 @@ def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds on
     return either(tokens.values()), frozenset(tokens) - {tokenizer.unk_token_id}
 
 
-@lru_cache(maxsize=64)
 def reserved(tokenizer, template: str) -> re.Pattern:  # Finds control tokens and the template's markers
     "What a person may not write as the template does."
     markers = set(re.findall(r"<{1,2}/?[\w|｜▁]+>{1,2}|\[/?[A-Z_]{3,}\]|/(?:no_?)?think\b", template))

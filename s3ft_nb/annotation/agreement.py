@@ -31,21 +31,19 @@ def votes_of(annotations: list, labels: tuple = LABELS) -> tuple[np.ndarray, lis
     people = {name: j for j, name in enumerate(sorted({row.annotator for row in annotations}))}
     unknown = {row.label for row in annotations} - set(labels)
     if unknown: raise InputError(f"labels {sorted(unknown)} are not among {list(labels)}", field="labels")
-    times = Counter(f"{row.annotator} labelled {row.sample_id}" for row in annotations)
-    twice = [text for text, n in times.items() if n > 1]
-    if twice: raise InputError(f"{twice[0]} twice", field="annotations", remedy="keep one of the two")
     votes = np.zeros((len(samples), len(people), len(labels)), dtype="int8")
-    for row in annotations: votes[samples[row.sample_id], people[row.annotator], labels.index(row.label)] = 1
+    for row in annotations:
+        mine, pair = votes[samples[row.sample_id], people[row.annotator]], f"{row.annotator} labelled {row.sample_id}"
+        if mine.any(): raise InputError(f"{pair} twice", field="annotations", remedy="keep one of the two")
+        mine[labels.index(row.label)] = 1
     return votes, list(samples), list(people)
 
 # %% ../../nbs/annotation/04_agreement.ipynb #84779b81
 def alpha(annotations: list, labels: tuple = LABELS, clusters: dict | None = None) -> dict:  # An estimate, 1 = perfect
-    """Krippendorff's alpha with its interval; annotations may have gaps. Clusters: {sample_id: conversation}.
-    Raises `InputError` when a sample has no conversation there."""
+    "Krippendorff's alpha; gaps are allowed. Clusters: {sample_id: conversation}, of all samples, else `InputError`."
     votes, samples, _ = votes_of(annotations, labels)
-    missing = [id for id in samples if clusters is not None and id not in clusters]
-    if missing: raise InputError(f"{len(missing)} samples belong to no conversation, first {missing[0]}",
-                                 field="clusters", remedy="name the conversation of each")
+    lost = [id for id in samples if clusters is not None and id not in clusters]
+    if lost: raise InputError(f"{len(lost)} samples belong to no conversation, first {lost[0]}", field="clusters")
     counts = votes.sum(1)
     out = krippendorff_alpha(counts, clusters and [clusters[id] for id in samples])
     if out["mean"] != 1 or out["n_clusters"] < 2: return out
@@ -59,7 +57,7 @@ def number_lines(numbers: list[dict], parts: tuple) -> list[str]:  # "kappa ann 
     out = []
     for row in (row for row in numbers if row["part"] in parts):
         against, mean = row["against"] and f"against {row['against']}", row["mean"]
-        name = " ".join(part for part in (row["metric"], row["arm"], against, row["key"]) if part)
+        name = " ".join(filter(None, (row["metric"], row["arm"], against, row["key"])))
         shown = "not defined" if mean is None else f"{mean:.2f}" if isinstance(mean, float) else mean
         ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
         out.append(f"{name} {shown}{ends}" + ("" if row["p"] is None else f", p = {row['p']:.3g}"))
@@ -85,10 +83,9 @@ def agreement_numbers(annotations: list, labels: tuple = LABELS, clusters: dict 
         out.append(number_row("specific_agreement", {"mean": finite(p), "n": int(n)}, "label", label))
     weighted = counts[shared] / (counts[shared].sum(1) - 1)[:, None]
     table = weighted.T @ counts[shared]  # Krippendorff's coincidences (2011, section C), apart from the diagonal
-    pairs = {f"{a} / {b}": 2 * table[i, j] for (i, a), (j, b) in combinations(enumerate(labels), 2)}
-    for pair, n in sorted(pairs.items(), key=lambda item: -item[1]):
-        found = {"mean": float(n / sum(pairs.values())), "n": round(n)} if n else None
-        if found: out.append(number_row("disagreement", found, "label_pair", pair))
+    pairs = Counter({f"{a} / {b}": 2 * table[i, j] for (i, a), (j, b) in combinations(enumerate(labels), 2)})
+    out += [number_row("disagreement", {"mean": float(n / pairs.total()), "n": round(n)}, "label_pair", pair)
+            for pair, n in pairs.most_common() if n]
     for name in people:
         seconds = [row.seconds for row in annotations if row.annotator == name and row.seconds is not None]
         found = {"mean": float(np.median(seconds)), "n": len(seconds)} if seconds else None
@@ -106,7 +103,7 @@ def e_step(prior: np.ndarray, confusion: np.ndarray, votes: csr_array) -> np.nda
 def fit_votes(votes: csr_array, n: int, known: dict | None = None, smoothing: float = 0.0, max_steps: int = 5000,
               tol: float = 1e-6) -> tuple:  # posterior (samples, n labels), prior, confusion, whether it converged
     """Fit the model by EM until no probability changes by `tol`; the M-step is Dawid and Skene's equations 2.3 and 2.4.
-    `known` is {row: label index}, `smoothing` the imaginary right labels of each kind per annotator."""
+    Known: {row: label index}; smoothing: imaginary right labels of each kind per annotator."""
     eye, (rows, columns) = np.eye(n), np.array(list((known or {}).items()), int).reshape(-1, 2).T
     posterior = votes @ np.tile(eye, (votes.shape[1] // n, 1))
     posterior = posterior / posterior.sum(1, keepdims=True)
@@ -142,16 +139,15 @@ def dawid_skene(annotations: list, gold: dict | None = None) -> dict:
 def settle_labels(annotations: list, way: str = "majority", adjudicated: dict | None = None, gold: dict | None = None,
                   min_probability: float = 0.5, ledger: Ledger | None = None) -> dict:
     """Settle annotations into {sample_id: label, or None where it stays open}, in order of first appearance.
-    Labels of an adjudicator go first; `gold` anchors dawid_skene, whose likeliest label must exceed `min_probability`;
-    the ledger counts open samples, note `tie` or `unsure`. Raises `InputError` on another way."""
+    Labels of an adjudicator go first; `gold` anchors dawid_skene. Raises `InputError` on another way."""
     if way == "majority":
         votes, samples, _ = votes_of(annotations)
         top = [np.flatnonzero(n == n.max()) for n in votes.sum(1)]
         out = {id: LABELS[best[0]] if len(best) == 1 else None for id, best in zip(samples, top)}
     elif way == "dawid_skene":
         model = dawid_skene(annotations, gold)
-        likeliest = [LABELS[p.argmax()] if p.max() > min_probability else None for p in model["posterior"]]
-        out = dict(zip(model["samples"], likeliest))
+        out = {id: LABELS[p.argmax()] if p.max() > min_probability else None
+               for id, p in zip(model["samples"], model["posterior"])}
     else: raise InputError(f"is {way!r}", field="aggregate", remedy="use majority or dawid_skene")
     out |= {id: label for id, label in (adjudicated or {}).items() if id in out}
     still_open = sum(label is None for label in out.values())
@@ -176,8 +172,8 @@ def label_noise(annotations: list, seed: int = 0) -> list[dict]:
     value, group = errors(flat), np.random.default_rng(seed).permutation(n) % c
     left = np.array([errors(flat[group != g]) if c > 1 else value for g in range(c)])
     low, high = rate_ends(value, (left - left.mean(0)).T, np.array(c), 0.95)
-    columns = [("label_error", "annotator", name, m) for name, m in zip(people, given)]
-    columns += [("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
+    columns = [*(("label_error", "annotator", name, m) for name, m in zip(people, given)),
+               ("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
     return [number_row(metric, {"mean": float(e), "low": finite(l), "high": finite(h), "n": int(m)}, part, key)
             for (metric, part, key, m), e, l, h in zip(columns, value, low, high)]
 

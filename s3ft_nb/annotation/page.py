@@ -90,17 +90,14 @@ class AnnotationFile:
 
 # %% ../../nbs/annotation/02_page.ipynb #b76e812e
 def annotate(task: Task, path: str | Path, annotator: str) -> Any:  # A widget; `.rows` holds the annotations so far
-    """Annotate one person's task in a notebook, into a JSON Lines file that is continued where it exists.
-    Raises `InputError` when anywidget is missing, or the file holds something else."""
+    "Annotate one person's task in a notebook, into a JSON Lines file; raises `InputError` without anywidget."
     try:
         import anywidget
         import traitlets
     except ImportError:
         raise InputError("needs anywidget", field="widget", remedy="pip install s3ft_nb[annotation]") from None
     file, payload = AnnotationFile(task, path, annotator), task_payload(task, annotator)
-
     class AnnotationWidget(anywidget.AnyWidget):
-        "The annotation view in a notebook; `rows` holds the annotations so far."
         _esm, _css = page_part("view.js", "widget.js"), page_part("view.css")
         task = traitlets.Dict(payload).tag(sync=True)
         rows = property(lambda self: file.rows)
@@ -118,8 +115,7 @@ def annotate(task: Task, path: str | Path, annotator: str) -> Any:  # A widget; 
     return widget
 
 # %% ../../nbs/annotation/02_page.ipynb #bfb381a9
-class NeedsPeople(RuntimeError):
-    "The chain cannot continue before people have annotated; nothing is wrong."
+class NeedsPeople(RuntimeError): "The chain cannot continue before people have annotated; nothing is wrong."
 
 
 def ask_people(page: str | Path, items: str | Path, n: int) -> None:

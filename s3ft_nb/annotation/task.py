@@ -60,8 +60,7 @@ def csv_lines(path: str | Path, model: type = Annotation) -> Iterable[tuple[int,
     except csv.Error as error: raise InputError(f"broken CSV: {error}", path, reader.line_num) from None
 
 # %% ../../nbs/annotation/00_task.ipynb #81468220
-def item_of(row: Annotation | Preference) -> str:
-    "Id of the sample or pair that a row is about."
+def item_of(row: Annotation | Preference) -> str:  # id of the sample or pair that it is about
     return row.pair_id if isinstance(row, Preference) else row.sample_id
 
 
@@ -78,8 +77,8 @@ def read_annotations(path: str | Path, model: type = Annotation) -> list:  # Row
             kept, where, first_line = first.setdefault((row.annotator, item_of(row)), (row, file, line))
             if row is kept or where != file and row == kept: continue
             place = f"in line {first_line} already" if where == file else f"differently in {where.name}"
-            message, field = f"{row.annotator} labelled {item_of(row)} {place}", next(iter(model.model_fields))
-            raise InputError(message, file, line, field, "keep one of the two")
+            message = f"{row.annotator} labelled {item_of(row)} {place}"
+            raise InputError(message, file, line, next(iter(model.model_fields)), "keep one of the two")
     return [row for row, *_ in first.values()]
 
 # %% ../../nbs/annotation/00_task.ipynb #34821208
@@ -91,12 +90,10 @@ NEIGHBOURS = {"good": ("bad_context", "bad_system", "not_applicable"),
 def simulate(truth: dict, annotator: str, error_rate: float, seed: int) -> list[Annotation]:
     "Annotate {sample_id: true label} as someone who errs at a known rate, towards `NEIGHBOURS`."
     if not 0 <= error_rate <= 1: raise InputError(f"{error_rate} must be between 0 and 1", field="error_rate")
-    out = []
-    for sample_id, label in truth.items():
-        rng = random.Random(f"{seed}/{annotator}/{sample_id}")
-        label = rng.choice(NEIGHBOURS[label]) if rng.random() < error_rate else label
-        out.append(Annotation(sample_id=sample_id, annotator=annotator, label=label))
-    return out
+    def given(sample_id: str) -> str:
+        rng, right = random.Random(f"{seed}/{annotator}/{sample_id}"), truth[sample_id]
+        return rng.choice(NEIGHBOURS[right]) if rng.random() < error_rate else right
+    return [Annotation(sample_id=id, annotator=annotator, label=given(id)) for id in truth]
 
 # %% ../../nbs/annotation/00_task.ipynb #6242431f
 class Task(Row):
@@ -115,8 +112,8 @@ def make_task(rows: list, title: str = "", language: str = "en", mix: int | None
     if twice: raise InputError(f"{len(twice)} ids occur twice, first {twice[0]}", remedy="make ids unique")
     if not rows: raise InputError("a task without items", field="items", remedy="pass at least one sample or pair")
     kind, texts = ("pair", {"first", "second"}) if isinstance(rows[0], Pair) else ("label", {"response", "original"})
-    empty = [row.id for row in rows if kind == "label" and not row.response]
-    if empty: raise InputError("has no response to judge", field=f"sample {empty[0]}", remedy="restyle it")
+    for row in rows if kind == "label" else ():
+        if not row.response: raise InputError("has no response to judge", field=f"sample {row.id}", remedy="restyle it")
     items = [row.model_dump(include={"id", "system_prompt", "prompt", *texts}, mode="json") for row in rows]
     id = stable_id(kind, sorted(stable_id(item) for item in items))
     if mix is not None: items.sort(key=lambda item: stable_id(mix, item["id"]))
@@ -134,8 +131,7 @@ def for_annotator(task: Task, ids: list[str]) -> Task:  # The items of one perso
 
 def read_items(path: str | Path) -> list[Sample] | list[Pair]:
     "Rows of a file of samples or of pairs; raises `InputError` naming line and field."
-    rows = read_rows(path)
-    return read_rows(path, Pair if rows and "arms" in rows[0] else Sample)
+    return read_rows(path, Pair if any("arms" in row for row in read_rows(path)[:1]) else Sample)
 
 
 def read_task(path: str | Path, title: str = "", language: str = "en", mix: int | None = None) -> Task:
@@ -145,8 +141,7 @@ def read_task(path: str | Path, title: str = "", language: str = "en", mix: int 
 
 # %% ../../nbs/annotation/00_task.ipynb #94e09f4e
 def draw_pairs(responses: list, n: int, seed: int, ledger: Ledger | None = None) -> list[Pair]:
-    """Draw blind pairs, as many of every two arms as there are; the side of each response is random.
-    Raises `InputError` when there are fewer than `n`."""
+    "Draw blind pairs, evenly of every two arms, each on a random side; raises `InputError` when there are fewer."
     places, by_arms, rng, ledger = defaultdict(dict), defaultdict(list), random.Random(seed), ledger or Ledger("pairs")
     for row in responses: places[row.dialogue_id, row.turn, row.history][row.arm] = row
     for a, b in [pair for rows in places.values() for pair in combinations([rows[arm] for arm in sorted(rows)], 2)]:
@@ -159,8 +154,7 @@ def draw_pairs(responses: list, n: int, seed: int, ledger: Ledger | None = None)
         where = {name: getattr(a, name) for name in ("dialogue_id", "turn", "prompt", "system_prompt")}
         by_arms[a.arm, b.arm].append(Pair(id=id, first=first.response, second=second.response,
                                           arms=(first.arm, second.arm), **where))
-    total = sum(map(len, by_arms.values()))
-    remedy = "ask for fewer, or bring responses of two arms to the same prompts (original history)"
+    total, remedy = sum(map(len, by_arms.values())), "bring more responses of two arms to the same prompts"
     if not 0 < n <= total: raise InputError(f"cannot draw {n} of {total} pairs", field="n", remedy=remedy)
     groups = sorted((sorted(rows, key=lambda pair: pair.id) for rows in by_arms.values()), key=lambda rows: rows[0].id)
     for rows in groups: rng.shuffle(rows)
@@ -190,7 +184,7 @@ def page_words() -> dict:  # {language: {texts, rubric: {role, decide, order, la
     "What the page says, in every language."
     texts, out = read_json(resource("data", "annotation", "texts.json")), {}
     for language, words in RUBRIC.items():
-        labels = [{"label": label, "letter": letter, "short": words["short"][label], "long": words["long"][label]}
+        labels = [{"label": label, "letter": letter} | {length: words[length][label] for length in ("short", "long")}
                   for label, letter in LETTERS.items()]
         rubric = {key: words[key] for key in ("role", "decide", "order")} | {"labels": labels}
         out[language] = {"texts": texts[language], "rubric": rubric}

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'rows_in', 'read_numbers', 'write_section', 'with_interval', 'main_history', 'shown_rows', 'headline',
-           'measurement_tiles', 'seeds_section', 'cautions', 'measurement_section', 'draw_dialogues', 'browse',
-           'steps_table', 'facts_table', 'shown_section', 'write_report', 'step_folders']
+           'measurement_tiles', 'seeds_section', 'cautions', 'measurement_section', 'browse', 'steps_table',
+           'facts_table', 'shown_section', 'write_report', 'step_folders']
 
 # %% ../../nbs/report/02_page.ipynb #c07f20d8
 import base64
 import hashlib
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -53,8 +54,7 @@ def write_section(
         return {"lead": ""} | words | {"figures": shown, "tables": [asdict(one) for one in filled]}
 
     section = stored(figures, tables, title=title, lead=lead, headline=headline, tiles=list(tiles), notes=list(notes))
-    shown = [stored(**part) for part in parts]
-    section["parts"] = [part for part in shown if part["figures"] or part["tables"]]
+    section["parts"] = [part for part in (stored(**part) for part in parts) if part["figures"] or part["tables"]]
     write_json(Path(folder) / "section.json", section)
     return section
 
@@ -90,9 +90,9 @@ def headline(numbers: list[dict], main: str = "") -> str:  # main: arm to name; 
     if whole is None and unsettled:
         return f"No rule is settled: no program decides one of the {len(unsettled)}, and the judge is not trusted."
     if whole is None: return "No verdict could be used, so nothing is known about adherence."
-    some = f"the {len(checked)} of {len(checked | unsettled)} rules that a program checks"
-    of = some if unsettled else "its system prompt"
-    text = f"{whole['arm']} {'keeps' if unsettled else 'follows'} {of} in {with_interval(whole)} of its turns"
+    some = f"keeps the {len(checked)} of {len(checked | unsettled)} rules that a program checks"
+    does = some if unsettled else "follows its system prompt"
+    text = f"{whole['arm']} {does} in {with_interval(whole)} of its turns"
     if last: text += " (" + ", ".join(f"{with_interval(row)} at turn\u00a0{row['key']}" for row in (first, last)) + ")"
     if apart is None: return text + "."
     if apart["arm"] != main and outcome(apart) != "better": return f"{text}; no other arm is shown to be better."
@@ -128,8 +128,8 @@ def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last
     history, main = main_history(rows), main if (main, "") in pairs else [arm for arm, other in pairs if not other][-1]
     heads = {("all", ""): "All turns"} | {("turn", turn): f"Turn {turn}" for turn in (*turns[:1], *turns[-1:])}
     heads |= {("seed", seed): f"Seed {seed}" for seed in seeds}
-    cells = {tuple(row[key] for key in ("history", "arm", "against", "part", "key")):
-             row | ({"low": None, "high": None} if row["part"] == "seed" else {}) for row in rows}
+    rows = [row | dict.fromkeys(("low", "high") if row["part"] == "seed" else ()) for row in rows]
+    cells = {tuple(map(row.get, ("history", "arm", "against", "part", "key"))): row for row in rows}
     line = lambda history, pair: [cells.get((history, *pair, *place)) for place in heads]
     clear = lambda row: "no" if row["low"] is None or row["low"] * row["high"] <= 0 else "yes"
     caption = "Mean over seeds [95 % interval over seeds and conversations]; then each seed. Differences are paired."
@@ -146,12 +146,10 @@ def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last
         said = "not shown to differ from" if clear(row) == "no" else "better than" if row["mean"] > 0 else "worse than"
         found.append(f"{said} {row['against']} ({with_interval(row, signed=True)})")
     shared = whole["n_clusters"] < sum(row["n_clusters"] for row in alone)
-    how = ("The seeds share conversations: the covariance of the seeds that comes from them is added, and does not "
-           "shrink with more seeds." if shared else
-           "Each seed has conversations of its own: the spread of the seeds holds both.")
-    notes = [f"Intervals hold seeds and conversations. {how}"]
+    how = ("The seeds share conversations: their covariance is added, and does not shrink with more seeds." if shared
+           else "Each seed has conversations of its own: the spread of the seeds holds both.")
+    notes = [f"Intervals hold seeds and conversations. {how}", *["Few seeds: intervals are wide."] * (len(seeds) < 5)]
     if len(seeds) == 1: notes = ["One seed: intervals hold conversations only; another seed may lie outside them."]
-    elif len(seeds) < 5: notes.append("Few seeds: intervals are wide.")
     lost = [seed for seed in record(Path(folder).parent / "run.json").get("seeds", []) if str(seed) not in seeds]
     if lost: notes.append(f"Not in these means: seeds {', '.join(map(str, lost))}, which are not measured.")
     return write_section(folder, "Adherence over seeds", "A turn adheres when it satisfies every rule that applies.",
@@ -161,8 +159,8 @@ def seeds_section(folder: str | Path, main: str = "") -> dict:  # main: the last
 # %% ../../nbs/report/02_page.ipynb #f6293e67
 def cautions(numbers: list[dict], about: dict) -> list[str]:  # about: measure.json
     "What must be known before a measurement's numbers are believed."
-    out = [str(note) for note in about.get("warnings") or []]
-    out += [] if about.get("complete", True) else ["The measurement was stopped early; it covers what was judged."]
+    early = "The measurement was stopped early; it covers what was judged."
+    out = [*map(str, about.get("warnings") or []), *([] if about.get("complete", True) else [early])]
     counts, rows = defaultdict(dict), select(numbers, part="all", history=main_history(numbers))
     for row in rows: counts[row["arm"]][row["metric"]] = row["mean"]
     for arm, n in counts.items():
@@ -204,9 +202,9 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
                      history=one) for one in histories]
     counts = [pivot(counted, "metric", title=f"Counts, {one} history", caption="What the numbers rest on.",
                     name=f"counts_{one}", history=one) for one in histories]
-    apart = difference_table(numbers, part="all")
-    gaps = difference_table(numbers, "Own minus original history", "gaps", part="history")
-    judged = pivot(numbers, "metric", title="The judge against checks", name="judge", part="judge")
+    helps = [difference_table(numbers, part="all"),
+             difference_table(numbers, "Own minus original history", "gaps", part="history")]
+    trust = [*counts, pivot(numbers, "metric", title="The judge against checks", name="judge", part="judge")]
     plain = [row for row in select(numbers, part="all", history="") if row["metric"].startswith("plain_")]
     guard = pivot(plain, "metric", title="Without a system prompt", name="guard", caption="Of plain requests.")
     note = "CSR, ISR and SSR as in SysBench (arXiv 2408.10943)."
@@ -219,25 +217,15 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
         notes=cautions(numbers, record(folder / "measure.json")),
         parts=[
             {"title": "What helps", "lead": "Differences are paired: the same turns of the same conversations.",
-             "figures": [draw.forest(numbers, history=history)], "tables": [apart, gaps]},
+             "figures": [draw.forest(numbers, history=history)], "tables": helps},
             {"title": "Rules", "lead": "Which rule is violated, and when.",
              "figures": [draw.heat(numbers, words, history)], "tables": [by("rule"), *heats]},
             {"title": "By type, prompt, user and model", "tables": [by(part) for part in shown],
              "figures": [draw.dots(numbers, part, history=history, words=prompts) for part in shown]},
-            {"title": "How far to trust this", "figures": [],
-             "tables": [*counts, judged, by("unsettled", "csr"), guard]}])
+            {"title": "How far to trust this", "figures": [], "tables": [*trust, by("unsettled", "csr"), guard]}])
 
 # %% ../../nbs/report/02_page.ipynb #81524eed
 LONGEST = 1200  # Characters of a text on the page
-
-
-def draw_dialogues(prompts: dict[str, str], n: int, seed: int = 0) -> list[str]:  # dialogue id -> system prompt id
-    "Ids of some dialogues at random, of as many system prompts as possible."
-    seen, rank = Counter(), {}
-    for dialogue in sorted(prompts, key=lambda dialogue: stable_id(seed, dialogue)):
-        rank[dialogue] = seen[prompts[dialogue]]
-        seen[prompts[dialogue]] += 1
-    return sorted(rank, key=rank.get)[:n]
 
 
 def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None:  # {lead, arms, rules, dialogues}
@@ -246,8 +234,8 @@ def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None
     prompts, responses = defaultdict(dict), {}
     for _, row in rows_in(folders, "responses-*.jsonl"):
         prompts[row["history"]].setdefault(row["dialogue_id"], row["system_prompt_id"])
-    history = next((one for one in ("own", "recorded", "original") if one in prompts), None)
-    if history is None: return None
+    if not prompts: return None
+    history = next(one for one in ("own", "recorded", "original") if one in prompts)
     depth = next(n for n in range(1, 99) if len({folder.parts[-n:] for folder in folders}) == len(folders))
     arms_in = {folder: len(list(folder.glob("responses-*.jsonl"))) for folder in folders}
 
@@ -255,8 +243,10 @@ def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None
         name = "/".join(folder.parts[-depth:])
         return arm if len(folders) == 1 else name if arms_in[folder] == 1 else f"{name}: {arm}"
 
-    picked, total = draw_dialogues(prompts[history], n, seed), len(prompts[history])
-    dialogues = {id: {"prompt": prompts[history][id], "plan": {}, "responses": []} for id in picked}
+    prompts, ranks = prompts[history], defaultdict(count)  # at random, of as many system prompts as possible
+    rank = {id: next(ranks[prompts[id]]) for id in sorted(prompts, key=lambda id: stable_id(seed, id))}
+    picked, total = sorted(rank, key=rank.get)[:n], len(prompts)
+    dialogues = {id: {"prompt": prompts[id], "plan": {}, "responses": []} for id in picked}
     for folder, row in rows_in(folders, "responses-*.jsonl"):
         if row["history"] != history or row["dialogue_id"] not in dialogues: continue
         shown = {"arm": arm_in(folder, row["arm"]), "turn": row["turn"], "user": row["prompt"][-1]["content"][:LONGEST],
@@ -301,8 +291,8 @@ def facts_table(folders: list[Path]) -> Table:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         return [] if value in ("", None, []) else [[name, text[:200]]]
 
-    rows = [flat(record(parent / "run.json")) for parent in dict.fromkeys(folder.parent for folder in folders)]
-    rows = sum([*rows, *(flat(record(folder / "measure.json"), folder.name) for folder in folders)], [])
+    runs = [flat(record(parent / "run.json")) for parent in dict.fromkeys(folder.parent for folder in folders)]
+    rows = sum((flat(record(folder / "measure.json"), folder.name) for folder in folders), sum(runs, []))
     return Table("Versions and parameters", ["Fact", "Value"], rows, "What is needed to repeat it.", "facts")
 
 # %% ../../nbs/report/02_page.ipynb #61459ed5
@@ -326,10 +316,10 @@ def write_report(
     n_dialogues: int = 20, seed: int = 0,  # On the page; of their draw
 ) -> Path:  # index.html
     "Write index.html, numbers.jsonl, figures/ and tables/; raises `InputError` when no folder holds anything to show."
-    folders, out, sections = [Path(folder) for folder in folders], Path(out), []
+    folders, out, sections = [*map(Path, folders)], Path(out), []
     for folder in folders:
-        unpublished = (folder / "numbers.jsonl").is_file() and not (folder / "section.json").is_file()
-        if unpublished: measurement_section(folder, main=main)
+        if (folder / "numbers.jsonl").is_file() and not (folder / "section.json").is_file():
+            measurement_section(folder, main=main)
     published = {folder: found for folder in folders if (found := record(folder / "section.json"))}
     if not published:
         raise InputError("nothing to report: no section.json or numbers", *folders[:1], remedy="name finished steps")

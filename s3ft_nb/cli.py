@@ -225,10 +225,10 @@ def compare(
         write_rows(out / "numbers.jsonl", metrics.numbers(read) + metrics.differences(read, minus, seed=seed))
     else: benchmarks.score_sheets(runs, out, seed=seed)
     rows = read_rows(out / "numbers.jsonl")
-    lines = [tables.to_markdown(tables.difference_table(rows, part="all")), *metrics.conversations_to_show(rows)]
     section = measurement_section(out, "Comparison")
     page = write_report([out], out / "report", "Comparison", dialogues=[run for run in runs if run.is_dir()])
-    return [findings(out, section, page)] if json_ else [section["headline"], *lines, f"report: {page}"]
+    return [findings(out, section, page)] if json_ else [section["headline"],
+            tables.to_markdown(tables.difference_table(rows, part="all")), f"report: {page}"]
 
 # %% ../nbs/00_cli.ipynb #d1101895
 def convert(

@@ -47,10 +47,8 @@ def shown_turn(row: dict, language: str) -> str:  # row: `{"role", "content"}`, 
     return names[role] + re.sub(rf"(?im)(?<=\n)(?=[^\S\n]*(?:{imitation}))", "> ", quoted(row["content"], language))
 
 
-def blocks(
-    system_prompt: str, prompt: list,  # Messages or dicts before the response, without the system message
-    response: str | None = None, language: str = "en",  # Response to show, None leaves its block out; en or zh
-) -> str:  # User message of a judge or restyle request
+def blocks(system_prompt: str, prompt: list, response: str | None = None,  # prompt: without the system message
+           language: str = "en") -> str:  # User message of a judge or restyle request; no response, no block of it
     "The setting, conversation, last message and response; raises `InputError` when the last message is not the user's."
     words, rows = words_of(language), [one if isinstance(one, dict) else one.model_dump() for one in prompt]
     turns = [shown_turn(row, language) for row in rows]
@@ -64,8 +62,7 @@ def blocks(
 # %% ../../nbs/judging/00_rubric.ipynb #6368a0eb
 def judge_system(language: str = "en") -> str:
     "System message of a judge request, assembled from `RUBRIC` and `LETTERS`."
-    words = words_of(language)
-    gap = " " if language == "en" else ""
+    words, gap = words_of(language), " " if language == "en" else ""
     order = [f"{i}. {question}" for i, question in enumerate(words["order"], 1)]
     order[0] += gap + words["otherwise"].format(letter=LETTERS["not_applicable"])
     lines = [f"{LETTERS[label]} = {words['short'][label]}" for label in LABELS]

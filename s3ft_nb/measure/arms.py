@@ -168,10 +168,8 @@ def turn_messages(row: dict, turn: int, responses: list[str]) -> list[dict]:  # 
     return messages[:-1]
 
 
-def make_fit(
-    count_tokens: Callable | None, room: int | None, overflow: str = "cut_oldest",  # messages -> tokens; None: no limit
-    render: Callable = lambda messages: messages,  # messages -> what the model gets, see `PromptWrapper`
-) -> Callable:  # messages -> messages that fit, or None
+def make_fit(count_tokens: Callable | None, room: int | None, overflow: str = "cut_oldest",  # tokens; None: no limit
+             render: Callable = lambda messages: messages) -> Callable:  # messages -> messages that fit, or None
     "Make prompts fit by cutting oldest turns, or `stop` the dialogue; raises `InputError` on another word."
     if overflow not in (ways := ("cut_oldest", "stop")): raise unknown("choice", overflow, ways, field="overflow")
     if count_tokens is None or room is None: return lambda messages: messages

@@ -256,10 +256,8 @@ def guard_numbers(arm: str, users: list[str], before: list[dict], after: list[di
     return out + ([number_row("plain_helpfulness", preferred, arm=arm)] if preferred else [])
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #9b062dd4
-def harness_command(
-    model: str, adapter: str = "", base_url: str = "",  # Folder or hub name; of a server: its name for it
-    tasks: str = "", out: str = "lm-eval", seed: int = 0,  # With commas between; empty: ifeval, gsm8k, in process mmlu
-) -> list[str]:  # Words of a command
+def harness_command(model: str, adapter: str = "", base_url: str = "", tasks: str = "", out: str = "lm-eval",
+                    seed: int = 0) -> list[str]:  # tasks: commas between; empty: ifeval, gsm8k and, in process, mmlu
     "The command of lm-evaluation-harness for a model; raises `InputError` on a name it cannot take."
     for name in (name for name in (model, adapter, base_url) if "," in name or "=" in name):
         raise InputError(f"{name!r} holds a comma or an equals sign, which separate arguments there", field="model",

@@ -278,8 +278,7 @@ def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared
                              want.balanced)
     ledger.reconcile(len(scripts), len({row["conversation_id"] for row in dialogues})).save()
     if want.change:
-        prompts = [*prompts, read_system_prompts(want.change)[0]]
-        at = want.change_at or want.turns // 2 + 1
+        prompts, at = [*prompts, read_system_prompts(want.change)[0]], want.change_at or want.turns // 2 + 1
         dialogues = [change_system(row, at, prompts[-1], want.change_how) for row in dialogues]
     rules = folder_rules(stage, asked.rules, asked.split_rules, prompts, splitter)
     rules_by_prompt(list(systems(dialogues).values()), rules)

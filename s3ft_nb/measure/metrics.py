@@ -6,22 +6,19 @@
 __all__ = ['SYSBENCH', 'PART_METRICS', 'last', 'half', 'at_first', 'of_rules', 'METRICS', 'turn_columns', 'adherence_columns',
            'slope', 'of_curve', 'area', 'retention', 'half_life', 'first_violation', 'risk_columns', 'survival',
            'observed_turns', 'median_survival', 'stability_columns', 'recovery_columns', 'rule_sums', 'state_metric',
-           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'settled_numbers', 'differences',
-           'conversations_to_show', 'seed_numbers', 'compare_folders']
+           'adherence_at', 'counts', 'turn_numbers', 'numbers', 'settled_numbers', 'differences', 'seed_numbers',
+           'compare_folders']
 
 # %% ../../nbs/measure/01_metrics.ipynb #2b77b0d1
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial, reduce, wraps
 from itertools import product
-from math import ceil
 from pathlib import Path
 
 import numpy as np
 from scipy.integrate import trapezoid
 from scipy.optimize import isotonic_regression
-from scipy.stats import norm
-from scipy.stats import t as student
 
 from ..core.files import InputError, record, unknown
 from ..core.records import STANCES
@@ -271,19 +268,6 @@ def differences(tables: dict, against: str | None = None, level: float = 0.95, s
     for part in ("all", "turn", "history"):
         rows = [row for row in out if row["part"] == part]
         for row, p in zip(rows, holm([row["p"] for row in rows])): row["p"] = p
-    return out
-
-
-def conversations_to_show(numbers: list[dict], effect: float = 0.05, power: float = 0.8) -> list[str]:  # sentences
-    "How many conversations would show a difference in adherence with some power, where fewer were played."
-    out = []
-    for row in numbers:
-        n, known = row["n_clusters"], row["against"] and row["low"] is not None and row["p"] >= 0.05
-        if not known or n < 2 or (row["metric"], row["part"]) != ("adherence", "all"): continue
-        stderr = (row["high"] - row["low"]) / 2 / student.ppf(0.975, n - 1)
-        needed = ceil(n * ((norm.ppf(0.975) + norm.ppf(power)) * stderr / effect) ** 2)
-        if needed > n: out.append(f"About {needed} conversations would show a difference of {100 * effect:.0f} points "
-                                  f"between {row['arm']} and {row['against']}.")
     return out
 
 # %% ../../nbs/measure/01_metrics.ipynb #a5a67501

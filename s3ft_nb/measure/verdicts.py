@@ -82,10 +82,8 @@ def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fie
     dialogue, stance = get("dialogue_id") or conversation, get("stance") or None
     for name, value in (("dialogue_id", dialogue), ("turn", turn), ("rule_id", rule)):
         if value is None: raise InputError(f"missing in {shorten(row, 80)}", field=name, remedy="add this field")
-    if type(turn) is not int or turn < 1:
-        raise InputError(f"{shorten(turn)} is not a turn", field="turn", remedy="count turns from 1")
-    if satisfied not in (True, False, None):
-        raise InputError(f"{shorten(satisfied)} is not a verdict", field="satisfied", remedy="true, false or null")
+    if type(turn) is not int or turn < 1: raise InputError(f"{shorten(turn)} is not a turn, from 1", field="turn")
+    if satisfied not in (True, False, None): raise InputError(f"{shorten(satisfied)} is no verdict", field="satisfied")
     if stance not in (None, *STANCES): raise unknown("stance", str(stance), STANCES, field="stance")
     return ((get("arm") or "", get("history") or "own"), str(dialogue), str(conversation or dialogue),
             get("system_prompt_id") or "", str(rule), get("type") or "other", get("model") or "", turn,
@@ -149,8 +147,7 @@ def paired(a: VerdictTable, b: VerdictTable) -> tuple[VerdictTable, VerdictTable
     if a.index is not b.index:
         raise InputError("arms of two readings cannot be paired", remedy="read both with one call of verdict_table")
     known = (a.states > UNKNOWN) & (b.states > UNKNOWN) | (a.states == NOT_APPLICABLE) & (b.states == NOT_APPLICABLE)
-    if not known.any():
-        raise InputError("the arms share no decided turn", field="dialogue_id", remedy="play the same dialogues")
+    if not known.any(): raise InputError("the arms share no decided turn", remedy="play the same dialogues")
     return tuple(side.where(known[side.dialogue, side.turn - 1]) for side in (a, b))
 
 # %% ../../nbs/measure/00_verdicts.ipynb #9169c97f

@@ -30,10 +30,8 @@ def label_request(sample: Sample, language: str = "en", explained: bool = False)
     return {"id": sample.id, "messages": messages}
 
 
-def training_rows(
-    samples: list[Sample], labels: dict,  # Others are passed over; {sample id: label, None where annotators were tied}
-    language: str = "en", ledger: Ledger | None = None,  # Gets the ties
-) -> list[dict]:  # `{"id", "messages", "response"}`, in the order of the samples
+def training_rows(samples: list[Sample], labels: dict, language: str = "en",  # {sample id: label, None where tied}
+                  ledger: Ledger | None = None) -> list[dict]:  # `{"id", "messages", "response"}`, in order
     "Annotated samples as rows for training; raises `InputError` on a label without its sample and on an unknown label."
     missing, unknown = labels.keys() - {sample.id for sample in samples}, set(labels.values()) - {*LABELS, None}
     if missing: raise InputError(f"{len(missing)} labels have no sample, first {min(missing)}", field="labels")
@@ -54,10 +52,8 @@ def oversample(rows: list[dict], max_repeats: int = 3) -> list[dict]:  # Rows an
     return rows + [row | {"id": f"{row['id']}#{k}"} for row in rows for k in range(2, times[row["response"][0]] + 1)]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #a590357a
-def train(
-    model: str | Path, rows: list[dict], out: str | Path,  # Rows of `training_rows` or `judging.explain.rationales`
-    max_repeats: int = 3, ledger: Ledger | None = None, **settings,  # See `oversample`; settings: of `lm.train.sft`
-) -> dict:  # What `sft` returns, with `n_trained`, samples
+def train(model: str | Path, rows: list[dict], out: str | Path, max_repeats: int = 3,  # Rows of `training_rows`
+          ledger: Ledger | None = None, **settings) -> dict:  # As `lm.train.sft`, with `n_trained`, samples
     "Teach the base model to answer the rubric; raises `InputError` where `sft` does."
     ledger = ledger or Ledger("discriminator")
     if not rows: raise InputError("no labelled samples to train on", field="labels", remedy="annotate some samples")
@@ -68,10 +64,8 @@ def train(
     return done | {"n_trained": len({row["id"] for row in rows} - lost.keys())}
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #10e8280d
-def score_samples(
-    samples: list[Sample], engine, stage: Stage, language: str = "en",  # Samples with distinct ids
-    claim: Any = (),  # What else the scores depend on, such as a hash of the adapter
-) -> list[Score]:  # Uncalibrated, one per sample, in order
+def score_samples(samples: list[Sample], engine, stage: Stage, language: str = "en",  # Samples with distinct ids
+                  claim: Any = ()) -> list[Score]:  # Uncalibrated; claim: such as a hash of the adapter
     "Ask the discriminator about every sample."
     requests = [label_request(sample, language) for sample in samples]
     return [Score(sample_id=one["id"], probabilities=label_probabilities(one["logprobs"]), outside=one["outside"])

@@ -40,19 +40,14 @@ def sets_task(text: str) -> bool:
     text, match = unicodedata.normalize("NFKC", text).casefold().strip(), TASKS
     if text.endswith(("?", "吗", "吗。", "呢", "呢。")): return True
     if match["brings_en"].search(text) or match["brings_zh"].search(text.replace(",", "，")): return True
-    for part in re.split(r"[.!;。\n]+", text):
-        part = part.strip(" \"'“”*#-")
-        if match["asks_en"].match(part): return True
-        if any(match[f"job_{lang}"].match(part) and not match[f"always_{lang}"].search(part) for lang in LANGUAGES):
-            return True
-    return False
+    parts = [part.strip(" \"'“”*#-") for part in re.split(r"[.!;。\n]+", text)]
+    job = lambda part, lang: match[f"job_{lang}"].match(part) and not match[f"always_{lang}"].search(part)
+    return any(match["asks_en"].match(part) or job(part, "en") or job(part, "zh") for part in parts)
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #12f1937c
-def reject_reason(
-    text: str, accepted: list[str], examples: list[str] = (),  # Candidate, stripped; pool so far; what it grew from
-    evaluation: list[str] = (), language: str = "en",  # Texts of evaluation prompts
-) -> str | None:  # Reason code, None to accept
-    "Why a candidate does not enter the pool."
+def reject_reason(text: str, accepted: list[str], examples: list[str] = (), evaluation: list[str] = (),
+                  language: str = "en") -> str | None:  # Reason code, None to accept
+    "Why a candidate does not enter a pool, by its text, stripped, that of examples it grew from, and evaluation ones."
     shortest, longest = {"en": (6, 400), "zh": (4, 150)}[language]  # characters
     letters = sum(c.isalpha() for c in text)
     chinese = len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * letters  # it may quote foreign words

@@ -18,10 +18,8 @@ from ...lm.engine import ask
 from ...lm.labels import fit_context
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #f4d41f5d
-def assign(
-    conversations: list[Conversation], prompts: list[SystemPrompt], seed: int,  # Both of one half
-    n_types: int | None = None,  # Prompts per conversation, of types drawn at random; one of each type when None
-) -> list[tuple[Conversation, SystemPrompt]]:  # Pairs, conversation by conversation
+def assign(conversations: list[Conversation], prompts: list[SystemPrompt], seed: int,  # Both of one half
+           n_types: int | None = None) -> list[tuple[Conversation, SystemPrompt]]:  # Types drawn for each; None: all
     "Pair conversations with a random prompt per type; raises `InputError` on mixed halves or an impossible `n_types`."
     by_type, pairs = {}, []
     for prompt in sorted(prompts, key=lambda prompt: prompt.id): by_type.setdefault(prompt.type, []).append(prompt)
@@ -83,10 +81,8 @@ def fit_samples(samples: list[Sample], count: Callable, room: int, ledger: Ledge
     return out
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #27d63ff2
-def restyle(
-    samples: list[Sample], engine, stage: Stage, language: str = "en",  # Its ledger gets those that leave, and remarks
-    claim: Any = (),  # What else the responses depend on, such as the temperature and the model's hash
-) -> list[Sample]:  # With responses, which become part of their ids, in order
+def restyle(samples: list[Sample], engine, stage: Stage, language: str = "en",  # Its ledger gets those that leave
+            claim: Any = ()) -> list[Sample]:  # With responses, part of their ids; claim: what else these depend on
     "Write the responses of samples."
     requests, done = [{"id": sample.id, "messages": request_messages(sample, language)} for sample in samples], []
     for sample, found in zip(samples, ask(requests, engine, stage, claim, "keep"), strict=True):

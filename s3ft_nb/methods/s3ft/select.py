@@ -29,10 +29,8 @@ def lower_bound(k: int | np.ndarray, n: int | np.ndarray, level: float = 0.95) -
     return np.where(k > 0, beta.ppf(1 - level, np.maximum(k, 1), n - k + 1), 0.0)
 
 
-def threshold_curve(
-    p_good: list, is_good: list, level: float = 0.95,  # (samples,) in [0, 1]; what annotations say; of the lower bound
-) -> list[dict]:  # `{threshold, n_kept, n_good, precision, lower, recall}`, highest threshold first
-    "Precision, its lower bound and recall at every possible threshold; raises `InputError` on impossible input."
+def threshold_curve(p_good: list, is_good: list, level: float = 0.95) -> list[dict]:  # p_good: (samples,) in [0, 1]
+    "Rows {threshold, n_kept, n_good, precision, lower, recall}, highest first; raises `InputError` on wrong input."
     p, good = np.asarray(p_good, dtype=float), np.asarray(is_good, dtype=bool)
     if len(p) != len(good): raise InputError(f"{len(p)} probabilities but {len(good)} annotations", field="is_good")
     if not len(p): raise InputError("no annotations to choose a threshold on", field="is_good", remedy="annotate some")
@@ -94,8 +92,7 @@ def stability(
     fitted = [row for row in rows if taught.get(row["id"])]
     for _ in range(n):
         found = predict_labels(fit_labels(redrawn(fitted, homes, rng), taught), rows) if fitted else []
-        p = {row["id"]: one["good"] for row, one in zip(rows, found)} or p_good
-        some = redrawn(known, homes, rng)
+        p, some = {row["id"]: one["good"] for row, one in zip(rows, found)} or p_good, redrawn(known, homes, rng)
         good = [row["label"] == "good" for row in some]
         threshold = choose_threshold([p[row["id"]] for row in some], good, precision, level)["threshold"]
         again = {id for id in candidates if p[id] >= threshold}
@@ -118,8 +115,7 @@ def score_table(samples: list[Sample], scores: list[Score]) -> dict:  # {sample 
 
 def select_samples(
     samples: list[Sample], scores: list[Score], threshold: float,  # Least probability of good, in [0, 1]
-    keep_not_applicable: bool = False,  # Keep those with the original response, flagged `original_response`
-    ledger: Ledger | None = None,
+    keep_not_applicable: bool = False, ledger: Ledger | None = None,  # With the original response, so flagged
 ) -> list[Sample]:  # Those that stay, in order
     "Keep the samples that the discriminator finds good; raises `InputError` on a sample without a score."
     if not 0 <= threshold <= 1: raise InputError(f"must be between 0 and 1, got {threshold}", field="threshold")

@@ -132,7 +132,7 @@ def predict_labels(model: dict, rows: list[dict]) -> list[dict]:  # {label: prob
     return [label_probabilities(row["logprobs"]) if row["text"] is None else one for row, one in zip(rows, explained)]
 
 # %% ../../nbs/judging/04_explain.ipynb #854bced6
-def judge_labels(requests: list[dict], engine: Engine, stage: Stage | None = None, language: str = "en",  # as there
+def judge_labels(requests: list[dict], engine: Engine, stage: Stage | None = None, language: str = "en",
                  calibration: dict | None = None,  # {temperature} or {explain: {model, asked}}; None: uncalibrated
                  claim: Any = ()) -> list[dict]:  # `{id, probabilities, outside, text}` in order, or `{id, error}`
     "What a discriminator says about responses."

@@ -279,8 +279,7 @@ def drafts_of(row: Any, format: str) -> Iterator[tuple[str | None, dict, str, An
 
 
 def build(id: str | None, row: dict, messages: list, source: str, seen: dict, note: Callable) -> Conversation:
-    """Make one conversation; `seen` holds texts and ids of earlier ones, and gets those of this one.
-    Raises `InputError` when it was read before or is marked as bad."""
+    "Make one conversation, unlike those `seen`; raises `InputError` when it was read before or is marked as bad."
     for name in LABEL:
         if str(row.get(name)).strip().lower() in BAD: raise refusal("labelled_bad", "is marked as a bad response", name)
     if messages[-1]["role"] == "user":
@@ -378,8 +377,7 @@ def system_prompt(row: Any) -> SystemPrompt:
 
 
 def read_prompts(path: str | Path) -> list[SystemPrompt]:  # In file order, no text twice
-    """Read system prompts: .txt (one per line), .csv, .parquet, a dataset folder, or JSON of any other name.
-    Raises `InputError` naming file, line and field of the first invalid one."""
+    "Read system prompts: .txt (one per line), .csv, .parquet, a dataset or JSON; raises `InputError` naming a line."
     prompts, lines = {}, re.search(r"\.txt(\.gz)?$", str(path))
     for line, row in enumerate(decode(read_bytes(path), path).split("\n"), start=1) if lines else values_of(path):
         if isinstance(row, str) and not row.strip(): continue

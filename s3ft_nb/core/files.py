@@ -35,7 +35,6 @@ from pydantic import BaseModel, ValidationError
 # %% ../../nbs/core/00_files.ipynb #305cb9bb
 class InputError(ValueError):
     "Invalid input: what is wrong (message), where (file, line from 1, dotted field), and how to fix it (remedy)."
-
     def __init__(self, message: str, file: str | Path | None = None, line: int | None = None,
                  field: str | None = None, remedy: str | None = None):
         super().__init__(message, file, line, field, remedy)
@@ -191,8 +190,7 @@ def decode(data: bytes, file: str | Path | None = None, line: int | None = None)
 
 # %% ../../nbs/core/00_files.ipynb #6b794fd6
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """JSON text of a value, ending in a newline; file names that are not UTF-8 get a replacement character.
-    Raises `ValueError` on NaN and on half character pairs."""
+    "JSON text and a newline, a replacement character where a name is not UTF-8; raises `ValueError` on NaN."
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=plain) + "\n"
     try: return text.encode()
     except UnicodeEncodeError: return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
@@ -232,8 +230,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def record(path: Path) -> dict:
-    "What is written down in a JSON file; nothing when there is none."
-    return read_json(path) if path.is_file() else {}
+    "The JSON object in a file, such as a configuration; an empty one when there is no file."
+    if isinstance(value := read_json(path) if path.is_file() else {}, dict): return value
+    raise InputError(f"must be a JSON object, got {shorten(value)}", path, remedy="copy or download it again")
 
 
 def read_toml(path: str | Path) -> dict:

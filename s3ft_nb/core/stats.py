@@ -37,8 +37,7 @@ def cluster_sums(columns: np.ndarray, clusters: Sequence | None) -> np.ndarray: 
 # %% ../../nbs/core/04_stats.ipynb #88618d5c
 @np.errstate(divide="ignore", invalid="ignore")
 def jackknife(of: Callable, table: np.ndarray) -> tuple:  # of: (..., columns) sums -> (...) value
-    """A value of a (..., clusters, columns) table of sums, and how it changes when one cluster is left out:
-    (...) the value, (..., clusters) its centred changes, (...) the number of clusters with rows."""
+    "Of a (..., clusters, columns) table: value, (..., clusters) centred changes without each, number of clusters used."
     used, total = table.any(axis=-1), table.sum(axis=-2)
     c, left = used.sum(axis=-1), of(total[..., None, :] - table)
     return of(total), np.where(used, left - (np.where(used, left, 0).sum(-1) / c)[..., None], 0), c

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Engine', 'pad_left', 'draws', 'choose', 'step', 'n_shared', 'prefill', 'forbidden', 'write', 'chunks', 'label_ids',
-           'encode_requests', 'TransformersEngine', 'ask', 'make_engine']
+           'encode_request', 'TransformersEngine', 'ask', 'make_engine']
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
@@ -152,26 +152,19 @@ def label_ids(lm: LM, labels: list[str]) -> list[int]:  # First token of each
     raise InputError(f"labels cannot be told apart by their first token: {first}", remedy="use different letters")
 
 
-def encode_requests(lm: LM, requests: list[dict], room: int) -> list[dict]:  # `input_ids`; `labels` of a given response
-    "Encode requests; raises `InputError` naming the one that cannot be rendered or leaves less than `room` tokens."
-    check_requests(requests)
+def encode_request(lm: LM, id: str, messages: list, response: str | None = None, room: int = 0, **_: Any) -> dict:
+    "`input_ids`, and `labels` of a given response; raises `InputError` when it cannot be rendered or lacks `room`."
     longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    encoded = []
-    for request in requests:
-        messages, response = request["messages"], request.get("response")
-        try:
-            if response is None: encoded.append({"input_ids": prompt_ids(lm.tokenizer, messages)})
-            else: encoded.append(encode(lm.tokenizer, [*messages, {"role": "assistant", "content": response}]))
-        except InputError as error: raise InputError(f"request {request['id']}: {error}") from None
-        if (n := len(encoded[-1]["input_ids"])) + room > longest:
-            raise InputError(f"request {request['id']} has {n} tokens, and {lm.name} holds {longest} with the response",
-                             remedy="shorten the conversation or max_new_tokens")
-    return encoded
+    try: row = {"input_ids": prompt_ids(lm.tokenizer, messages)} if response is None else encode(
+        lm.tokenizer, [*messages, {"role": "assistant", "content": response}])
+    except InputError as error: raise InputError(f"request {id}: {error}") from None
+    if (n := len(row["input_ids"])) + room <= longest: return row
+    raise InputError(f"request {id} has {n} tokens, and {lm.name} holds {longest} with the response",
+                     remedy="shorten the conversation or max_new_tokens")
 
 # %% ../../nbs/lm/06_engine.ipynb #79ae4cc3
 class TransformersEngine:
     "Generate and score with a model in this process."
-
     def __init__(self, lm: LM, batch_size: int = 64, max_new_tokens: int = 64, temperature: float = 1.0,
                  top_p: float = 1.0):  # Rows at a time; tokens; 0: the likeliest token; nucleus, probability in (0, 1]
         if batch_size < 1 or max_new_tokens < 1: raise InputError("batch_size and max_new_tokens must be at least 1")
@@ -187,7 +180,6 @@ class TransformersEngine:
             written, shared, found = write(self.lm, prompts, drawn, self.temperature, self.top_p, scored)
             counts = [{"prompt_tokens": len(one), "cached_tokens": shared * (n > 0)} for n, one in enumerate(prompts)]
             return [self.read(ids, found[n] if scored else None) | counts[n] for n, ids in enumerate(written)]
-
         return self._in_batches(requests, self.max_new_tokens, work, progress, "prompt", "generated")
 
     def read(self, ids: list[int], logprobs: list[float] | None = None) -> dict:
@@ -211,7 +203,6 @@ class TransformersEngine:
             rows = zip(prompts, found.tolist(), (1 - found.exp().sum(-1)).clamp(0, 1).tolist())
             return [{"logprobs": row, "outside": rest, "prompt_tokens": len(prompt),
                      "cached_tokens": shared * (n > 0)} for n, (prompt, row, rest) in enumerate(rows)]
-
         return self._in_batches(requests, 1, work, progress, "scored")
 
     @torch.inference_mode()
@@ -234,11 +225,11 @@ class TransformersEngine:
                 own = given != -100
                 row["pieces"] = chunks(self.lm.tokenizer, given[own].tolist(), found[own].tolist(), one["response"])
             return rows
-
         return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
     def _in_batches(self, requests, room, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
-        rows, encoded = [None] * len(requests), encode_requests(self.lm, requests, room)
+        check_requests(requests)
+        rows, encoded = [None] * len(requests), [encode_request(self.lm, room=room, **one) for one in requests]
         order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
         for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
             ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
@@ -271,7 +262,6 @@ def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = 
                 raise InputError(f"{engine.name}, request {one['id']}: {wrong}", field="engine",
                                  remedy="run again; finished shards are kept")
         return [found[one["id"]] | more for one in shard]
-
     if stage is None: return work(requests, 0)
     return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
 

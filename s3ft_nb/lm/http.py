@@ -138,7 +138,6 @@ def describe(error: Exception) -> tuple:  # (what happened, how to fix it, wheth
 # %% ../../nbs/lm/05_http.ipynb #3bb7a9f3
 class BoundedClient(openai.DefaultAsyncHttpxClient):
     "An HTTP client whose responses have a deadline, the seconds of its `timeout`, and a size limit as a whole."
-
     async def send(self, request: Any, **options: Any) -> Any:
         async with asyncio.timeout(self.timeout.read):
             response, body = await super().send(request, **options | {"stream": True}), bytearray()
@@ -259,7 +258,6 @@ class HttpEngine:
                 found = {"error": str(failure)}
             if progress: progress.update(1, tokens=found.get("tokens") or 0)
             return {"id": id} | found
-
         http = BoundedClient(timeout=self.timeout)
         options = {"api_key": key, "max_retries": self.max_retries, "timeout": self.timeout, "http_client": http}
         async with openai.AsyncOpenAI(base_url=self.base_url, **options) as client:

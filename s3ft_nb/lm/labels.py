@@ -165,7 +165,6 @@ def encode_within(tokenizer, messages: list, max_length: int, train_on="last", p
     def encoded(n: int) -> dict:
         weights = train_on if isinstance(train_on, str) else without_oldest(messages, n, train_on)
         return encode(tokenizer, without_oldest(messages, n), weights, policy, NO_NOTE if n else note)
-
     messages = ordered_messages(messages, in_use(tokenizer, policy)[0].same_role, note)
     learnt, start = learnt_responses(messages, train_on), has_system(messages)
     most, tokens = (max(learnt) - start) // 2, len(encoded(0)["input_ids"])
@@ -174,7 +173,6 @@ def encode_within(tokenizer, messages: list, max_length: int, train_on="last", p
     return (None, 0, tokens) if n > most else (encoded(n), n, tokens)
 
 # %% ../../nbs/lm/02_labels.ipynb #d54b364f
-@lru_cache(maxsize=64)
 def closing_ids(tokenizer, template: str) -> list[int]:  # Token ids; none when the template cannot be trained on
     "What ends a response."
     try:

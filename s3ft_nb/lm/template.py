@@ -27,7 +27,7 @@ from unicodedata import normalize
 
 import jinja2
 
-from ..core.files import InputError, read_toml, resource, row_of, shorten
+from ..core.files import InputError, read_toml, resource, row_of, shorten, unknown
 from ..core.records import Message, check_order
 
 # %% ../../nbs/lm/00_template.ipynb #e079087e
@@ -45,8 +45,7 @@ class Policy:
 
     def __post_init__(self):
         for name, value, known in ((one.name, getattr(self, one.name), get_args(one.type)) for one in fields(self)):
-            wrong, remedy = f"unknown {name} policy {value!r}", f"use one of {known}"
-            if known and value not in known: raise InputError(wrong, field=name, remedy=remedy)
+            if known and value not in known: raise unknown(f"{name} policy", str(value), known, field=name)
         wrong, remedy = f"{self.today!r} is not a date", "write it as 2026-01-01"
         try: date.fromisoformat(self.today)
         except ValueError: raise InputError(wrong, field="today", remedy=remedy) from None
@@ -191,8 +190,7 @@ def closed_thought(text: str) -> int:  # Characters, the tag included; 0 when th
 
 
 def split_reasoning(text: str, generated: bool = False) -> tuple:  # (reasoning or None, response)
-    """Split a response from the reasoning in it: tags, a closing tag alone, channels of harmony. Reasoning that does
-    not end raises `InputError`, or, where a model generated it, leaves no response."""
+    "Split a response from the reasoning in it; what does not end raises `InputError`, or, generated, has no response."
     if CHANNEL.match(text):
         parts = CHANNEL.findall(text)
         told = lambda final: "\n\n".join(part.strip() for name, part in parts if (name == "final") == final)
@@ -289,7 +287,6 @@ def control_tokens(tokenizer, template: str) -> tuple:  # (pattern that finds on
     return either(tokens.values()), frozenset(tokens) - {tokenizer.unk_token_id}
 
 
-@lru_cache(maxsize=64)
 def reserved(tokenizer, template: str) -> re.Pattern:  # Finds control tokens and the template's markers
     "What a person may not write as the template does."
     markers = set(re.findall(r"<{1,2}/?[\w|｜▁]+>{1,2}|\[/?[A-Z_]{3,}\]|/(?:no_?)?think\b", template))

@@ -48,10 +48,8 @@ def shown_turn(row: dict, language: str) -> str:  # row: `{"role", "content"}`, 
 
 
 def blocks(
-    system_prompt: str,  # The setting
-    prompt: list,  # Messages or dicts before the response, without the system message; the last is the user's
-    response: str | None = None,  # Response to show; None leaves its block out
-    language: str = "en",  # en or zh
+    system_prompt: str, prompt: list,  # Messages or dicts before the response, without the system message
+    response: str | None = None, language: str = "en",  # Response to show, None leaves its block out; en or zh
 ) -> str:  # User message of a judge or restyle request
     "The setting, conversation, last message and response; raises `InputError` when the last message is not the user's."
     words, rows = words_of(language), [one if isinstance(one, dict) else one.model_dump() for one in prompt]
@@ -74,11 +72,8 @@ def judge_system(language: str = "en") -> str:
     return "\n".join([words["role"] + gap + words["decide"], *order, words["answer"], *lines])
 
 
-def judge_messages(
-    system_prompt: str, prompt: list, response: str, language: str = "en",  # See `blocks`
-    explained: bool = False,  # Ask for an explanation after the letter, see `judging.explain`
-) -> list[dict]:
-    "Request that asks for the label of one response."
+def judge_messages(system_prompt: str, prompt: list, response: str, language: str = "en", explained: bool = False):
+    "Request, see `blocks`, for the label of one response; explained: with an explanation, see `judging.explain`."
     ask = f"\n{words_of(language)['explain']['ask']}" if explained else ""
     return [{"role": "system", "content": judge_system(language) + ask},
             {"role": "user", "content": blocks(system_prompt, prompt, response, language)}]

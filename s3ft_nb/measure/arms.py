@@ -65,10 +65,8 @@ class PromptWrapper:
 
 # %% ../../nbs/measure/03_arms.ipynb #c563074a
 def rule_scorer(prompts: dict, rules: list[Rule], judge: Callable | None = None) -> Callable:
-    """Score responses by the fraction of rules they satisfy: [{messages, response}] -> [score in [0, 1], None when
-    unknown]; `prompts` is {text of a system prompt: its id}. Without a judge, rules without a check are left out."""
+    "What scores [{messages, response}] by the fraction of rules satisfied, None when unknown; prompts: {text: its id}."
     due = rules if judge else [rule for rule in rules if rule.how == "check"]
-
     def score(rows: list) -> list:
         responses, found = [], defaultdict(list)
         for i, row in enumerate(rows):
@@ -111,8 +109,7 @@ class BestOf:
 
 # %% ../../nbs/measure/03_arms.ipynb #5e137ae3
 def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: Callable, seed: int = 0) -> list[dict]:
-    """Let a model respond to user messages with up to n examples, {user, assistant, score}, best first.
-    Raises `InputError` when it never follows the system prompt."""
+    "Up to n responses to user messages, {user, assistant, score}, best first; raises `InputError` when none follows."
     system = {"role": "system", "content": system_prompt}
     requests = [{"id": f"example-{i}", "turn": 1, "messages": [system, {"role": "user", "content": user}]}
                 for i, user in enumerate(users)]
@@ -149,8 +146,7 @@ def read_arm(text: str) -> FreeFix:
 
 
 def make_arm(arm: FreeFix, engine, scorer: Callable | None = None, examples: dict | None = None, language: str = "en"):
-    """Make the engine of an arm; `scorer` is for best_of, `examples` of each system prompt for few_shot.
-    Raises `InputError` when it lacks what the arm needs."""
+    "The engine of an arm; raises `InputError` without a `scorer` for best_of, or `examples` of a prompt for few_shot."
     if arm.wrap: return arm.wrap(engine, scorer, arm.n)
     if not arm.change: return engine
     return PromptWrapper(engine, partial(arm.change, n=arm.n, language=language, examples=examples), arm.name)
@@ -158,20 +154,18 @@ def make_arm(arm: FreeFix, engine, scorer: Callable | None = None, examples: dic
 # %% ../../nbs/measure/03_arms.ipynb #4c4039df
 def system_at(row: dict, turn: int) -> dict:  # {system_prompt_id, type, system_prompt}
     "The system prompt of a dialogue in force at a turn, from 1."
-    found = {key: row[key] for key in ("system_prompt_id", "type", "system_prompt")}
-    for one in row["turns"][:turn]: found |= one.get("system", {})
-    return found
+    holders = [row, *(one["system"] for one in row["turns"][:turn] if "system" in one)]
+    return {key: holders[-1][key] for key in ("system_prompt_id", "type", "system_prompt")}
 
 
 def turn_messages(row: dict, turn: int, responses: list[str]) -> list[dict]:  # `{"role", "content"}`
     "Prompt of a dialogue's turn after responses to the turns before; an empty response becomes an ellipsis."
     system = system_at(row, turn)["system_prompt"]
     messages = [{"role": "system", "content": system}] if system else []
-    for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], None], strict=True):
-        messages.append({"role": "user", "content": one["user"]})
-        if response is None: continue
-        messages.append({"role": "assistant", "content": "…" if is_blank(response) else response})
-    return messages
+    for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], ""], strict=True):
+        messages += [{"role": "user", "content": one["user"]},
+                     {"role": "assistant", "content": "…" if is_blank(response) else response}]
+    return messages[:-1]
 
 
 def make_fit(
@@ -295,10 +289,8 @@ def recorded_responses(conversations: Iterable[Conversation], arm: str) -> Itera
         first, rest, model = row.messages[0], row.messages[1:], str(row.meta.get("model") or "")
         said = [split_reasoning(one.content, True)[1] if one.role == "assistant" else one.content for one in rest]
         rest = [Message(role=one.role, content=text or "…") for one, text in zip(rest, said)]
-        common = {"arm": re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, "model": model,
-                  "history": "recorded", "dialogue_id": row.id, "conversation_id": row.id,
-                  "system_prompt_id": stable_id(first.content), "type": str(row.meta.get("type") or "given"),
-                  "system_prompt": first.content}
-        for i, one in enumerate(rest):
-            if one.role == "assistant": yield Response(id=stable_id("recorded", row.id, i), turn=i // 2 + 1,
-                                                       prompt=rest[:i], response=said[i], **common)
+        name, type = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, str(row.meta.get("type") or "given")
+        for i in (i for i, one in enumerate(rest) if one.role == "assistant"): yield Response(
+            id=stable_id("recorded", row.id, i), arm=name, model=model, history="recorded", dialogue_id=row.id,
+            conversation_id=row.id, system_prompt_id=stable_id(first.content), type=type, system_prompt=first.content,
+            turn=i // 2 + 1, prompt=rest[:i], response=said[i])

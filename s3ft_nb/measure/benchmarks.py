@@ -76,8 +76,7 @@ def read_sheet(path: str | Path) -> list[Verdict]:
     "Verdicts of a sheet; raises `InputError` naming the row and field of the first wrong cell."
     arm, out = Path(path).name.split(".")[0], []
     cells = [(line, cell) for line, row in sheet_rows(path) for cell in cells_in(row)]
-    if not cells:
-        raise InputError("holds no verdicts", path, remedy="write conversation_id, turn, rule_id and satisfied")
+    if not cells: raise InputError("holds no verdicts", path, remedy="write conversation_id, turn, rule_id, satisfied")
     for line, cell in cells:
         for name in (one for one in ("conversation_id", "turn", "rule_id", "satisfied") if one not in cell):
             raise InputError("is missing", path, line, name, f"name a column {', '.join(SHEETS['fields'][name][:4])} …")
@@ -102,8 +101,7 @@ def read_sheet(path: str | Path) -> list[Verdict]:
 
 
 def score_sheets(paths: list[str | Path], out: str | Path, level: float = 0.95, seed: int = 0) -> None:
-    """Write verdicts, numbers and measure.json of sheets; arms with conversations in common are compared.
-    An arm that two sheets name is called by its file as well."""
+    "Write verdicts, numbers and measure.json of sheets; arms with conversations in common are compared."
     sheets = {Path(path).name.split(".")[0]: read_sheet(path) for path in paths}
     if len(sheets) < len(paths): raise InputError("two sheets have the same name", field="sheet", remedy="rename one")
     names = Counter(arm for rows in sheets.values() for arm in {row.arm for row in rows})
@@ -123,14 +121,13 @@ def assert_task(task: Any, path: str | Path, line: int) -> None:
     "Raise `InputError` unless a row is a task in IFEval's form: {key, prompt, instruction_id_list, kwargs}."
     if isinstance(task, InputError): raise task
     remedy = "use IFEval's input format"
-    forms = {"key": lambda one: isinstance(one, int | str),
-             "prompt": lambda one: isinstance(one, str) and not is_blank(one),
-             "instruction_id_list": lambda one: isinstance(one, list) and all(isinstance(id, str) for id in one),
-             "kwargs": lambda one: isinstance(one, list) and all(isinstance(each or {}, dict) for each in one)}
+    listed = lambda kind: lambda one: isinstance(one, list) and all(isinstance(each, kind) for each in one)
+    forms = {"key": lambda one: isinstance(one, int | str), "instruction_id_list": listed(str),
+             "prompt": lambda one: isinstance(one, str) and not is_blank(one), "kwargs": listed(dict | None)}
     for field, fits in forms.items():
         value = task.get(field) if isinstance(task, dict) else task
-        problem = f"is missing or of the wrong kind, got {shorten(value)}"
-        if not fits(value): raise InputError(problem, path, line, field, remedy)
+        if not fits(value):
+            raise InputError(f"is missing or of the wrong kind, got {shorten(value)}", path, line, field, remedy)
     if len(task["instruction_id_list"]) != len(task["kwargs"]) or not task["kwargs"]:
         raise InputError("does not go with instruction_id_list, one entry each", path, line, "kwargs", remedy)
     for id, kwargs in zip(task["instruction_id_list"], task["kwargs"]):
@@ -179,7 +176,6 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     """Score published files: {prompt_strict, …, numbers, unknown: {kind: n}, left_out: {code: [what]}}.
     Raises `InputError` when nothing can be scored, or, if `complete`, at the first row that cannot be used."""
     left_out, tasks, out, unknown = defaultdict(list), {}, [], Counter()
-
     def note(code: str, what: str, error: InputError | None = None) -> None:
         if complete and error: raise error
         left_out[code].append(what)
@@ -187,16 +183,14 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     for line, task in values_of(inputs):
         try:
             assert_task(task, inputs, line)
-            if keys[str(task["key"])] > 1:
-                raise InputError("occurs twice", inputs, line, "key", "give each task its own key")
+            if keys[str(task["key"])] > 1: raise InputError("occurs twice", inputs, line, "key", "keep one of them")
         except InputError as error: note("unreadable_task", str(error), error)
         else: tasks[line] = task
     replies = pair_responses(tasks, responses, note)
     if not tasks:
         first = next(iter(left_out["unreadable_task"]), "it is empty").replace(f"{inputs}:", "line ")
         raise InputError(f"holds no task: {first}", inputs, remedy="give one task per line, each with its own key")
-    if not replies:
-        raise InputError("no response to any task", responses, remedy="give the file of responses to these prompts")
+    if not replies: raise InputError("no response to any task", responses, remedy="give responses to these prompts")
     for line, reply in replies.items():
         task, seen, id = tasks[line], Counter(), str(tasks[line]["key"])
         if strange := [kind for kind in task["instruction_id_list"] if kind not in IFEVAL]:
@@ -267,10 +261,9 @@ def harness_command(
     tasks: str = "", out: str = "lm-eval", seed: int = 0,  # With commas between; empty: ifeval, gsm8k, in process mmlu
 ) -> list[str]:  # Words of a command
     "The command of lm-evaluation-harness for a model; raises `InputError` on a name it cannot take."
-    for name in (model, adapter, base_url):
-        if "," in name or "=" in name:
-            raise InputError(f"{name!r} holds a comma or an equals sign, which separate arguments there", field="model",
-                             remedy="use a link to it with another name")
+    for name in (name for name in (model, adapter, base_url) if "," in name or "=" in name):
+        raise InputError(f"{name!r} holds a comma or an equals sign, which separate arguments there", field="model",
+                         remedy="use a link to it with another name")
     kind, args = "hf", f"pretrained={model}" + (f",peft={adapter}" if adapter else "") + ",dtype=auto"
     if base_url:
         url = base_url.rstrip("/") + "/chat/completions"

@@ -77,6 +77,9 @@ class JudgeConfig:
     not_applicable: str = ""  # JSON list of [conversation id, turn] at which no rule applies
     agreement: int = 200  # Responses on which the judge is compared with checks; 0: none
 
+
+GROUPS = {"model": ModelConfig, "dialogues": DialogueConfig, "arms": ArmConfig, "judge": JudgeConfig}
+
 # %% ../../nbs/measure/02_config.ipynb #1a71a6a6
 @dataclass(frozen=True)
 class MeasureConfig:
@@ -92,9 +95,6 @@ class MeasureConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # Rules and who decides about them
 
 
-GROUPS = {"model": ModelConfig, "dialogues": DialogueConfig, "arms": ArmConfig, "judge": JudgeConfig}
-
-
 def options() -> dict:  # {option: its dataclass}, every name once
     "All options of a measurement by name."
     names = {one.name: MeasureConfig for one in fields(MeasureConfig) if one.name not in GROUPS}
@@ -108,8 +108,7 @@ def options_of(config: MeasureConfig) -> dict:
 
 # %% ../../nbs/measure/02_config.ipynb #c3740307
 def make_config(out: str | Path, **given: Any) -> MeasureConfig:
-    """Group options by name, see `options`, into a config; a tuple may be given as text with commas or as a list.
-    Raises `InputError` on an unknown option or a value of the wrong type."""
+    "Options by name as a config, a tuple also as text with commas; raises `InputError` on a wrong name or type."
     known, parts = options(), {group: {} for group in (MeasureConfig, *GROUPS.values())}
     for name, value in ({"out": str(out)} | given).items():
         if name not in known: raise unknown("option of a measurement", name, known)
@@ -134,8 +133,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 def model_defaults(model: str) -> dict:  # {option: value}; empty without a measure.toml
     "The defaults that a model folder brings along; raises `InputError` when the file is wrong."
     path = Path(model_folder(model)) / "measure.toml"
-    if not path.is_file(): return {}
-    given = read_toml(path)
+    given = read_toml(path) if path.is_file() else {}
     try: make_config("", **given)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return given

@@ -39,8 +39,7 @@ class UserBlock(Row):
 
 
 def user_blocks(source: str | Path = "everyday", language: str = "en") -> dict:  # {stance: [[user turn]]}
-    """Read user turns of a bundled set, or of a file: .jsonl of `UserBlock` rows, or .txt, one turn per line.
-    Raises `InputError` when there is neither a set nor a file of that name."""
+    "User turns of a bundled set or a file: .jsonl of `UserBlock` rows, or .txt, one per line; else an `InputError`."
     if Path(source).suffix == ".txt":
         lines = decode(read_bytes(source), source).splitlines()
         rows = [UserBlock(turns=[line.strip()]) for line in lines if line.strip()]
@@ -70,8 +69,7 @@ def draw_stances(n_turns: int, aligned: float, conflicting: float, rng: random.R
 
 def compose(blocks: dict | None, n: int, n_turns: int, seed: int, aligned: float = 0.0,
             conflicting: float = 0.0) -> list[dict]:  # {id, turns: [{user, stance}]}; fractions of stances, in [0, 1]
-    """Make up to n different scripts of blocks, see `user_blocks`; None leaves the turns to a simulated user.
-    Raises `InputError` when there are too few turns of a stance."""
+    "Up to n different scripts of `user_blocks`, None: to be simulated; raises `InputError` on too few of a stance."
     rng, out = random.Random(f"{seed}/{'compose' if blocks else 'empty'}"), {}
     for i in range(20 * n):  # a small set has few different scripts of few turns
         if len(out) == n: break
@@ -151,16 +149,13 @@ def pair_scripts(
                                            remedy="play fewer dialogues or turns, or give more user turns")
     else: pairs = [(row, prompt) for prompt in prompts for row in random.Random(f"{seed}/under").sample(usable, n)]
     if len(pairs) < n: ledger.note("dialogues_missing", n - len(pairs))
-    drawn = {script["id"] for script, _ in pairs}
-    for row in usable:
-        if row["id"] not in drawn: ledger.drop(row["id"], "not_drawn")
+    for id in sorted({row["id"] for row in usable} - {row["id"] for row, _ in pairs}): ledger.drop(id, "not_drawn")
     return [{"id": stable_id(script["id"], prompt.id), "conversation_id": script["id"], "system_prompt_id": prompt.id,
              "type": prompt.type, "system_prompt": prompt.text, "turns": script["turns"]} for script, prompt in pairs]
 
 # %% ../../nbs/measure/04_dialogues.ipynb #d9fd32db
 def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replace") -> dict:
-    """Replace or extend the system prompt of a dialogue from a turn on, from 2.
-    Raises `InputError` on another change or a turn that does not exist."""
+    "Replace or extend the system prompt of a dialogue from a turn on; raises `InputError` on another change or turn."
     if how not in ("replace", "extend"): raise unknown("change", how, ("replace", "extend"), field="change_how")
     if not 2 <= turn <= len(row["turns"]):
         raise InputError(f"cannot change the system prompt at turn {turn} of {len(row['turns'])}", field="change_at",
@@ -198,7 +193,6 @@ def simulated_user(engine, persona: str = "curious", language: str = "en",
                    fit: Callable = lambda messages: messages) -> Callable:  # as `rollout` takes it; fit: see `make_fit`
     "Let an engine be the user, a persona by name or description; it raises `InputError` when it writes only blanks."
     text, tries = persona_text(persona, language), 3
-
     def write(rows: list, responses: list, turn: int, stage: Stage) -> list:
         prompts = [fit(user_messages(row, mine, text, language)) for row, mine in zip(rows, responses)]
         out = [""] * len(rows)

@@ -261,7 +261,6 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     users = ready.users[:config.arms.guard] if adapters else []
     before = guard_responses(base.engine, users, work.part("guard-base")) if users else []
     helps = base if judge_model is None or judging.judge_adapter else judge_model
-
     def guard(name: str, engine: Any) -> list[dict]:
         if name not in adapters or not users: return []
         replies = guard_responses(engine, users, work.part(f"guard-{name}"))
@@ -275,9 +274,9 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
              "warnings": [text for text in warnings if text],
              "system_prompts": [prompt.model_dump(mode="json") for prompt in ready.prompts],
              "harness": [shlex.join(command(adapter)) for adapter in ("", *adapters.values())]}
-    about = measure_arms(arms, ready.dialogues, ready.rules, stage, judge(work.part("judge")), histories,
-                         ready.not_applicable, fit, user, settings, about, judging.agreement, config.level,
-                         ready.language, guard)
+    about = measure_arms(
+        arms, ready.dialogues, ready.rules, stage, judge(work.part("judge")), histories, ready.not_applicable, fit,
+        user, settings, about, judging.agreement, config.level, ready.language, guard)
     if config.arms.harness:
         runs = {name: str(stage.folder / "harness" / name) for name in ("base", *adapters)}
         write_json(stage.folder / "harness.json", {name: run_harness(command(

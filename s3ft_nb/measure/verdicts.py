@@ -98,7 +98,6 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
     Raises `InputError` on a row that is wrong, contradicts another, or occurs twice."""
     numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model", "prompt")}
     facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbii"]), 1
-
     def number(kind, name, fact=None):
         n = numbers[kind].setdefault(name, len(numbers[kind]))
         if kind not in facts: return n

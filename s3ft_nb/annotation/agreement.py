@@ -25,8 +25,7 @@ from ..judging.rubric import LABELS
 
 # %% ../../nbs/annotation/04_agreement.ipynb #26ca74be
 def votes_of(annotations: list, labels: tuple = LABELS) -> tuple[np.ndarray, list, list]:
-    """Votes (samples, annotators, labels), 0 or 1; sample ids as they appear; annotators by name.
-    Raises `InputError` on another label and on two labels by one person for one sample."""
+    "Votes (samples, annotators, labels), 0 or 1, samples as they appear; raises `InputError` on two by one person."
     samples = {id: i for i, id in enumerate(dict.fromkeys(row.sample_id for row in annotations))}
     people = {name: j for j, name in enumerate(sorted({row.annotator for row in annotations}))}
     unknown = {row.label for row in annotations} - set(labels)
@@ -73,8 +72,8 @@ def agreement_numbers(annotations: list, labels: tuple = LABELS, clusters: dict 
     if len(sizes) == 1 and min(sizes) >= 2: out.append(number_row("fleiss_kappa", fleiss_kappa(counts, named)))
     for (i, a), (j, b) in combinations(enumerate(people), 2):
         both = votes[:, [i, j]].any(2).all(1)
-        kappa = cohen_kappa(*votes[both][:, [i, j]].argmax(2).T, named[both]) if both.any() else None
-        if kappa: out.append(number_row("kappa", kappa, "pair", f"{a} {b}"))
+        given = votes[both][:, [i, j]].argmax(2).T
+        if both.any(): out.append(number_row("kappa", cohen_kappa(*given, named[both]), "pair", f"{a} {b}"))
     with np.errstate(invalid="ignore"):  # how often another annotator gives a label when one does
         specific = (counts * (counts - 1)).sum(0) / (counts.T @ (counts.sum(1) - 1))
     for i, (label, n, p) in enumerate(zip(labels, counts[shared].sum(0), specific)):
@@ -87,9 +86,8 @@ def agreement_numbers(annotations: list, labels: tuple = LABELS, clusters: dict 
     out += [number_row("disagreement", {"mean": float(n / pairs.total()), "n": round(n)}, "label_pair", pair)
             for pair, n in pairs.most_common() if n]
     for name in people:
-        seconds = [row.seconds for row in annotations if row.annotator == name and row.seconds is not None]
-        found = {"mean": float(np.median(seconds)), "n": len(seconds)} if seconds else None
-        if found: out.append(number_row("seconds", found, "annotator", name))
+        took = [row.seconds for row in annotations if row.annotator == name and row.seconds is not None]
+        if took: out.append(number_row("seconds", {"mean": float(np.median(took)), "n": len(took)}, "annotator", name))
     counted = {"rows_annotated": len(counts), "rows_shared": int(shared.sum()), "rows_annotations": len(annotations)}
     return out + [number_row(metric, n) for metric, n in counted.items()]
 
@@ -168,7 +166,6 @@ def label_noise(annotations: list, seed: int = 0) -> list[dict]:
         posterior, prior, confusion, _ = fit_votes(votes, k, smoothing=1.0, tol=1e-4)
         each = 1 - prior @ np.einsum("kjk->kj", confusion)
         return np.array([*each, each @ given / given.sum(), 1 - posterior.max(1).mean()])
-
     value, group = errors(flat), np.random.default_rng(seed).permutation(n) % c
     left = np.array([errors(flat[group != g]) if c > 1 else value for g in range(c)])
     low, high = rate_ends(value, (left - left.mean(0)).T, np.array(c), 0.95)
@@ -178,16 +175,15 @@ def label_noise(annotations: list, seed: int = 0) -> list[dict]:
             for (metric, part, key, m), e, l, h in zip(columns, value, low, high)]
 
 # %% ../../nbs/annotation/04_agreement.ipynb #0fb44f10
-def adjudication(model: dict, max_doubt: float = 0.2, done: set = frozenset()) -> list[dict]:
+def adjudication(model: dict, done: set = frozenset()) -> list[dict]:
     """Queue of a `dawid_skene` model, most doubtful first: `{sample_id, why, doubt, label, votes, annotators}`.
-    Why is tie, unsure (1 - probability of the likeliest label is above `max_doubt`), overruled or lone."""
+    Why is tie, unsure (1 - probability of the likeliest label is above 0.2), overruled or lone."""
     out = []
     for id, votes, p in zip(model["samples"], model["votes"], model["posterior"]):
         counts, likeliest, doubt = votes.sum(0), p.argmax(), float(1 - p.max())
         tied, on_top = sum(counts == counts.max()) > 1, counts[likeliest] == counts.max()
-        reasons = {"tie": tied, "unsure": doubt > max_doubt, "overruled": not tied and not on_top,
-                   "lone": counts.sum() == 1}
-        row = {"sample_id": id, "why": [reason for reason, holds in reasons.items() if holds], "doubt": doubt,
+        why = {"tie": tied, "unsure": doubt > 0.2, "overruled": not tied and not on_top, "lone": counts.sum() == 1}
+        row = {"sample_id": id, "why": [reason for reason, holds in why.items() if holds], "doubt": doubt,
                "label": LABELS[likeliest], "votes": {label: int(n) for label, n in zip(LABELS, counts) if n},
                "annotators": [name for name, voted in zip(model["people"], votes.any(1)) if voted]}
         if row["why"] and id not in done: out.append(row)
@@ -206,8 +202,7 @@ def labels_in(path: str | Path) -> dict:  # {sample_id: label}; empty without a 
 def write_consensus(annotations: list, out: str | Path, clusters: dict | None = None, way: str = "majority",
                     gold: str | Path = "", adjudicated: str | Path = "", seed: int = 0,
                     ledger: Ledger | None = None) -> tuple[dict, list, list]:  # {sample_id: label}, numbers, the queue
-    """Measure agreement, by {sample_id: conversation}, and settle annotations into labels, and write both to a folder.
-    `gold` and `adjudicated` are files of annotations known to be right, or of an adjudicator."""
+    "Measure agreement, by {sample_id: conversation}, settle annotations into labels, and write both to a folder."
     out, known, decided = Path(out), labels_in(gold), labels_in(adjudicated)
     labels = settle_labels(annotations, way, decided, known, ledger=ledger)
     numbers, queue = agreement_numbers(annotations, clusters=clusters), []
@@ -220,11 +215,11 @@ def write_consensus(annotations: list, out: str | Path, clusters: dict | None = 
         queue = adjudication(model, done={*known, *decided})
         numbers += label_noise(annotations, seed)
         confusion = {name: model["confusion"][:, j] for j, name in enumerate(model["people"])}
-        write_json(out / "annotators.json", {"labels": LABELS, "prior": model["prior"], "confusion": confusion,
-                                             "converged": model["converged"]})
-        write_rows(out / "posteriors.jsonl", [
+        about = {key: model[key] for key in ("prior", "converged")}
+        write_json(out / "annotators.json", about | {"labels": LABELS, "confusion": confusion})
+        write_rows(out / "posteriors.jsonl", (
             {"sample_id": id, "label": LABELS[p.argmax()], "probabilities": dict(zip(LABELS, p.tolist()))}
-            for id, p in zip(model["samples"], model["posterior"])])
+            for id, p in zip(model["samples"], model["posterior"])))
     numbers.append(number_row("rows_to_adjudicate", len(queue)))
     write_rows(out / "numbers.jsonl", numbers)
     write_rows(out / "queue.jsonl", queue)

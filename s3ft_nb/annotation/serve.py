@@ -120,18 +120,14 @@ def is_loopback(host: str) -> bool:  # whether only this machine can reach it
 def make_app(store: Store, hosts: set[str]) -> Callable:
     "ASGI application for requests to `hosts`; raises `InputError` when starlette is not installed."
     try:
-        from starlette.applications import Starlette
-        from starlette.concurrency import run_in_threadpool
+        from starlette import applications, concurrency, requests, responses, routing
         from starlette.middleware.base import BaseHTTPMiddleware
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import Response
-        from starlette.routing import Route
     except ImportError:
         raise InputError("starlette and uvicorn are missing", remedy="pip install s3ft_nb[annotation]") from None
     words = page_words()
     page = rendered("page.html", language="en", title=words["en"]["texts"]["decide"], policy="", style="", script="",
                     data=htmlsafe_json_dumps(words), data_name="words")
-    respond = lambda status, value: Response(to_json(value), status, media_type="application/json")
+    respond = lambda status, value: responses.Response(to_json(value), status, media_type="application/json")
 
     def bearer(request):
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -140,7 +136,7 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
     async def task(request):
         name = bearer(request)
         if name is None: return respond(401, {"error": "no valid token"})
-        records = await run_in_threadpool(store.records, name)
+        records = await concurrency.run_in_threadpool(store.records, name)
         return respond(200, {"task": task_payload(store.tasks[name], name), "records": records})
 
     async def change(request):
@@ -151,26 +147,27 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
             async for chunk in request.stream():  # no further than we would accept it
                 data += chunk
                 if len(data) > MAX_BODY: return respond(413, {"error": f"more than {MAX_BODY} bytes"})
-        except ClientDisconnect: return respond(400, {"error": "the connection ended in the body"})
-        try: return respond(200, {"new": await run_in_threadpool(store.change, name, parse_json(data.decode()))})
+        except requests.ClientDisconnect: return respond(400, {"error": "the connection ended in the body"})
+        try: new = await concurrency.run_in_threadpool(store.change, name, parse_json(data.decode()))
         except (InputError, UnicodeDecodeError) as error: return respond(400, {"error": str(error)})
         except sqlite3.OperationalError: return respond(503, {"error": "the annotation cannot be written just now"})
+        return respond(200, {"new": new})
 
     async def guard(request, call_next):
         try: names = [urlsplit(f"//{name}").hostname for name in request.headers.getlist("host")]
         except ValueError: names = []
         known = len(names) == 1 and names[0] in hosts
-        response = await call_next(request) if known else Response("not served under this name\n", 421)
+        response = await call_next(request) if known else responses.Response("not served under this name\n", 421)
         response.headers.update(HEADERS)
         return response
 
     def static(path, kind, text):  # for anyone: no item, no name
-        return Route(path, lambda request: Response(text, media_type=kind))
-
-    routes = [static("/", "text/html", page), static("/app.js", "text/javascript", page_part("view.js", "serve.js")),
-              static("/view.css", "text/css", page_part("view.css")),
-              Route("/api/task", task), Route("/api/change", change, methods=["POST"])]
-    return BaseHTTPMiddleware(Starlette(routes=routes), guard)
+        return routing.Route(path, lambda request: responses.Response(text, media_type=kind))
+    app = applications.Starlette(routes=[
+        static("/", "text/html", page), static("/app.js", "text/javascript", page_part("view.js", "serve.js")),
+        static("/view.css", "text/css", page_part("view.css")), routing.Route("/api/task", task),
+        routing.Route("/api/change", change, methods=["POST"])])
+    return BaseHTTPMiddleware(app, guard)
 
 
 def patient_protocol() -> type:
@@ -195,7 +192,6 @@ def patient_protocol() -> type:
         def connection_lost(self, exc):
             if self.late: self.late = self.late.cancel()
             super().connection_lost(exc)
-
     return Patient
 
 # %% ../../nbs/annotation/03_serve.ipynb #ca48a6aa
@@ -220,9 +216,7 @@ def serve_annotation(
     mix: int | None = None,  # Shuffle the items, with this seed
     host: str = "127.0.0.1",  # Address to listen on; only this machine can reach 127.0.0.1
     port: int = 8765,  # Port to listen on, 0 for any free one
-    address: str = "",  # Address that annotators type, needed when others can reach the host
-    certificate: str = "",  # Certificate, PEM, to serve over TLS
-    key: str = "",  # Its private key, PEM
+    address: str = "",  # Address that annotators type, needed when others can reach the host or for a proxy with TLS
     echo: Callable = print,  # Called with every line to print
 ) -> None:
     "Serve a task to several people, each with a personal link. Stop with Ctrl-C; the same command resumes."
@@ -236,17 +230,13 @@ def serve_annotation(
     import uvicorn
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
                             http=patient_protocol(), limit_concurrency=512, timeout_graceful_shutdown=5,
-                            timeout_keep_alive=10, ssl_certfile=certificate or None, ssl_keyfile=key or None)
-    try: config.load()
-    except OSError as error:
-        raise InputError(f"cannot be used: {error}", certificate, None, "--certificate", "name PEM files") from None
+                            timeout_keep_alive=10)
     try: bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         message = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise InputError(message, field="--port", remedy="choose another port or host") from None
     with bound:
         if not address: link = public_address(host, bound.getsockname()[1])[0]
-        if certificate: link = link.replace("http://", "https://", 1)
         if not is_loopback(host) and link.startswith("http://"):
             echo("Links and labels travel unencrypted: fine on a network you trust, not on the internet.")
         for name, token in opened.tokens.items(): echo(f"{name}: {link}/#{token}")

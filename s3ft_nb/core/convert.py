@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAT_NAMES', 'SPEAKER', 'TEXT', 'LISTS', 'ASKED', 'RESPONSE', 'IDS', 'SYSTEM', 'LABEL', 'THOUGHTS', 'BAD', 'WORSE',
-           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'text_of',
-           'has_one_of', 'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages',
-           'read_tree', 'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields', 'drafts_of',
-           'build', 'read_conversations', 'convert', 'system_prompt', 'read_prompts']
+           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'has_one_of',
+           'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages', 'read_tree',
+           'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields', 'drafts_of', 'build',
+           'read_conversations', 'convert', 'system_prompt', 'read_prompts']
 
 # %% ../../nbs/core/03_convert.ipynb #5bdc47c1
 import math
@@ -67,11 +67,6 @@ def text_pieces(value: Any, where: str) -> list[str]:
     if name: return text_pieces(value[name], where)
     raise refusal("not_text", f"must be text, got {shorten(value)}", where)
 
-
-def text_of(value: Any, where: str) -> str:
-    "The text of a message; raises `InputError` when it has none."
-    return "".join(text_pieces(value, where))
-
 # %% ../../nbs/core/03_convert.ipynb #f6005e91
 def has_one_of(entry: Any, *groups: tuple) -> bool:
     "Whether a value is an object with a field of each group."
@@ -120,9 +115,8 @@ def read_entries(entries: Any, where: str) -> list[RawMessage]:
 
 def read_pair(pair: dict, where: str) -> list[RawMessage]:
     "Read a prompt and the response to it; without a response there is a user message only."
-    names = [first_of(group, pair) for group in (ASKED, RESPONSE)]
+    names, sides = [first_of(group, pair) for group in (ASKED, RESPONSE)], []
     if pair.get(names[0]) is None: raise refusal("missing_field", f"has none of {', '.join(TEXT + ASKED)}", where)
-    sides = []
     for name, role in zip(names, ("user", "assistant")):
         value, at = pair.get(name), f"{where}.{name}".strip(".")
         if has_one_of(value, SPEAKER): value = [value]
@@ -223,10 +217,11 @@ def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str,
     """Make checked `{"role", "content"}` of raw messages; `note` counts changes, `read` gets the texts that are used.
     Raises `InputError` on the first that cannot be one."""
     roles, messages, beside = assign_roles(raw, format, note), [], system_beside(row, format)
-    pairs = [(role, one) for role, one in zip(roles, raw) if role != "system" or text_of(one.text, one.where).strip()]
+    text_of = lambda one: "".join(text_pieces(one.text, one.where)).strip()
+    pairs = [(role, one) for role, one in zip(roles, raw) if role != "system" or text_of(one)]
     if beside and (not pairs or pairs[0][0] != "system"): pairs.insert(0, ("system", beside))
     for role, message in pairs:
-        text = text_of(message.text, message.where).strip()
+        text = text_of(message)
         read.update((text, *map(str.strip, text_pieces(message.text, message.where))))
         if is_blank(text): raise refusal("blank_message", "is blank", message.where)
         if (n := len(text)) > max_chars: raise refusal(
@@ -369,8 +364,9 @@ def system_prompt(row: Any) -> SystemPrompt:
         found += [beside.text for beside in [system_beside(row, "")] if beside]
         said = [message.text for message in raw]  # what a user says is no system prompt
         found += [row[name] for name in ("text", "prompt", "content") if name in row and row[name] not in said]
-    text, names = text_of(found[0], "").strip() if found else "", "text, prompt, system_prompt, system or content"
-    if not text: raise InputError("has no system prompt", remedy=f"give it text under {names}")
+    text = "".join(text_pieces(found[0], "")).strip() if found else ""
+    remedy = "give it text under text, prompt, system_prompt, system or content"
+    if not text: raise InputError("has no system prompt", remedy=remedy)
     language = "zh" if 10 * len(re.findall(r"[\u4e00-\u9fff]", text)) >= len(text) else "en"
     id = str(given) if isinstance(given, int | str) and str(given).strip() else stable_id(text)
     return SystemPrompt(id=id, type="imported", text=text, language=language, source="file")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'INK', 'QUIET', 'DASHED', 'DOTTED', 'HOUSE', 'styled',
            'looks', 'cut', 'names_of', 'Picture', 'image', 'save', 'axes_of', 'spread', 'name_lines', 'bounds',
-           'curves', 'draw_estimates', 'forest', 'dots', 'shade', 'heat', 'bars', 'draw_lines', 'losses',
-           'mark_threshold', 'scores', 'reliability', 'confusion_matrix', 'precision_by_threshold']
+           'curves', 'draw_estimates', 'forest', 'dots', 'shade', 'heat', 'bars', 'draw_lines', 'losses', 'scores',
+           'reliability', 'confusion_matrix', 'precision_by_threshold']
 
 # %% ../../nbs/report/01_figures.ipynb #75c1dfe5
 import io
@@ -66,7 +66,6 @@ def names_of(axis, names: list) -> None:
 # %% ../../nbs/report/01_figures.ipynb #e21ea574
 class Picture(Figure):
     "A figure that carries its name, title, caption and alternative text, and shows itself in a notebook."
-
     name = title = caption = alt = ""
 
     def describe(self, entry: str, title: str = "", name: str = "", **facts) -> "Picture":
@@ -134,10 +133,9 @@ def bounds(row: dict) -> tuple[float, float]:  # low and high; the mean where th
 
 
 @styled
-def curves(numbers: list[dict], metric: str = "adherence", part: str = "turn", name: str = "",
-           arms: list[str] | None = None, title: str = "") -> Picture | None:  # name: entry of figures.toml
+def curves(numbers: list[dict], metric: str = "adherence", part: str = "turn", entry: str = "") -> Picture | None:
     "A metric by a part whose keys are numbers, a panel per history; survival starts at 1 and falls in steps."
-    rows = [row for row in select(numbers, part=part, metric=metric, arm=arms) if not is_missing(row)]
+    rows = [row for row in select(numbers, part=part, metric=metric) if not is_missing(row)]
     rows.sort(key=lambda row: float(row["key"]))
     if not rows: return None
     names, histories = distinct(row["arm"] for row in rows), distinct(row["history"] for row in rows)
@@ -166,7 +164,7 @@ def curves(numbers: list[dict], metric: str = "adherence", part: str = "turn", n
         name_lines(axis, ends, styles, texts)
     axes[0][0].set_ylabel(metric_title(metric))
     facts = {"metric": metric_of(metric)["title"], "x": part, "n": span(rows), "ends": "; ".join(words.values())}
-    return figure.describe(name or ("survival" if steps else "drift"), title, **facts)
+    return figure.describe(entry or ("survival" if steps else "drift"), **facts)
 
 # %% ../../nbs/report/01_figures.ipynb #e1dfde3d
 def draw_estimates(axis, rows: list[tuple[float, dict]], look: dict, scale: float = 100) -> None:
@@ -293,16 +291,8 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Picture | None:  # nam
     return figure.describe("losses", ends="; ".join(f"{name} {end}" for name, end in ends.items()))
 
 # %% ../../nbs/report/01_figures.ipynb #f24c912d
-def mark_threshold(axis, threshold: float | None) -> str:  # "dashed: threshold 0.62"
-    "A dashed line at the threshold, named in the label of the axis."
-    if threshold is None: return ""
-    axis.axvline(threshold, color=INK, linestyle=DASHED, linewidth=1.2)
-    axis.set_xlabel(f"{axis.get_xlabel()} ({(text := f'dashed: threshold {threshold:.2f}')})")
-    return text
-
-
 @styled
-def scores(scores: dict[str, list[float]], threshold: float | None = None, label: str = "good") -> Picture | None:
+def scores(scores: dict[str, list[float]], label: str = "good") -> Picture | None:
     "Histogram of the probability of one label, stacked by the label that annotators gave (the keys of scores)."
     scores = {key: scores[key] for key in sorted(scores, key=lambda key: key != label) if len(scores[key])}
     if not scores: return None
@@ -313,7 +303,6 @@ def scores(scores: dict[str, list[float]], threshold: float | None = None, label
     for stack, hatch in zip(stacks if len(scores) > 1 else [stacks], ("", "////", "....", "xx", "--")):
         for bar in stack: bar.set_hatch(hatch)
     axis.set(xlim=(0, 1), xlabel=f"Probability of “{label}”", ylabel="Samples")
-    mark_threshold(axis, threshold)
     axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.legend(loc="outside right upper", title="Annotated")
     return figure.describe("scores", label=label, n=sum(map(len, scores.values())))
@@ -366,7 +355,8 @@ def precision_by_threshold(points: list[dict], threshold: float | None = None, s
     known = lambda key: sorted((row["threshold"], row[key]) for row in points if not is_missing(row.get(key)))
     if stated is not None: axis.axhline(stated, color=GREEN, linewidth=0.9)
     asked = "" if stated is None else f" (thin line: {stated:.2f} asked for)"
-    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="Threshold", ylabel=f"Rate{asked}")
-    at = mark_threshold(axis, threshold)
+    at = "no threshold chosen" if threshold is None else f"dashed: threshold {threshold:.2f}"
+    if threshold is not None: axis.axvline(threshold, color=INK, linestyle=DASHED, linewidth=1.2)
+    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=f"Threshold ({at})", ylabel=f"Rate{asked}")
     draw_lines(axis, {key: line for key in styles if (line := known(key))}, styles, dict.fromkeys(styles, ""))
-    return figure.describe("precision", n=n, ends=at or "no threshold chosen")
+    return figure.describe("precision", n=n, ends=at)

@@ -72,7 +72,6 @@ def cell_text(cell) -> str:  # "81.2 [78.0, 84.1]"
 @dataclass
 class Table:
     "Rows of cells under headings, with a title and a caption; it shows itself in a notebook."
-
     title: str
     columns: list[str]  # Headings
     rows: list[list]  # One list of cells per row, see `cell_text`

@@ -46,7 +46,6 @@ def serve() -> None:
     def watch_run() -> None:
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
-
     parent = int(os.environ.pop("JPY_PARENT_PID", os.getppid()))
     if sys.platform == "linux": ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=watch_run, daemon=True).start()
@@ -89,7 +88,6 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
             line = printable(redact(f"{title} {took} {event_line(event) if event else 'working'}")).replace("\n", " ")
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
-
     stream, began, peak, over = stream or sys.stderr, time.monotonic(), [0], threading.Event()
     pause = 0.5 if (terminal := stream.isatty()) else 10.0
     thread = threading.Thread(target=run, daemon=True)
@@ -133,7 +131,6 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
 
         async def shutdown_kernel(self, now=False, restart=False):
             await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
-
     return Manager
 
 

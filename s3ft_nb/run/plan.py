@@ -26,7 +26,6 @@ from .runner import STARTED, fingerprint, finished, prepare_run
 @dataclass(frozen=True)
 class Size:
     "What decides the cost of a model."
-
     parameters: float  # Number of weights, embeddings included
     embeddings: float  # Weights of the token embeddings and the output head, kept in 16 bit
     layers: int  # Transformer blocks

@@ -73,7 +73,6 @@ def read_recipe(path: Path) -> dict:
     def check(value: Any, kind: type, field: str) -> None:
         if isinstance(value, kind): return
         raise InputError(f"must be of type {kind.__name__}, got {shorten(value)}", path, field=field)
-
     kinds = {"name": str, "extends": str, "description": str, "required": list, "params": dict, "steps": dict}
     for key, value in (table := read_toml(path)).items():
         if key not in kinds: raise unknown("key", key, list(kinds), file=path)
@@ -131,7 +130,6 @@ def expand_stars(value: Any, ids: list[str]) -> Any:  # ids: of all other steps
         if not star: return [one]
         found = [re.fullmatch(re.escape(star[1]).replace(r"\*", "(.*)"), id) for id in ids]
         return [one.replace(star[0], f"{{step:{m[0]}}}").replace("{*}", m[1]) for m in found if m]
-
     return [item for one in value for item in expand(one)] if isinstance(value, list) else value
 
 
@@ -149,7 +147,6 @@ def needs_of(values: dict, ids: list[str], id: str) -> tuple[str, ...]:  # value
 @dataclass(frozen=True)
 class Step:
     "One step of a run."
-
     id: str  # Name of the step and of its folder
     group: str  # Its name in the recipe, the same for all steps made by `each`
     notebook: Path  # The chain notebook, absolute
@@ -163,7 +160,6 @@ class Step:
 @dataclass(frozen=True)
 class Recipe:
     "A run: its steps in running order, each after all it needs."
-
     name: str
     description: str  # One line
     steps: tuple[Step, ...]
@@ -243,7 +239,6 @@ def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
         if not text or PLACE.search(text) or "=" in text or "://" in text or not (certain or key in hub): return text
         if path.exists() or not certain: return str(path.resolve()) if path.exists() else text
         raise InputError(f"no such file or folder: {text}", field=field, remedy="check the path")
-
     return map_texts(value, change)
 
 # %% ../../nbs/run/00_recipe.ipynb #e0037797
@@ -255,7 +250,6 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
 
     def fit(given: dict, *keys: str) -> dict:  # values checked against the notebook
         return {key: check_type(value, free[key], **at(*keys, key)) for key, value in given.items() if key in free}
-
     steps, taken, bundled = {}, set(), resource("notebooks")
     for group, own in table["steps"].items():
         if own.get("skip"): continue

@@ -170,9 +170,9 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
     "A run that can start, in runs/NAME without `out`; raises `InputError` on whatever is wrong. Writes nothing."
     loaded = load_recipe(recipe, settings)
     folder = Path(out or Path("runs", loaded.name)).expanduser().resolve()
-    held, strange = record(folder / RUN), folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    held = record(folder / RUN)
     wrong = ("is not a folder" if folder.exists() and not folder.is_dir() else
-             "holds something that is not a run" if strange and held.get("made_by") != "s3ft_nb" else
+             "holds something that is not a run" if any(folder.glob("[!.]*")) and held.get("made_by") != "s3ft_nb" else
              "holds runs over seeds" if "seeds" in held else
              f"holds a run of {held['recipe']}" if held and held["recipe"] != loaded.name else "")
     if wrong: raise InputError(wrong, folder, remedy="choose another --out")
@@ -278,8 +278,7 @@ def seed_runs(recipe: str | Path, settings: list[str], out: str | Path | None, s
     if any(re.match(r"[^=]*\bseed\s*=", one) for one in settings):
         raise InputError("cannot be combined with --set seed=...", field="--seeds", remedy="give one of them")
     folder = Path(out or Path("runs", f"{load_recipe(recipe, settings).name}-seeds")).expanduser().resolve()
-    strange = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
-    if strange and "seeds" not in record(folder / RUN):
+    if any(folder.glob("[!.]*")) and "seeds" not in record(folder / RUN):
         raise InputError("holds something else than runs over seeds", folder, remedy="choose another --out")
     runs = {folder / f"seed-{seed}": [*settings, f"seed={seed}"] for span in spans for seed in span}
     for own, words in runs.items(): prepare_run(recipe, words, own)

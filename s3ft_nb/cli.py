@@ -67,7 +67,6 @@ def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = (), s
         except OSError as error: text, code = str(cannot_write(Path(error.filename or "."), error)), 2
         show(f"s3ft: {text}", err=True)
         raise typer.Exit(code)
-
     found = options(function, swapped, skip)
     command.__signature__, command.__doc__ = inspect.Signature(found), escape(function.__doc__)
     command.__annotations__ = {one.name: one.annotation for one in found}
@@ -159,9 +158,8 @@ def plan(
 # %% ../nbs/00_cli.ipynb #6c28e18f
 def findings(folder: Path, section: dict, page: Path) -> str:  # JSON
     "What a measurement or comparison found: its numbers over all turns; those of single rules stay in numbers.jsonl."
-    rows = [row for row in read_rows(folder / "numbers.jsonl") if row["part"] == "all"]
     return as_json({"folder": folder, "report": page, "headline": section["headline"], "notes": section["notes"],
-                    "numbers": rows})
+                    "numbers": [row for row in read_rows(folder / "numbers.jsonl") if row["part"] == "all"]})
 
 
 def measure(

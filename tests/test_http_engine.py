@@ -353,13 +353,6 @@ def test_every_form_of_a_response_is_read(serve, habit, usage):
     assert ("LOUD" in row.get("reasoning", "")) == ("LOUD" in body.decode()) and json.dumps(row).encode()
 
 
-def test_pieces_are_returned_where_the_server_lists_them(serve):
-    tokens = [{"token": token, "logprob": -0.25, "bytes": list(token.encode())} for token in ("<think>x</think>", " so", "ft")]
-    fake = serve(lambda n, body, h: (200, reply("<think>x</think> soft", logprobs={"content": tokens} if body.get("logprobs") else None), {}))
-    with_pieces, without = engine(fake, concurrency=1).generate([REQUESTS[0] | {"pieces": True}, REQUESTS[1]])
-    assert [one for one in with_pieces["pieces"] if one[0] > 0] == [[2, -0.25], [4, -0.25]] and "pieces" not in without
-
-
 def test_a_refused_prompt_is_an_empty_response_and_one_that_breaks_the_server_an_error(serve):
     def picky(number, body, headers):
         said = body["messages"][-1]["content"]

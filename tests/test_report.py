@@ -72,7 +72,7 @@ def build_run(folder, seed=0):
     points = [{"threshold": t / 25, "precision": sum(at(t / 25)) / len(at(t / 25)), "lower": sum(at(t / 25)) / len(at(t / 25)) - 0.05, "kept": len(at(t / 25)) / 300}
               for t in range(24)]
     matrix = [[sum(a == row and (a == column) for a in truth) + rng.randint(0, 4) for column in labels] for row in labels]
-    drawn = [figures.scores({label: [p for p, one in zip(chance, truth) if one == label] for label in labels}, 0.62),
+    drawn = [figures.scores({label: [p for p, one in zip(chance, truth) if one == label] for label in labels}),
              figures.reliability({"before": [p**2 for p in chance], "after": chance}, good), figures.confusion_matrix(matrix, labels),
              figures.precision_by_threshold(points, 0.62, 0.9, 300)]
     write_section(folder / "discriminator", "The discriminator", "It gives each restyled response a probability per label; the threshold decides what is kept.",

@@ -25,27 +25,24 @@ from ..judging.rubric import LABELS
 
 # %% ../../nbs/annotation/04_agreement.ipynb #26ca74be
 def votes_of(annotations: list, labels: tuple = LABELS) -> tuple[np.ndarray, list, list]:
-    """Votes (samples, annotators, labels), 0 or 1; sample ids as they appear; annotators by name.
-    Raises `InputError` on another label and on two labels by one person for one sample."""
+    "Votes (samples, annotators, labels), 0 or 1, samples as they appear; raises `InputError` on two by one person."
     samples = {id: i for i, id in enumerate(dict.fromkeys(row.sample_id for row in annotations))}
     people = {name: j for j, name in enumerate(sorted({row.annotator for row in annotations}))}
     unknown = {row.label for row in annotations} - set(labels)
     if unknown: raise InputError(f"labels {sorted(unknown)} are not among {list(labels)}", field="labels")
-    times = Counter(f"{row.annotator} labelled {row.sample_id}" for row in annotations)
-    twice = [text for text, n in times.items() if n > 1]
-    if twice: raise InputError(f"{twice[0]} twice", field="annotations", remedy="keep one of the two")
     votes = np.zeros((len(samples), len(people), len(labels)), dtype="int8")
-    for row in annotations: votes[samples[row.sample_id], people[row.annotator], labels.index(row.label)] = 1
+    for row in annotations:
+        mine, pair = votes[samples[row.sample_id], people[row.annotator]], f"{row.annotator} labelled {row.sample_id}"
+        if mine.any(): raise InputError(f"{pair} twice", field="annotations", remedy="keep one of the two")
+        mine[labels.index(row.label)] = 1
     return votes, list(samples), list(people)
 
 # %% ../../nbs/annotation/04_agreement.ipynb #84779b81
 def alpha(annotations: list, labels: tuple = LABELS, clusters: dict | None = None) -> dict:  # An estimate, 1 = perfect
-    """Krippendorff's alpha with its interval; annotations may have gaps. Clusters: {sample_id: conversation}.
-    Raises `InputError` when a sample has no conversation there."""
+    "Krippendorff's alpha; gaps are allowed. Clusters: {sample_id: conversation}, of all samples, else `InputError`."
     votes, samples, _ = votes_of(annotations, labels)
-    missing = [id for id in samples if clusters is not None and id not in clusters]
-    if missing: raise InputError(f"{len(missing)} samples belong to no conversation, first {missing[0]}",
-                                 field="clusters", remedy="name the conversation of each")
+    lost = [id for id in samples if clusters is not None and id not in clusters]
+    if lost: raise InputError(f"{len(lost)} samples belong to no conversation, first {lost[0]}", field="clusters")
     counts = votes.sum(1)
     out = krippendorff_alpha(counts, clusters and [clusters[id] for id in samples])
     if out["mean"] != 1 or out["n_clusters"] < 2: return out
@@ -59,7 +56,7 @@ def number_lines(numbers: list[dict], parts: tuple) -> list[str]:  # "kappa ann 
     out = []
     for row in (row for row in numbers if row["part"] in parts):
         against, mean = row["against"] and f"against {row['against']}", row["mean"]
-        name = " ".join(part for part in (row["metric"], row["arm"], against, row["key"]) if part)
+        name = " ".join(filter(None, (row["metric"], row["arm"], against, row["key"])))
         shown = "not defined" if mean is None else f"{mean:.2f}" if isinstance(mean, float) else mean
         ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
         out.append(f"{name} {shown}{ends}" + ("" if row["p"] is None else f", p = {row['p']:.3g}"))
@@ -75,8 +72,8 @@ def agreement_numbers(annotations: list, labels: tuple = LABELS, clusters: dict 
     if len(sizes) == 1 and min(sizes) >= 2: out.append(number_row("fleiss_kappa", fleiss_kappa(counts, named)))
     for (i, a), (j, b) in combinations(enumerate(people), 2):
         both = votes[:, [i, j]].any(2).all(1)
-        kappa = cohen_kappa(*votes[both][:, [i, j]].argmax(2).T, named[both]) if both.any() else None
-        if kappa: out.append(number_row("kappa", kappa, "pair", f"{a} {b}"))
+        given = votes[both][:, [i, j]].argmax(2).T
+        if both.any(): out.append(number_row("kappa", cohen_kappa(*given, named[both]), "pair", f"{a} {b}"))
     with np.errstate(invalid="ignore"):  # how often another annotator gives a label when one does
         specific = (counts * (counts - 1)).sum(0) / (counts.T @ (counts.sum(1) - 1))
     for i, (label, n, p) in enumerate(zip(labels, counts[shared].sum(0), specific)):
@@ -85,14 +82,12 @@ def agreement_numbers(annotations: list, labels: tuple = LABELS, clusters: dict 
         out.append(number_row("specific_agreement", {"mean": finite(p), "n": int(n)}, "label", label))
     weighted = counts[shared] / (counts[shared].sum(1) - 1)[:, None]
     table = weighted.T @ counts[shared]  # Krippendorff's coincidences (2011, section C), apart from the diagonal
-    pairs = {f"{a} / {b}": 2 * table[i, j] for (i, a), (j, b) in combinations(enumerate(labels), 2)}
-    for pair, n in sorted(pairs.items(), key=lambda item: -item[1]):
-        found = {"mean": float(n / sum(pairs.values())), "n": round(n)} if n else None
-        if found: out.append(number_row("disagreement", found, "label_pair", pair))
+    pairs = Counter({f"{a} / {b}": 2 * table[i, j] for (i, a), (j, b) in combinations(enumerate(labels), 2)})
+    out += [number_row("disagreement", {"mean": float(n / pairs.total()), "n": round(n)}, "label_pair", pair)
+            for pair, n in pairs.most_common() if n]
     for name in people:
-        seconds = [row.seconds for row in annotations if row.annotator == name and row.seconds is not None]
-        found = {"mean": float(np.median(seconds)), "n": len(seconds)} if seconds else None
-        if found: out.append(number_row("seconds", found, "annotator", name))
+        took = [row.seconds for row in annotations if row.annotator == name and row.seconds is not None]
+        if took: out.append(number_row("seconds", {"mean": float(np.median(took)), "n": len(took)}, "annotator", name))
     counted = {"rows_annotated": len(counts), "rows_shared": int(shared.sum()), "rows_annotations": len(annotations)}
     return out + [number_row(metric, n) for metric, n in counted.items()]
 
@@ -106,7 +101,7 @@ def e_step(prior: np.ndarray, confusion: np.ndarray, votes: csr_array) -> np.nda
 def fit_votes(votes: csr_array, n: int, known: dict | None = None, smoothing: float = 0.0, max_steps: int = 5000,
               tol: float = 1e-6) -> tuple:  # posterior (samples, n labels), prior, confusion, whether it converged
     """Fit the model by EM until no probability changes by `tol`; the M-step is Dawid and Skene's equations 2.3 and 2.4.
-    `known` is {row: label index}, `smoothing` the imaginary right labels of each kind per annotator."""
+    Known: {row: label index}; smoothing: imaginary right labels of each kind per annotator."""
     eye, (rows, columns) = np.eye(n), np.array(list((known or {}).items()), int).reshape(-1, 2).T
     posterior = votes @ np.tile(eye, (votes.shape[1] // n, 1))
     posterior = posterior / posterior.sum(1, keepdims=True)
@@ -142,16 +137,15 @@ def dawid_skene(annotations: list, gold: dict | None = None) -> dict:
 def settle_labels(annotations: list, way: str = "majority", adjudicated: dict | None = None, gold: dict | None = None,
                   min_probability: float = 0.5, ledger: Ledger | None = None) -> dict:
     """Settle annotations into {sample_id: label, or None where it stays open}, in order of first appearance.
-    Labels of an adjudicator go first; `gold` anchors dawid_skene, whose likeliest label must exceed `min_probability`;
-    the ledger counts open samples, note `tie` or `unsure`. Raises `InputError` on another way."""
+    Labels of an adjudicator go first; `gold` anchors dawid_skene. Raises `InputError` on another way."""
     if way == "majority":
         votes, samples, _ = votes_of(annotations)
         top = [np.flatnonzero(n == n.max()) for n in votes.sum(1)]
         out = {id: LABELS[best[0]] if len(best) == 1 else None for id, best in zip(samples, top)}
     elif way == "dawid_skene":
         model = dawid_skene(annotations, gold)
-        likeliest = [LABELS[p.argmax()] if p.max() > min_probability else None for p in model["posterior"]]
-        out = dict(zip(model["samples"], likeliest))
+        out = {id: LABELS[p.argmax()] if p.max() > min_probability else None
+               for id, p in zip(model["samples"], model["posterior"])}
     else: raise InputError(f"is {way!r}", field="aggregate", remedy="use majority or dawid_skene")
     out |= {id: label for id, label in (adjudicated or {}).items() if id in out}
     still_open = sum(label is None for label in out.values())
@@ -172,26 +166,24 @@ def label_noise(annotations: list, seed: int = 0) -> list[dict]:
         posterior, prior, confusion, _ = fit_votes(votes, k, smoothing=1.0, tol=1e-4)
         each = 1 - prior @ np.einsum("kjk->kj", confusion)
         return np.array([*each, each @ given / given.sum(), 1 - posterior.max(1).mean()])
-
     value, group = errors(flat), np.random.default_rng(seed).permutation(n) % c
     left = np.array([errors(flat[group != g]) if c > 1 else value for g in range(c)])
     low, high = rate_ends(value, (left - left.mean(0)).T, np.array(c), 0.95)
-    columns = [("label_error", "annotator", name, m) for name, m in zip(people, given)]
-    columns += [("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
+    columns = [*(("label_error", "annotator", name, m) for name, m in zip(people, given)),
+               ("label_error", "all", "", given.sum()), ("consensus_error", "all", "", n)]
     return [number_row(metric, {"mean": float(e), "low": finite(l), "high": finite(h), "n": int(m)}, part, key)
             for (metric, part, key, m), e, l, h in zip(columns, value, low, high)]
 
 # %% ../../nbs/annotation/04_agreement.ipynb #0fb44f10
-def adjudication(model: dict, max_doubt: float = 0.2, done: set = frozenset()) -> list[dict]:
+def adjudication(model: dict, done: set = frozenset()) -> list[dict]:
     """Queue of a `dawid_skene` model, most doubtful first: `{sample_id, why, doubt, label, votes, annotators}`.
-    Why is tie, unsure (1 - probability of the likeliest label is above `max_doubt`), overruled or lone."""
+    Why is tie, unsure (1 - probability of the likeliest label is above 0.2), overruled or lone."""
     out = []
     for id, votes, p in zip(model["samples"], model["votes"], model["posterior"]):
         counts, likeliest, doubt = votes.sum(0), p.argmax(), float(1 - p.max())
         tied, on_top = sum(counts == counts.max()) > 1, counts[likeliest] == counts.max()
-        reasons = {"tie": tied, "unsure": doubt > max_doubt, "overruled": not tied and not on_top,
-                   "lone": counts.sum() == 1}
-        row = {"sample_id": id, "why": [reason for reason, holds in reasons.items() if holds], "doubt": doubt,
+        why = {"tie": tied, "unsure": doubt > 0.2, "overruled": not tied and not on_top, "lone": counts.sum() == 1}
+        row = {"sample_id": id, "why": [reason for reason, holds in why.items() if holds], "doubt": doubt,
                "label": LABELS[likeliest], "votes": {label: int(n) for label, n in zip(LABELS, counts) if n},
                "annotators": [name for name, voted in zip(model["people"], votes.any(1)) if voted]}
         if row["why"] and id not in done: out.append(row)
@@ -210,8 +202,7 @@ def labels_in(path: str | Path) -> dict:  # {sample_id: label}; empty without a 
 def write_consensus(annotations: list, out: str | Path, clusters: dict | None = None, way: str = "majority",
                     gold: str | Path = "", adjudicated: str | Path = "", seed: int = 0,
                     ledger: Ledger | None = None) -> tuple[dict, list, list]:  # {sample_id: label}, numbers, the queue
-    """Measure agreement, by {sample_id: conversation}, and settle annotations into labels, and write both to a folder.
-    `gold` and `adjudicated` are files of annotations known to be right, or of an adjudicator."""
+    "Measure agreement, by {sample_id: conversation}, settle annotations into labels, and write both to a folder."
     out, known, decided = Path(out), labels_in(gold), labels_in(adjudicated)
     labels = settle_labels(annotations, way, decided, known, ledger=ledger)
     numbers, queue = agreement_numbers(annotations, clusters=clusters), []
@@ -224,11 +215,11 @@ def write_consensus(annotations: list, out: str | Path, clusters: dict | None = 
         queue = adjudication(model, done={*known, *decided})
         numbers += label_noise(annotations, seed)
         confusion = {name: model["confusion"][:, j] for j, name in enumerate(model["people"])}
-        write_json(out / "annotators.json", {"labels": LABELS, "prior": model["prior"], "confusion": confusion,
-                                             "converged": model["converged"]})
-        write_rows(out / "posteriors.jsonl", [
+        about = {key: model[key] for key in ("prior", "converged")}
+        write_json(out / "annotators.json", about | {"labels": LABELS, "confusion": confusion})
+        write_rows(out / "posteriors.jsonl", (
             {"sample_id": id, "label": LABELS[p.argmax()], "probabilities": dict(zip(LABELS, p.tolist()))}
-            for id, p in zip(model["samples"], model["posterior"])])
+            for id, p in zip(model["samples"], model["posterior"])))
     numbers.append(number_row("rows_to_adjudicate", len(queue)))
     write_rows(out / "numbers.jsonl", numbers)
     write_rows(out / "queue.jsonl", queue)

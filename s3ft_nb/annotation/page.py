@@ -39,9 +39,8 @@ def write_page(path: str | Path, task: Task, annotator: str = "") -> Path:
     policy = (f"default-src 'none'; script-src {allowed(code)}; style-src {allowed(style)}; base-uri 'none'; "
               "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
     title = task.title or payload["words"][task.language]["texts"]["decide" if task.kind == "label" else "better"]
-    data = htmlsafe_json_dumps(payload, ensure_ascii=False)
     page = rendered("page.html", language=task.language, title=title, policy=Markup(policy), style=Markup(style),
-                    script=Markup(code), data=data, data_name="task")
+                    script=Markup(code), data=htmlsafe_json_dumps(payload, ensure_ascii=False), data_name="task")
     return write_bytes(path, f"{page}\n".encode())
 
 
@@ -90,17 +89,14 @@ class AnnotationFile:
 
 # %% ../../nbs/annotation/02_page.ipynb #b76e812e
 def annotate(task: Task, path: str | Path, annotator: str) -> Any:  # A widget; `.rows` holds the annotations so far
-    """Annotate one person's task in a notebook, into a JSON Lines file that is continued where it exists.
-    Raises `InputError` when anywidget is missing, or the file holds something else."""
+    "Annotate one person's task in a notebook, into a JSON Lines file; raises `InputError` without anywidget."
     try:
         import anywidget
         import traitlets
     except ImportError:
         raise InputError("needs anywidget", field="widget", remedy="pip install s3ft_nb[annotation]") from None
     file, payload = AnnotationFile(task, path, annotator), task_payload(task, annotator)
-
     class AnnotationWidget(anywidget.AnyWidget):
-        "The annotation view in a notebook; `rows` holds the annotations so far."
         _esm, _css = page_part("view.js", "widget.js"), page_part("view.css")
         task = traitlets.Dict(payload).tag(sync=True)
         rows = property(lambda self: file.rows)
@@ -112,21 +108,14 @@ def annotate(task: Task, path: str | Path, annotator: str) -> Any:  # A widget; 
             try: file.change(change)
             except InputError as error: sent |= {"type": "refused", "why": str(error)}
             self.send(sent)
-
     widget = AnnotationWidget()
     widget.on_msg(lambda widget, message, buffers: widget.receive(message))
     return widget
 
 # %% ../../nbs/annotation/02_page.ipynb #bfb381a9
-class NeedsPeople(RuntimeError):
-    "The chain cannot continue before people have annotated; nothing is wrong."
+class NeedsPeople(RuntimeError): "The chain cannot continue before people have annotated; nothing is wrong."
 
 
 def ask_people(page: str | Path, items: str | Path, n: int) -> None:
     "Stop, and say where to annotate `n` items: a page, or the same items for the server; raises `NeedsPeople`."
-    raise NeedsPeople(f"""waits for people: {n} items to annotate.
-Open this page, or send it to everyone who annotates; it keeps and exports their annotations:
-  {page}
-Or serve the items to several people, then `s3ft annotate export annotations.sqlite FILE`:
-  s3ft annotate serve annotations.sqlite {shlex.quote(str(items))} --mix 0 --annotators NAME,NAME
-Continue with the exported file, or a folder of such files:""")
+    raise NeedsPeople(page_part("ask.txt").strip().format(page=page, items=shlex.quote(str(items)), n=n))

@@ -30,12 +30,10 @@ class Outcome(Preference):
 
 def unblind(pairs: list, preferences: list) -> list[Outcome]:  # In the order of the preferences
     "Name the arms; raises `InputError` on an unknown pair."
-    by_id, out = {pair.id: pair for pair in pairs}, []
+    shown = {pair.id: {name: getattr(pair, name) for name in ("dialogue_id", "turn", "arms")} for pair in pairs}
     for row in preferences:
-        pair = by_id.get(row.pair_id)
-        if pair is None: raise InputError(f"no pair {row.pair_id}", field="pair_id", remedy="pass the pairs shown")
-        out.append(Outcome(**vars(row), dialogue_id=pair.dialogue_id, turn=pair.turn, arms=pair.arms))
-    return out
+        if row.pair_id not in shown: raise InputError(f"no pair {row.pair_id}", field="pair_id", remedy="pass them all")
+    return [Outcome(**vars(row), **shown[row.pair_id]) for row in preferences]
 
 # %% ../../nbs/annotation/05_preference.ipynb #a1f4b370
 def win_numbers(outcomes: list, arm: str, other: str, seed: int = 0) -> list[dict]:  # Rows of numbers.jsonl
@@ -44,9 +42,8 @@ def win_numbers(outcomes: list, arm: str, other: str, seed: int = 0) -> list[dic
     arms = sorted({a for one in outcomes for a in one.arms})
     if not rows: raise InputError(f"no judgement of {arm} against {other}", field="arm", remedy=f"arms are {arms}")
     sign = np.array([0 if one.winner is None else 1 if one.winner == arm else -1 for one in rows])
-    dialogues = [one.dialogue_id for one in rows]
-    hits = {"win_rate": sign > 0, "tie_rate": sign == 0, "loss_rate": sign < 0,
-            "both_bad_rate": [one.choice == "both_bad" for one in rows]}
+    dialogues, both_bad = [one.dialogue_id for one in rows], [one.choice == "both_bad" for one in rows]
+    hits = {"win_rate": sign > 0, "tie_rate": sign == 0, "loss_rate": sign < 0, "both_bad_rate": both_bad}
     out = [number_row(metric, rate(values, dialogues), "against", other, arm) for metric, values in hits.items()]
     for turn in ("", *sorted({one.turn for one in rows})):
         here = [i for i, one in enumerate(rows) if turn in ("", one.turn)]
@@ -59,8 +56,7 @@ def abilities(wins: np.ndarray, pseudo: float = 0.0) -> np.ndarray:  # (..., arm
     """Bradley-Terry abilities against the first arm, by Newton's method, of (..., arms, arms) wins of row over column.
     `pseudo` ties are added between every two arms. Raises `InputError` when abilities are not finite."""
     off = 1 - np.eye(wins.shape[-1])
-    wins = wins + pseudo / 2 * off
-    games, out = wins + np.swapaxes(wins, -1, -2), np.zeros(wins.shape[:-1])
+    games, out = (wins := wins + pseudo / 2 * off) + np.swapaxes(wins, -1, -2), np.zeros(wins.shape[:-1])
     for _ in range(200):
         p = 1 / (1 + np.exp(out[..., None, :] - out[..., :, None]))  # row beats column
         slope, weight = (wins - games * p).sum(-1)[..., 1:], games * p * (1 - p)
@@ -69,16 +65,14 @@ def abilities(wins: np.ndarray, pseudo: float = 0.0) -> np.ndarray:  # (..., arm
         except np.linalg.LinAlgError: break
         out[..., 1:] += np.clip(step, -2, 2)
         if np.abs(step).max(initial=0) < 1e-12: return out
-    message = "abilities are not finite: an arm always won, always lost, or was never compared"
-    raise InputError(message, field="outcomes", remedy="set pseudo=0.5, or compare more")
+    raise InputError("abilities are not finite: an arm always won or lost, or was never compared", field="outcomes")
 
 
 def bradley_terry(outcomes: list, reference: str = "") -> list[dict]:  # Best arm first
     "Ability of every arm against a reference (the first by name), by conversation; half a pseudo tie for every two."
-    arms = sorted({arm for one in outcomes for arm in one.arms})
-    if len(arms) < 2 or (reference or arms[0]) not in arms:
+    arms = sorted({arm for one in outcomes for arm in one.arms}, key=lambda arm: (arm != reference, arm))
+    if len(arms) < 2 or reference and reference != arms[0]:
         raise InputError(f"no arm {reference!r} among {arms}" if arms else "no judgements", field="reference")
-    arms = sorted(arms, key=lambda arm: arm != (reference or arms[0]))
     place = {id: d for d, id in enumerate(dict.fromkeys(one.dialogue_id for one in outcomes))}
     wins = np.zeros((len(place), len(arms), len(arms)))  # of row over column; ties count half
     for one in outcomes:
@@ -89,7 +83,7 @@ def bradley_terry(outcomes: list, reference: str = "") -> list[dict]:  # Best ar
     table, rows = wins.reshape(len(wins), -1), []
     for i, arm in enumerate(arms):
         found = estimate_sums(lambda sums: fit(sums)[..., i], table, len(outcomes), "real")
-        rows.append(number_row("ability", found, arm=arm, against="" if i == 0 else arms[0]))
+        rows.append(number_row("ability", found, arm=arm, against=arms[0] if i else ""))
     return sorted(rows, key=lambda row: -row["mean"])
 
 # %% ../../nbs/annotation/05_preference.ipynb #56a45eea

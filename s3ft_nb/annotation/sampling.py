@@ -8,7 +8,7 @@ __all__ = ['stratified_sample', 'most_useful', 'write_sample', 'assign_items', '
 # %% ../../nbs/annotation/01_sampling.ipynb #edad4f78
 import random
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,11 @@ def stratified_sample(samples: list, n: int, seed: int, by: tuple = ("type",)) -
 
 # %% ../../nbs/annotation/01_sampling.ipynb #27b5676b
 def most_useful(samples: list, n: int, seed: int, scores: list = ()) -> list:
-    """Draw samples that should teach the discriminator most: those with uncertain `Score` rows, of all system prompts.
-    Raises `InputError` when there are fewer than `n`."""
+    "Draw samples with uncertain `Score` rows, of all system prompts in turn; raises `InputError` without enough."
     if not 0 < n <= len(samples): raise InputError(f"cannot draw {n} of {len(samples)} samples", field="n")
-    unsure, prompts, rounds = {one.sample_id: 1 - max(one.probabilities.values()) for one in scores}, Counter(), {}
+    unsure, prompts = {one.sample_id: 1 - max(one.probabilities.values()) for one in scores}, defaultdict(count)
     ranked = sorted(samples, key=lambda row: (-unsure.get(row.id, 1.0), stable_id(seed, row.id)))
-    for row in ranked:
-        rounds[row.id] = prompts[row.system_prompt]
-        prompts[row.system_prompt] += 1
+    rounds = {row.id: next(prompts[row.system_prompt]) for row in ranked}
     return sorted(ranked, key=lambda row: rounds[row.id])[:n]
 
 # %% ../../nbs/annotation/01_sampling.ipynb #a8d98b37
@@ -59,8 +56,8 @@ def write_sample(
     rows = [row for path in samples for row in read_rows(path, Sample)]
     done = {row.sample_id for row in read_annotations(annotated)} if annotated else set()
     rest, fields = [row for row in rows if row.id not in done], tuple(name for name in by.split(",") if name)
-    unknown = set(fields) - set(Sample.model_fields)
-    if unknown: raise InputError(f"samples have no field {min(unknown)}", field="by", remedy="use type, turn, mode …")
+    for name in sorted(set(fields) - set(Sample.model_fields)):
+        raise InputError(f"samples have no field {name}", field="by", remedy="use type, turn, mode …")
     if scores and not useful: raise InputError("apply only with useful", field="scores", remedy="add useful")
     if useful: drawn = most_useful(rest, n, seed, read_rows(scores, Score) if scores else [])
     else: drawn = stratified_sample(rest, n, seed, fields)
@@ -68,8 +65,7 @@ def write_sample(
 
 # %% ../../nbs/annotation/01_sampling.ipynb #721e30f1
 def assign_items(ids: list, annotators: list, k: int, seed: int, overlap: float = 1.0) -> dict:  # {annotator: ids}
-    """Deal items out evenly: `k` annotators for a fraction `overlap` of them, one for the rest.
-    Raises `InputError` when names or items are repeated, or there are fewer annotators than `k`."""
+    "Deal items out evenly: `k` annotators for a fraction `overlap` of them, one for the rest; may raise `InputError`."
     people = set(annotators)
     if not 1 <= k <= len(people) or len(people) < len(annotators):
         raise InputError(f"{k} of {len(people)} annotators", field="k", remedy="name enough distinct annotators")
@@ -109,12 +105,11 @@ def write_design(
     "Deal samples out to annotators, evenly, with gold items spread among them."
     ids = [row.id for row in read_rows(samples, Sample)]
     known = list(dict.fromkeys(row.sample_id for row in read_annotations(gold))) if gold else []
-    unknown = sorted(set(known) - set(ids))
-    if unknown: raise InputError(f"{unknown[0]} is not one of the samples", gold, remedy="add it to the samples")
+    for id in sorted({*known} - {*ids}): raise InputError(f"{id} is not one of the samples", gold, remedy="add it")
     names = [name.strip() for name in annotators.split(",") if name.strip()]
     dealt = assign_items([id for id in ids if id not in known], names, each, seed, overlap)
     dealt = {name: mix_gold(mine, known, seed, name) for name, mine in dealt.items()}
-    lines = [f"{write_json(out, dealt)}: {sum(map(len, dealt.values()))} annotations, {len(known)} gold items"]
-    shared = [len(set(dealt[a]) & set(dealt[b])) for a, b in combinations(sorted(dealt), 2)]
-    lines += [f"  {name}: {len(mine)}" for name, mine in dealt.items()]
-    return lines + [f"  every two share at least {min(shared)}"] * bool(shared)
+    shared = [len(set(a) & set(b)) for a, b in combinations(dealt.values(), 2)]
+    return [f"{write_json(out, dealt)}: {sum(map(len, dealt.values()))} annotations, {len(known)} gold items",
+            *(f"  {name}: {len(mine)}" for name, mine in dealt.items()),
+            *([f"  every two share at least {min(shared)}"] if shared else [])]

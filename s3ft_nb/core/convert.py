@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAT_NAMES', 'SPEAKER', 'TEXT', 'LISTS', 'ASKED', 'RESPONSE', 'IDS', 'SYSTEM', 'LABEL', 'THOUGHTS', 'BAD', 'WORSE',
-           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'text_of',
-           'has_one_of', 'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages',
-           'read_tree', 'fields_of', 'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields',
-           'drafts_of', 'build', 'read_conversations', 'convert', 'system_prompt', 'read_prompts']
+           'SPEAKER_ROLES', 'RawMessage', 'FORMATS', 'role_of', 'refusal', 'first_of', 'text_pieces', 'has_one_of',
+           'entries_of', 'message_list', 'read_entry', 'read_entries', 'read_pair', 'read_messages', 'read_tree',
+           'read_row', 'assign_roles', 'system_beside', 'check_messages', 'unread_fields', 'drafts_of', 'build',
+           'read_conversations', 'convert', 'system_prompt', 'read_prompts']
 
 # %% ../../nbs/core/03_convert.ipynb #5bdc47c1
 import math
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import (
-    InputError, decode, read_bytes, read_toml, resource, row_of, shorten, stable_id, values_of, write_rows)
+    InputError, decode, read_bytes, read_toml, resource, row_of, shorten, stable_id, unknown, values_of,
+                    write_rows)
 from .records import Conversation, SystemPrompt, conversation, is_blank
 from .stage import Ledger, Progress
 
@@ -65,11 +66,6 @@ def text_pieces(value: Any, where: str) -> list[str]:
     name = first_of(TEXT, value) if kind in ("text", "input_text", "output_text") else None
     if name: return text_pieces(value[name], where)
     raise refusal("not_text", f"must be text, got {shorten(value)}", where)
-
-
-def text_of(value: Any, where: str) -> str:
-    "The text of a message; raises `InputError` when it has none."
-    return "".join(text_pieces(value, where))
 
 # %% ../../nbs/core/03_convert.ipynb #f6005e91
 def has_one_of(entry: Any, *groups: tuple) -> bool:
@@ -119,10 +115,8 @@ def read_entries(entries: Any, where: str) -> list[RawMessage]:
 
 def read_pair(pair: dict, where: str) -> list[RawMessage]:
     "Read a prompt and the response to it; without a response there is a user message only."
-    names = [first_of(group, pair) for group in (ASKED, RESPONSE)]
-    if names[0] is None or pair[names[0]] is None:
-        raise refusal("missing_field", f"has none of {', '.join((*TEXT, *ASKED))}", where)
-    sides = []
+    names, sides = [first_of(group, pair) for group in (ASKED, RESPONSE)], []
+    if pair.get(names[0]) is None: raise refusal("missing_field", f"has none of {', '.join(TEXT + ASKED)}", where)
     for name, role in zip(names, ("user", "assistant")):
         value, at = pair.get(name), f"{where}.{name}".strip(".")
         if has_one_of(value, SPEAKER): value = [value]
@@ -165,20 +159,14 @@ def read_tree(row: dict) -> list[list[RawMessage]]:  # One conversation per path
     return paths(root, where, [])
 
 # %% ../../nbs/core/03_convert.ipynb #04de27af
-def fields_of(row: Any) -> set:
-    "Names of the fields of all messages that a row lists."
-    return set().union(*(entry for entry in (message_list(row) or ("", []))[1] if isinstance(entry, dict)))
-
-
-FORMATS: dict[str, Callable[[Any], bool]] = {  # Whether a row is of the format
-    "tree": lambda row: has_one_of(row, ("replies",), TEXT) or (
+FORMATS: dict[str, Callable[[Any, set | None], bool]] = {  # Whether a row, which lists messages with fields, is of it
+    "tree": lambda row, _: has_one_of(row, ("replies",), TEXT) or (
         has_one_of(row, ("prompt",)) and has_one_of(row["prompt"], TEXT) and not has_one_of(row, RESPONSE)),
-    "openai": lambda row: {"role", "content"} <= fields_of(row),
-    "sharegpt": lambda row: {"from", "value"} <= fields_of(row),
-    "speakers": lambda row: bool(fields_of(row) & set(TEXT)),
-    "alpaca": lambda row: has_one_of(row, ("instruction",), RESPONSE) and not message_list(row),
-    "turns": lambda row: bool(message_list(row)) or has_one_of(row, ASKED, RESPONSE),
-}
+    "openai": lambda _, fields: bool(fields) and {"role", "content"} <= fields,
+    "sharegpt": lambda _, fields: bool(fields) and {"from", "value"} <= fields,
+    "speakers": lambda _, fields: bool(fields) and bool(fields & set(TEXT)),
+    "alpaca": lambda row, fields: has_one_of(row, ("instruction",), RESPONSE) and fields is None,
+    "turns": lambda row, fields: fields is not None or has_one_of(row, ASKED, RESPONSE)}
 
 
 def read_row(row: Any, format: str = "auto") -> tuple[str, list[list[RawMessage]]]:
@@ -187,15 +175,15 @@ def read_row(row: Any, format: str = "auto") -> tuple[str, list[list[RawMessage]
     if entries == []: raise refusal("empty", "is empty", name)
     bare = bool(entries) and all(isinstance(entry, str) for entry in entries)
     transcript = name in ("utterances", "dialogue", "dialog", "log") or has_one_of(row, ("dialogue_id", "dialog_id"))
-    remedy = "if user and assistant take turns, name the format speakers"
-    if bare and format != "speakers" and not transcript:
-        raise refusal("no_speakers", "lists texts without speakers", name, remedy)
+    remedy, named = "if user and assistant take turns, name the format speakers", transcript or format == "speakers"
+    if bare and not named: raise refusal("no_speakers", "lists texts without speakers", name, remedy)
+    fields = None if entries is None else set().union(*(entry for entry in entries if isinstance(entry, dict)))
     if bare: format = "speakers"
-    elif format not in FORMATS: format = next((name for name, test in FORMATS.items() if test(row)), "")
-    if format and (bare or FORMATS[format](row)) and (found := (read_tree if format == "tree" else read_messages)(row)):
-        return format, found
-    remedy = f"name the format, one of {', '.join(FORMATS)}, or bring the rows into one of them"
+    elif format not in FORMATS: format = next((name for name, test in FORMATS.items() if test(row, fields)), "")
+    if format and (bare or FORMATS[format](row, fields)):
+        if found := (read_tree if format == "tree" else read_messages)(row): return format, found
     problem = f"is no row of {f'format {format}' if format else 'a known format'}: {shorten(row, 60)}"
+    remedy = f"name the format, one of {', '.join(FORMATS)}, or bring the rows into one of them"
     raise refusal("unknown_format", problem, "", remedy)
 
 # %% ../../nbs/core/03_convert.ipynb #f9afd617
@@ -211,10 +199,10 @@ def assign_roles(raw: list[RawMessage], format: str, note: Callable[[str], None]
     if dialogue_system and (format == "speakers" or "sys" in roles):
         note("system_is_assistant")
         roles = {name: "user" if role == "user" else "assistant" for name, role in roles.items()}
-    unknown = next((message for message, name in zip(raw, names) if roles[name] is None), None)
-    if unknown is None: return [roles[name] for name in names]
     remedy = f"rename it to one of {', '.join(SPEAKER_ROLES)}, or leave the row out"
-    raise refusal("unknown_role", f"unknown role {shorten(unknown.speaker)}", unknown.where, remedy)
+    for one, name in zip(raw, names):
+        if roles[name] is None: raise refusal("unknown_role", f"unknown role {shorten(one.speaker)}", one.where, remedy)
+    return [roles[name] for name in names]
 
 
 def system_beside(row: Any, format: str) -> RawMessage | None:
@@ -229,24 +217,25 @@ def check_messages(raw: list[RawMessage], row: Any, format: str, same_role: str,
     """Make checked `{"role", "content"}` of raw messages; `note` counts changes, `read` gets the texts that are used.
     Raises `InputError` on the first that cannot be one."""
     roles, messages, beside = assign_roles(raw, format, note), [], system_beside(row, format)
-    pairs = [(role, one) for role, one in zip(roles, raw) if role != "system" or text_of(one.text, one.where).strip()]
+    text_of = lambda one: "".join(text_pieces(one.text, one.where)).strip()
+    pairs = [(role, one) for role, one in zip(roles, raw) if role != "system" or text_of(one)]
     if beside and (not pairs or pairs[0][0] != "system"): pairs.insert(0, ("system", beside))
     for role, message in pairs:
-        text = text_of(message.text, message.where).strip()
+        text = text_of(message)
         read.update((text, *map(str.strip, text_pieces(message.text, message.where))))
         if is_blank(text): raise refusal("blank_message", "is blank", message.where)
-        if len(text) > max_chars:
-            raise refusal("too_long", f"{role} message has {len(text):,} characters, more than {max_chars:,}",
-                          message.where, "cut it, raise --max-chars, or leave the row out (--on-error skip)")
+        if (n := len(text)) > max_chars: raise refusal(
+            "too_long", f"{role} message has {n:,} characters, more than {max_chars:,}", message.where,
+            "cut it, raise --max-chars, or leave the row out (--on-error skip)")
         last = messages[-1]["role"] if messages else None
         if role == last and same_role == "join":
             note("joined_same_role")
-            messages[-1]["content"] += f"\n\n{text}"
-        elif role == last:
-            raise refusal("same_role", f"second {role} message in a row", message.where, "join them (same_role=join)")
+            text = f"{messages.pop()['content']}\n\n{text}"
+        elif role == last: raise refusal(
+            "same_role", f"second {role} message in a row", message.where, "join them (same_role=join)")
         elif role == "system" and messages or role == "assistant" and last != "user":
             raise refusal("role_order", f"has role {role} where another is due", message.where)
-        else: messages.append({"role": role, "content": text})
+        messages.append({"role": role, "content": text})
     if "assistant" not in roles: raise refusal("no_response", "has no assistant message", "messages")
     return messages
 
@@ -264,9 +253,8 @@ def unread_fields(row: Any, read: set[str]) -> set[str]:  # read: texts without 
                     or key == "split" and value[key] in ("train", "eval") or key in LABEL and value[key] is True]
             known = {*SPEAKER, *IDS, "parent_id", "rank", "deleted", *(used if value is row else ("type",))}
             fields = {f"{name.rpartition('.')[2]}.{key}".strip("."): key for key in value if key not in known}
-            names |= {path for path,
-                      key in fields.items() if isinstance(value[key], int | float) and (value is row or role)
-                      and (key not in marks or (value[key] == marks[key]) != (role == "assistant"))}
+            names |= {path for path, key in fields.items() if isinstance(value[key], int | float) and (
+                value is row or role) and (key not in marks or (value[key] == marks[key]) != (role == "assistant"))}
             stack += [(path, entries_of(value[key])) for path, key in fields.items() if path not in names]
     return names
 
@@ -286,8 +274,7 @@ def drafts_of(row: Any, format: str) -> Iterator[tuple[str | None, dict, str, An
 
 
 def build(id: str | None, row: dict, messages: list, source: str, seen: dict, note: Callable) -> Conversation:
-    """Make one conversation; `seen` holds texts and ids of earlier ones, and gets those of this one.
-    Raises `InputError` when it was read before or is marked as bad."""
+    "Make one conversation, unlike those `seen`; raises `InputError` when it was read before or is marked as bad."
     for name in LABEL:
         if str(row.get(name)).strip().lower() in BAD: raise refusal("labelled_bad", "is marked as a bad response", name)
     if messages[-1]["role"] == "user":
@@ -315,8 +302,7 @@ def read_conversations(path: str | Path, format: str = "auto", on_error: str = "
     Raises `InputError` naming file, line and field of the first invalid row."""
     for name, value, *known in (("format", format, *FORMATS, "hf", "auto"), ("on_error", on_error, "raise", "skip"),
                                 ("same_role", same_role, "refuse", "join")):
-        remedy = f"use one of {', '.join(known)}"
-        if value not in known: raise InputError(f"unknown choice {value!r}", field=name, remedy=remedy)
+        if value not in known: raise unknown("choice", value, known, field=name)
     ledger, taken, seen, texts = Ledger("read") if ledger is None else ledger, [], {}, defaultdict(set)
     values, source = values_of(path, format), os.fsencode(Path(path).name).decode(errors="replace")
     drafts = [(line, *draft) for line, row in values for draft in drafts_of(row, format)]
@@ -354,8 +340,7 @@ def convert(src: str | Path, dst: str | Path, format: str = "auto", to: str = "c
             same_role: str = "refuse", max_chars: int = 20_000) -> dict:  # The ledger, also beside `dst`
     """Convert a file to conversations, or to messages: bare `{"messages"}` rows, as TRL and most trainers read.
     The options are those of `read_conversations`. Raises `InputError` before anything is written."""
-    if to not in ("conversations", "messages"):
-        raise InputError(f"unknown choice {to!r}", field="to", remedy="use conversations or messages")
+    if to not in (known := ("conversations", "messages")): raise unknown("choice", to, known, field="to")
     if Path(dst).exists() and Path(src).exists() and Path(dst).samefile(src):
         raise InputError("is both what is read and what is written", dst, remedy="name another file to write to")
     ledger = Ledger("convert", re.sub(r"(\.jsonl?)?(\.gz)?$", ".ledger.json", str(dst), count=1))
@@ -379,16 +364,16 @@ def system_prompt(row: Any) -> SystemPrompt:
         found += [beside.text for beside in [system_beside(row, "")] if beside]
         said = [message.text for message in raw]  # what a user says is no system prompt
         found += [row[name] for name in ("text", "prompt", "content") if name in row and row[name] not in said]
-    text, names = text_of(found[0], "").strip() if found else "", "text, prompt, system_prompt, system or content"
-    if not text: raise InputError("has no system prompt", remedy=f"give it text under {names}")
+    text = "".join(text_pieces(found[0], "")).strip() if found else ""
+    remedy = "give it text under text, prompt, system_prompt, system or content"
+    if not text: raise InputError("has no system prompt", remedy=remedy)
     language = "zh" if 10 * len(re.findall(r"[\u4e00-\u9fff]", text)) >= len(text) else "en"
     id = str(given) if isinstance(given, int | str) and str(given).strip() else stable_id(text)
     return SystemPrompt(id=id, type="imported", text=text, language=language, source="file")
 
 
 def read_prompts(path: str | Path) -> list[SystemPrompt]:  # In file order, no text twice
-    """Read system prompts: .txt (one per line), .csv, .parquet, a dataset folder, or JSON of any other name.
-    Raises `InputError` naming file, line and field of the first invalid one."""
+    "Read system prompts: .txt (one per line), .csv, .parquet, a dataset or JSON; raises `InputError` naming a line."
     prompts, lines = {}, re.search(r"\.txt(\.gz)?$", str(path))
     for line, row in enumerate(decode(read_bytes(path), path).split("\n"), start=1) if lines else values_of(path):
         if isinstance(row, str) and not row.strip(): continue

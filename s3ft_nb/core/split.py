@@ -18,7 +18,7 @@ from rapidfuzz.process import cdist, extractOne
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .files import InputError, stable_id
+from .files import InputError, stable_id, unknown
 from .records import Conversation, SystemPrompt
 from .stage import Ledger
 
@@ -96,9 +96,7 @@ def split_prompts(prompts: list[SystemPrompt], seed: int, eval_fraction: float =
     types, ledger = sorted({row.type for row in prompts}), ledger or Ledger("split")
     if not 0 < eval_fraction < 1:
         raise InputError(f"must be between 0 and 1, got {eval_fraction}", field="eval_fraction", remedy="use 0.1")
-    if held_out_type not in (None, *types):
-        problem = f"no prompts of type {held_out_type!r}"
-        raise InputError(problem, field="held_out_type", remedy=f"use one of {', '.join(types)}")
+    if held_out_type not in (None, *types): raise unknown("type", held_out_type, types, field="held_out_type")
     check_unique(prompts)
     rows, sides = [], {}
     for row in families(prompts):

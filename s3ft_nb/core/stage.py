@@ -38,7 +38,6 @@ def event_line(event: dict) -> str:  # "restyle 60/100 rows, 2 rows/s, 0:20 left
 
 class Progress:
     "Count what a long loop has done and report it: to the file of events, else as a bar where a person looks on."
-
     def __init__(self, total: int | None, unit: str = "rows", label: str = ""):
         self.total, self.unit, self.label, self.bar = total, unit, label, None
         self.done = self.worked = self.tokens = 0  # worked and tokens: by this process only
@@ -56,14 +55,9 @@ class Progress:
         if self.bar is not None: self.bar.close()
         elif self.outlet == "events" or time.monotonic() - self.began >= LINE_SECONDS: self.report()
 
-    def update(self, n: int = 1, tokens: int = 0) -> None:
-        "Count units done now, and the tokens they took."
-        self.worked, self.tokens = self.worked + n, self.tokens + tokens
-        self.skip(n)
-
-    def skip(self, n: int) -> None:
-        "Count units done earlier: they move the bar, not the rate."
-        self.done += n
+    def update(self, n: int = 1, tokens: int = 0, earlier: bool = False) -> None:
+        "Count units done, and the tokens they took; what was done earlier moves the bar, not the rate."
+        self.done, self.worked, self.tokens = self.done + n, self.worked + n * (not earlier), self.tokens + tokens
         if self.bar is not None: self.bar.update(n)
         pause = 0.5 if self.outlet == "events" else LINE_SECONDS  # at most two events a second
         if time.monotonic() - self.reported >= pause: self.report()
@@ -84,7 +78,6 @@ class Progress:
 # %% ../../nbs/core/02_stage.ipynb #cd7a01b8
 class Ledger:
     "Rows in, rows out, and the reason for every row dropped."
-
     def __init__(self, stage: str, path: str | Path | None = None):  # path: folder for `ledger.json`, or a .json file
         self.stage, self.path = stage, Path(path) if path else None
         self.rows_in = self.rows_out = self.expected = None  # expected: units, where one row gives several
@@ -148,7 +141,6 @@ def spend(**tokens: int) -> None:  # Names of `USAGE`
 class Stage:
     """Where a step works: its folder, and the name (the folder's when empty) that its ledger has.
     Shards of `shard_size` rows derive their seeds from `seed`; with `fresh`, finished ones are discarded."""
-
     def __init__(self, out: str | Path, name: str = "", seed: int = 0, fresh: bool = False, shard_size: int = 256):
         if shard_size < 1: raise InputError("must be at least 1", field="shard_size", remedy="use 64 or so")
         self.folder, self.seed, self.fresh, self.shard_size = Path(out), seed, fresh, shard_size
@@ -157,8 +149,8 @@ class Stage:
 
     def part(self, name: str, seed: int | None = None, shard_size: int | None = None) -> "Stage":
         "A sub-folder with its own ledger and shards; tokens are counted together."
-        seed, size = self.seed if seed is None else seed, shard_size or self.shard_size
-        part = Stage(self.folder / name, name, seed, self.fresh, size)
+        seed = self.seed if seed is None else seed
+        part = Stage(self.folder / name, name, seed, self.fresh, shard_size or self.shard_size)
         part.usage, part.parent = self.usage, self
         return part
 
@@ -181,13 +173,13 @@ class Stage:
         with progress as self.progress:
             for index, start in enumerate(range(0, len(rows), step)):
                 shard, path = rows[start : start + step], folder / f"shard-{index:05d}.jsonl"
-                count = self.progress.skip if path.exists() else self.progress.update
-                if not path.exists(): self._make(path, work, shard, shard_seed(self.seed, index))
+                earlier = path.exists()
+                if not earlier: self._make(path, work, shard, shard_seed(self.seed, index))
                 elif path.with_suffix(".json").exists():  # what a finished shard spent and reported
                     kept = read_json(path.with_suffix(".json"))
                     self.usage.update(kept["usage"]), self.ledger.notes.update(kept["notes"])
                     self.ledger.dropped += kept["dropped"]
-                count(max(start + len(shard) - self.progress.done, 0))
+                self.progress.update(max(start + len(shard) - self.progress.done, 0), earlier=earlier)
                 done += read_rows(path)
         self.progress = None
         return done

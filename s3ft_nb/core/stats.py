@@ -37,8 +37,7 @@ def cluster_sums(columns: np.ndarray, clusters: Sequence | None) -> np.ndarray: 
 # %% ../../nbs/core/04_stats.ipynb #88618d5c
 @np.errstate(divide="ignore", invalid="ignore")
 def jackknife(of: Callable, table: np.ndarray) -> tuple:  # of: (..., columns) sums -> (...) value
-    """A value of a (..., clusters, columns) table of sums, and how it changes when one cluster is left out:
-    (...) the value, (..., clusters) its centred changes, (...) the number of clusters with rows."""
+    "Of a (..., clusters, columns) table: value, (..., clusters) centred changes without each, number of clusters used."
     used, total = table.any(axis=-1), table.sum(axis=-2)
     c, left = used.sum(axis=-1), of(total[..., None, :] - table)
     return of(total), np.where(used, left - (np.where(used, left, 0).sum(-1) / c)[..., None], 0), c
@@ -218,8 +217,7 @@ def kappa_of(sums: np.ndarray) -> np.ndarray:  # (..., labels²) counts, rows on
 
 def confusion(a: Sequence, b: Sequence, labels: Sequence | None = None) -> np.ndarray:  # (rows, labels²) one 1 each
     "Which cell of the confusion matrix each row falls into; raises `InputError` on an unknown label."
-    if len(a) != len(b):
-        raise InputError(f"{len(a)} labels against {len(b)}", field="b", remedy="label the same samples")
+    if len(a) != len(b): raise InputError(f"{len(a)} labels against {len(b)}", field="b", remedy="label the same rows")
     columns = {label: i for i, label in enumerate(dict.fromkeys([*a, *b]) if labels is None else labels)}
     unknown = {*a, *b} - columns.keys()
     if unknown: raise InputError(f"labels {sorted(map(str, unknown))} are not among {list(columns)}", field="labels")

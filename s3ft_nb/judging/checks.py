@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, create_model
 
-from ..core.files import InputError, row_of
+from ..core.files import InputError, row_of, unknown
 from ..core.records import Check
 from .ifeval import IFEVAL, LANGUAGE_KINDS, Relation, can_detect_language, loose_forms, sentences
 
@@ -48,10 +48,8 @@ def occurs(word: str, text: str) -> bool:
     word, text = folded(word), folded(text)
     start = text.find(word)
     while start >= 0:
-        end = start + len(word)
-        left = in_word(text[start - 1:start]) and in_word(word[:1])
-        right = in_word(text[end:end + 1]) and in_word(word[-1:])
-        if not left and not right: return True
+        end, left = start + len(word), in_word(text[start - 1:start]) and in_word(word[:1])
+        if not left and not (in_word(text[end:end + 1]) and in_word(word[-1:])): return True
         start = text.find(word, start + 1)
     return False
 
@@ -111,11 +109,10 @@ def echoes(response: str, n: int, prompt: list) -> bool:  # prompt: messages bef
     return len(asked & set(split_words(response))) >= n
 
 # %% ../../nbs/judging/02_checks.ipynb #3862fe72
-SIGN = ("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23f3\u25fd\u25fe\u2600-\u2604"
-        "\u2614\u2615\u2639\u263a\u2648-\u2653\u2665\u267f"
-        "\u2693\u26a0\u26a1\u26aa\u26ab\u26bd\u26be"
-        "\u26c4\u26c5\u26ce\u26d4\u26ea\u26f2\u26f3\u26f5\u26fa\u26fd\u2705\u270a-\u270d\u2728"
-        "\u274c\u274e\u2753-\u2755\u2757\u2763\u2764\u2795-\u2797\u27b0\u27bf\u2b1b\u2b1c\u2b50\u2b55]|.\ufe0f")
+SIGN = ("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23f3\u25fd\u25fe\u2600-\u2604\u2614\u2615\u2639\u263a\u2648-\u2653"
+        "\u2665\u267f\u2693\u26a0\u26a1\u26aa\u26ab\u26bd\u26be\u26c4\u26c5\u26ce\u26d4\u26ea\u26f2\u26f3\u26f5\u26fa"
+        "\u26fd\u2705\u270a-\u270d\u2728\u274c\u274e\u2753-\u2755\u2757\u2763\u2764\u2795-\u2797\u27b0\u27bf\u2b1b"
+        "\u2b1c\u2b50\u2b55]|.\ufe0f")
 EMOJI = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|(?:{SIGN})(?:[\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d(?:{SIGN}))*")
 BULLET = re.compile(r"(?m)^[^\S\n]*(?:[-*+•·‣–—]|\d+[.)、])[^\S\n]*[^\s\-*+•·‣–—]")
 CHECKS = {  # n: a bound, or how many exactly
@@ -176,11 +173,9 @@ def schema(kind: str) -> type:  # A pydantic model
 # %% ../../nbs/judging/02_checks.ipynb #4ccc6a63
 def assert_check(check: Check) -> dict:  # Parameters as the kind takes them
     "Raise `InputError` when a check names an unknown kind, has wrong parameters or cannot be run here."
-    if check.kind not in CHECKS:
-        raise InputError(f"unknown check {check.kind!r}", field="kind", remedy=f"use one of {', '.join(CHECKS)}")
+    if check.kind not in CHECKS: raise unknown("check", check.kind, CHECKS, field="kind")
     if check.kind in LANGUAGE_KINDS and not can_detect_language():
-        remedy = "pip install 's3ft_nb[ifeval]', or let a judge decide"
-        raise InputError(f"check {check.kind} needs langdetect", field="kind", remedy=remedy)
+        raise InputError(f"check {check.kind} needs langdetect", field="kind", remedy="pip install 's3ft_nb[ifeval]'")
     whole = lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
     params = {name: whole(value) for name, value in check.params.items() if value is not None}
     try: row_of(schema(check.kind), params)
@@ -194,11 +189,9 @@ def run_check(check: Check, response: str, prompt: list | None = None, reading: 
     """Whether a response satisfies a check; the loose reading forgives what IFEval forgives, in its kinds only.
     Raises `InputError` as `assert_check` does, or when the kind looks at the conversation and `prompt` is missing."""
     params, kind = assert_check(check), CHECKS[check.kind]
-    if reading not in ("strict", "loose"):
-        raise InputError(f"unknown reading {reading!r}", field="reading", remedy="use strict or loose")
-    if kind is echoes:
-        if not prompt: raise InputError(f"check {check.kind} needs the conversation", field="prompt", remedy="pass it")
-        params["prompt"] = prompt
+    if reading not in (known := ("strict", "loose")): raise unknown("reading", reading, known, field="reading")
+    if kind is echoes and not prompt: raise InputError(f"check {check.kind} needs the conversation", field="prompt")
+    if kind is echoes: params["prompt"] = prompt
     forms = loose_forms(response) if reading == "loose" and check.kind in IFEVAL else [response]
     return any(bool(folded(form)) and kind(form, **params) for form in forms)
 

@@ -48,7 +48,6 @@ def hide_marks(text: str) -> str:  # The same length
         ends = re.match(r"\s*$|\s*[\n“\"「]|\s+\W?[^\W\d_]", after) and not re.match(r"\W*[a-zß-öø-ÿ]", after)
         hidden = re.sub(r"[.!?…。！？]", ",", part)
         return hidden[:-2] + (part[-2:] if ends and found[0][0] not in "'`(（" else hidden[-2:])
-
     number = set(enumeration(text))
     text = "".join("," if i in number else c for i, c in enumerate(text)) if number else text
     text = re.sub(rf"{QUOTE}|\([^()\n]{{1,400}}\)(?=\s*[^\sA-Z])|（[^（）]{{1,400}}）", inside, text)

@@ -47,12 +47,8 @@ def shown_turn(row: dict, language: str) -> str:  # row: `{"role", "content"}`, 
     return names[role] + re.sub(rf"(?im)(?<=\n)(?=[^\S\n]*(?:{imitation}))", "> ", quoted(row["content"], language))
 
 
-def blocks(
-    system_prompt: str,  # The setting
-    prompt: list,  # Messages or dicts before the response, without the system message; the last is the user's
-    response: str | None = None,  # Response to show; None leaves its block out
-    language: str = "en",  # en or zh
-) -> str:  # User message of a judge or restyle request
+def blocks(system_prompt: str, prompt: list, response: str | None = None,  # prompt: without the system message
+           language: str = "en") -> str:  # User message of a judge or restyle request; no response, no block of it
     "The conversation, last message, response and setting; raises `InputError` when the last message is not the user's."
     words, rows = words_of(language), [one if isinstance(one, dict) else one.model_dump() for one in prompt]
     turns = [shown_turn(row, language) for row in rows]
@@ -66,19 +62,15 @@ def blocks(
 # %% ../../nbs/judging/00_rubric.ipynb #6368a0eb
 def judge_system(language: str = "en") -> str:
     "System message of a judge request, assembled from `RUBRIC` and `LETTERS`."
-    words = words_of(language)
-    gap = " " if language == "en" else ""
+    words, gap = words_of(language), " " if language == "en" else ""
     order = [f"{i}. {question}" for i, question in enumerate(words["order"], 1)]
     order[0] += gap + words["otherwise"].format(letter=LETTERS["not_applicable"])
     lines = [f"{LETTERS[label]} = {words['short'][label]}" for label in LABELS]
     return "\n".join([words["role"] + gap + words["decide"], *order, words["answer"], *lines])
 
 
-def judge_messages(
-    system_prompt: str, prompt: list, response: str, language: str = "en",  # See `blocks`
-    explained: bool = False,  # Ask for an explanation after the letter, see `judging.explain`
-) -> list[dict]:
-    "Request that asks for the label of one response."
+def judge_messages(system_prompt: str, prompt: list, response: str, language: str = "en", explained: bool = False):
+    "Request, see `blocks`, for the label of one response; explained: with an explanation, see `judging.explain`."
     ask = f"\n{words_of(language)['explain']['ask']}" if explained else ""
     return [{"role": "system", "content": judge_system(language) + ask},
             {"role": "user", "content": blocks(system_prompt, prompt, response, language)}]

@@ -24,6 +24,8 @@ from ..lm.engine import Engine, ask
 
 # %% ../../nbs/judging/03_rules.ipynb #484fe045
 LONGEST_DEMAND = 300  # Characters; a longer sentence says more than any pattern
+RULE_TYPES = ("persona", "symbolism", "literary_manner", "tone", "audience", "orthography", "format", "narrative_frame",
+              "obligatory_element", "rule_length", "forbidden_element", "language", "other")
 
 
 @cache
@@ -33,11 +35,10 @@ def load_patterns() -> dict:  # {pattern, hint: rows with `regex`, prose: {name:
     longest_first = lambda names: "|".join(sorted(names, key=len, reverse=True))
     join, number = r"(?:(?:,| or| and|, or|, and|、|或|或者|和|以及)\s*", longest_first(data["numbers"])
     name = rf"(?:{QUOTE}|(?!(?:and|or|no|nothing)\b)[a-z_][\w-]*)"
-    slots = data["slots"] | {
-        "n": rf"(?P<n>\d{{1,4}}|{number})", "m": rf"(?P<m>\d{{1,4}}|{number})",
-        "language": f"(?P<language>{longest_first(data['languages'])})",
-        "name": r"(?P<name>(?-i:[A-Z])[\w.'’-]*(?: (?-i:[A-Z])[\w.'’-]*)*)",
-        "names": rf"(?P<names>{name}{join}{name})*)", "quotes": rf"(?P<quotes>{QUOTE}{join}{QUOTE})*)"}
+    slots = data["slots"] | {name: f"(?P<{name}>{pattern})" for name, pattern in {
+        "n": rf"\d{{1,4}}|{number}", "m": rf"\d{{1,4}}|{number}", "language": longest_first(data["languages"]),
+        "name": r"(?-i:[A-Z])[\w.'’-]*(?: (?-i:[A-Z])[\w.'’-]*)*", "names": rf"{name}{join}{name})*",
+        "quotes": rf"{QUOTE}{join}{QUOTE})*"}.items()}
     for row in data["pattern"]:
         filled = re.sub("|".join(f"{{{name}}}" for name in slots), lambda slot: slots[slot[0][1:-1]], row["match"])
         row["regex"] = re.compile(slots["before"] + f"(?:{filled})" + slots["after"], re.IGNORECASE)
@@ -78,10 +79,6 @@ def recognise(text: str) -> tuple[Check, str] | None:  # (check, type of rule); 
     return Check(kind=kind, params=params), row["type"]
 
 # %% ../../nbs/judging/03_rules.ipynb #3c45d4d6
-RULE_TYPES = ("persona", "symbolism", "literary_manner", "tone", "audience", "orthography", "format", "narrative_frame",
-              "obligatory_element", "rule_length", "forbidden_element", "language", "other")
-
-
 def rule_from(text: str, source: str = "prompt", system_prompt_id: str = "", type: str | None = None) -> Rule:
     "A rule from its text, with its check where a program can decide it; the type is guessed when none is given."
     guesses = (row["type"] for row in load_patterns()["hint"] if row["regex"].search(text))
@@ -128,8 +125,7 @@ def why_no_rule(text: str) -> str:  # A reason code, or empty
 
 def split_demand(text: str) -> list[str]:
     "Split at *and* or a comma where every part is a demand and a check decides one of them; quotations stay whole."
-    prose = load_patterns()["prose"]
-    marked = re.sub(QUOTE, lambda found: "\x00" * len(found[0]), text)
+    prose, marked = load_patterns()["prose"], re.sub(QUOTE, lambda found: "\x00" * len(found[0]), text)
     if len(text) > LONGEST_DEMAND or prose["condition"].search(marked): return [text]
     cuts = [found.span() for found in re.finditer(r",? and (?:then )?|, |，(?:并且?|而且)?", marked)]
     ends = zip([0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)])
@@ -151,9 +147,8 @@ def split_prompt(text: str, system_prompt_id: str = "", ledger: Ledger | None = 
     if not out: raise InputError("holds no rule", field="system_prompt", remedy="write what a response should be like")
     if ledger is not None:
         for reason, sentence in aside: ledger.drop(system_prompt_id, reason, sentence)
-        ledger.notes.update(+Counter({
-            "repeated_rules_left_out": len(rules) - len(out),
-            "languages_left_to_a_judge": sum(rule.how == "judge" and bool(match_pattern(rule.text)) for rule in out)}))
+        by_judge = sum(rule.how == "judge" and bool(match_pattern(rule.text)) for rule in out)
+        ledger.notes += Counter(repeated_rules_left_out=len(rules) - len(out), languages_left_to_a_judge=by_judge)
     return out
 
 # %% ../../nbs/judging/03_rules.ipynb #0fd07a0d
@@ -173,8 +168,7 @@ def parse_rules(written: str, text: str, system_prompt_id: str = "") -> tuple[li
 
 
 def make_rules(
-    prompts: list[SystemPrompt],
-    engine: Engine | None = None,  # Splits prompts that carry no checks; None = by sentences
+    prompts: list[SystemPrompt], engine: Engine | None = None,  # Splits prompts without checks; None = by sentences
     stage: Stage | None = None,  # Keeps what the engine wrote, so needed with one; its ledger counts what happened
 ) -> list[Rule]:  # To be written to a file and looked at
     "Rules of prompts: their checks where they carry some, else by an engine that can be read, else by sentences."
@@ -208,15 +202,13 @@ def read_rules(path: str | Path) -> list[Rule]:
     out = {}
     for line, value in iter_lines(path):
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
-            remedy = "write {\"text\": \"Be brief.\"}"
-            raise InputError(f"a rule needs a text, got {shorten(value)}", path, line, "text", remedy)
+            raise InputError(f"a rule needs a text, got {shorten(value)}", path, line, "text")
         own = rule_from(value["text"], "user", str(value.get("system_prompt_id", ""))).model_dump()
         if "check" in value: own["how"] = "check" if value["check"] else "judge"
         elif value.get("how") == "judge": own["check"] = None
         rule = row_of(Rule, own | value, path, line)
-        if (rule.how == "check") != (rule.check is not None):
-            found = f"how is {rule.how}, but the rule has {'a' if rule.check else 'no'} check"
-            raise InputError(found, path, line, "check", "give a check or write how: judge")
+        if (rule.how == "check") != (rule.check is not None): raise InputError(
+            f"how is {rule.how}, but the rule has {'a' if rule.check else 'no'} check", path, line, "check")
         try: assert_check(rule.check) if rule.check else None
         except InputError as error:
             raise InputError(error.message, path, line, f"check.{error.field}", error.remedy) from None

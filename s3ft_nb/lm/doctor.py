@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TALK', 'TEXTS', 'COLOURS', 'around', 'error_of', 'system_role', 'words_in', 'hidden_text', 'missing_prompt_end',
            'find_end_of_turn', 'recommend', 'decided', 'set_policy', 'why_untrainable', 'injection_risk', 'verdict',
-           'explained', 'coloured', 'to_ansi', 'to_html', 'example_view', 'in_words']
+           'coloured', 'to_ansi', 'to_html', 'example_view', 'in_words']
 
 # %% ../../nbs/lm/03_doctor.ipynb #3e3b894f
 import html
@@ -23,6 +23,7 @@ from .template import (OPENS, REASONING_TAGS, Policy, TemplateLimit, apply, chat
 # %% ../../nbs/lm/03_doctor.ipynb #70cd3316
 TALK = ("system", "user", "assistant", "user", "assistant", "user")  # The shape that templates are tried on
 TEXTS = read_toml(resource("data", "template", "doctor.toml"))
+COLOURS = TEXTS["colours"]
 
 
 def around(tokenizer, policy: Policy, start: int, stop: int, generate: bool = True) -> tuple:  # See `frame`
@@ -167,29 +168,18 @@ def verdict(tokenizer, **chosen: str) -> dict:  # Facts, recommended `policy`, o
         "injection_risk": injection_risk(tokenizer, policy),
         "end_of_turn": {"text": end[0], "from": end[1], "trained": not untrainable},
         "trainable": not untrainable, "why_not": untrainable, "policy": asdict(policy)}
-    return facts | explained(facts, chosen)
-
-
-def explained(facts: dict, chosen: dict) -> dict:  # `decisions`, which only the user can make, and `notes`
-    "What the facts mean, one sentence each."
-    policy, how = facts["policy"], TEXTS["system_roles"].get(facts["system_role"])
-    added, beside, everywhere = facts["hidden_text"].values()
+    how, (added, beside, everywhere) = TEXTS["system_roles"].get(facts["system_role"]), facts["hidden_text"].values()
     due = {"system": how, "hidden": added and facts["silenceable"], "reasoning": facts["injected_reasoning"],
            "untrainable": facts["why_not"]}
     due |= dict.fromkeys(chosen.keys() & due.keys())  # decided
     known = {"folded": facts["system_role"] == "folded", "not_silenceable": added and not facts["silenceable"],
              "around": everywhere, "beside": beside, "date": facts["date_dependent"],
-             "unstable": not facts["prefix_stable"], "prompt_end": policy["prompt_end"],
-             "end_of_turn": policy["end_of_turn"], "injection": facts["injection_risk"]}
-    return {kind: [TEXTS[kind][name].format(how=how, **facts) for name, wanted in names.items() if wanted]
-            for kind, names in (("decisions", due), ("notes", known))}
+             "unstable": not facts["prefix_stable"], "prompt_end": policy.prompt_end,
+             "end_of_turn": policy.end_of_turn, "injection": facts["injection_risk"]}
+    return facts | {kind: [TEXTS[kind][name].format(how=how, **facts) for name, wanted in names.items() if wanted]
+                    for kind, names in (("decisions", due), ("notes", known))}
 
 # %% ../../nbs/lm/03_doctor.ipynb #6dee555b
-COLOURS = {"system": ("35", "#7b3294"), "user": ("36", "#0571b0"), "assistant": ("33", "#946200"),
-           "template": ("2", "#6b6b6b"),
-           "trained": ("1;30;42", "#00663a;font-weight:bold;background:#d9f2e4")}  # (ANSI code, CSS colour)
-
-
 def coloured(tokenizer, messages: list, train_on: str | list = "last", policy: Policy | None = None) -> list:
     "A conversation in pieces (text, kind in `COLOURS`), as `encode` takes it; raises `InputError` when it cannot."
     policy, template = in_use(tokenizer, policy)

@@ -87,9 +87,8 @@ class LabelledLoss(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"][:, 1:]
         columns = (labels != -100).any(0).nonzero().flatten()
-        prompts = {name: value for name, value in inputs.items() if name != "labels"}
+        prompts, wanted = {name: value for name, value in inputs.items() if name != "labels"}, labels[:, columns]
         logits = model(**prompts, use_cache=False, logits_to_keep=columns).logits.float()
-        wanted = labels[:, columns]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
         return loss / ((wanted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -106,8 +105,7 @@ class Watch(TrainerCallback):
     def __init__(self, progress: Progress, tokens: list[int]):  # tokens: of each step
         self.progress, self.tokens, self.label = progress, tokens, progress.label
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step: self.progress.skip(state.global_step)
+    def on_train_begin(self, args, state, control, **kwargs): self.progress.update(state.global_step, earlier=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs: self.progress.label = f"{self.label}, loss {logs['loss']:.3f}"
@@ -183,8 +181,8 @@ def save_adapter(trainer: SFTTrainer, lm: LM, out: Path) -> None:
     base, config.base_model_name_or_path = config.base_model_name_or_path, hub_name(config.base_model_name_or_path)
     trainer.model.save_pretrained(part, save_embedding_layers=False)
     lm.tokenizer.save_pretrained(part)
-    write_json(part / RECORD, {"sha256": file_hash(part / TEMPLATE), "policy": asdict(lm.policy),
-                               "base": weights_hash(base)})
+    made = {"sha256": file_hash(part / TEMPLATE), "policy": asdict(lm.policy), "base": weights_hash(base)}
+    write_json(part / RECORD, made)
     (part / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
     os.replace(part, there)
 
@@ -207,8 +205,7 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     began, ledger = time.monotonic(), Ledger("train")
     dtype = "float32" if settings.dtype == "auto" and pick_device(settings.device) == "mps" else settings.dtype
     lm = load(model, settings.quantization, dtype=dtype, device=settings.device)
-    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(settings.max_length, positions or settings.max_length)
+    limit = min(settings.max_length, getattr(lm.model.config.get_text_config(), "max_position_embeddings", 0) or 10**6)
     encoded = encode_rows(lm.tokenizer, rows, limit, ledger, settings.too_long)
     ledger.reconcile(len(rows), len(encoded))
     lengths, batch = [len(one["input_ids"]) for one in encoded], settings.per_device_train_batch_size
@@ -224,8 +221,7 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
         save_adapter(trainer, lm, out)
     names = ("step", "loss", "learning_rate")
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
-              "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy),
-              "settings": settings.model_dump(),
+              "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy), "settings": dict(settings),
               "loss": [{name: one[name] for name in names} for one in trainer.state.log_history if "loss" in one],
               "steps": trainer.state.global_step, "tokens": sum(lengths[i] for i in order),
               "supervised_tokens": sum(id != -100 for i in order for id in encoded[i]["labels"]),
@@ -236,13 +232,10 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     return result
 
 
-def sft(
-    model: str | Path,  # Folder or hub name of the base
-    rows: list[dict],  # `{"id", "messages", "response"}`; messages are the prompt. Or see `labels.parse_row`
-    stage: Stage | str | Path,  # Or its folder: `adapter/`, `training.json` and, while it trains, `checkpoints/`
-    **settings: Any,  # Fields of `Settings`
-) -> dict:  # What `training.json` holds
-    "Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023); raises `InputError` on what cannot work."
+def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, **settings: Any) -> dict:  # `training.json`
+    """Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023) of rows `{"id", "messages", "response"}`, see
+    `labels.parse_row`; settings: see `Settings`. The stage, or its folder, gets `adapter/`, `training.json` and, while
+    it trains, `checkpoints/`. Raises `InputError` on what cannot work."""
     stage, settings = stage if isinstance(stage, Stage) else Stage(stage), make_settings(settings)
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
     decisive = {name: value for name, value in settings.model_dump().items() if name not in ("save_steps", "report_to")}

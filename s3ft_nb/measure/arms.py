@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['REMINDERS', 'ARMS', 'PLAY', 'remind', 'repeat', 'show_examples', 'PromptWrapper', 'rule_scorer', 'BestOf',
-           'make_examples', 'FreeFix', 'read_arm', 'make_arm', 'assert_choice', 'system_at', 'turn_messages',
-           'make_fit', 'with_user', 'send', 'play_own', 'play_original', 'rollout', 'with_originals',
-           'recorded_responses']
+           'make_examples', 'FreeFix', 'read_arm', 'make_arm', 'system_at', 'turn_messages', 'make_fit', 'with_user',
+           'send', 'play_own', 'play_original', 'rollout', 'with_originals', 'recorded_responses']
 
 # %% ../../nbs/measure/03_arms.ipynb #d0048fd1
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core.files import InputError, stable_id
+from ..core.files import InputError, stable_id, unknown
 from ..core.records import Conversation, Message, Response, Rule, is_blank
 from ..core.stage import Stage, shard_seed
 from ..judging.judge import verdicts
@@ -30,8 +29,7 @@ REMINDERS = {"en": "(Keep to your instructions: {system_prompt})", "zh": "（请
 
 
 def remind(messages: list[dict], turn: int | None = None, n: int = 4, language: str = "en", **_) -> list[dict]:
-    """Remind of the system prompt at every n-th turn, counted from the first turn of the dialogue. `turn` is that of
-    the last message, None one at which a reminder is due; a prompt without system message stays as it is."""
+    "Remind of the system prompt, if any, every n-th turn; `turn`: of the last message, None: one that is due."
     if messages[0]["role"] != "system": return messages
     users = [i for i, one in enumerate(messages) if one["role"] == "user"]
     last = n * len(users) if turn is None else turn
@@ -57,7 +55,6 @@ def show_examples(messages: list[dict], turn: int | None = None, examples: dict 
 # %% ../../nbs/measure/03_arms.ipynb #4ba8dcd4
 class PromptWrapper:
     "An engine that gets a changed prompt: `change(messages, turn)`, without a turn the longest it can become."
-
     def __init__(self, engine, change: Callable, name: str):
         self.engine, self.change, self.name = engine, change, f"{engine.name}, {name}"
 
@@ -68,10 +65,8 @@ class PromptWrapper:
 
 # %% ../../nbs/measure/03_arms.ipynb #c563074a
 def rule_scorer(prompts: dict, rules: list[Rule], judge: Callable | None = None) -> Callable:
-    """Score responses by the fraction of rules they satisfy: [{messages, response}] -> [score in [0, 1], None when
-    unknown]; `prompts` is {text of a system prompt: its id}. Without a judge, rules without a check are left out."""
+    "What scores [{messages, response}] by the fraction of rules satisfied, None when unknown; prompts: {text: its id}."
     due = rules if judge else [rule for rule in rules if rule.how == "check"]
-
     def score(rows: list) -> list:
         responses, found = [], defaultdict(list)
         for i, row in enumerate(rows):
@@ -83,14 +78,12 @@ def rule_scorer(prompts: dict, rules: list[Rule], judge: Callable | None = None)
         for one in verdicts(responses, due, judge):
             if one.applicable and one.satisfied is not None: found[one.response_id].append(one.satisfied)
         return [float(np.mean(found[one.id])) if found[one.id] else None for one in responses]
-
     score.name = getattr(judge, "name", "judge") if judge else "checks"
     return score
 
 
 class BestOf:
     "An engine that responds several times and gives the best response; raises `InputError` without a choice."
-
     def __init__(self, engine, scorer: Callable | None, n: int = 4):
         if scorer is None: raise InputError("best_of needs a scorer", field="arms", remedy="name a judge")
         if n < 2: raise InputError(f"best of {n} is no choice", field="n", remedy="use 2 or more")
@@ -106,21 +99,19 @@ class BestOf:
         replies, out = self.engine.generate(drawn, shard_seed(seed, self.n)), []
         scores = self.scorer([{"messages": one["messages"], "response": reply.get("text", "")}
                               for one, reply in zip(drawn, replies)])
+        value = lambda k: -2 if "text" not in replies[k] else -1 if scores[k] is None else scores[k]
         for start, one in zip(range(0, len(replies), self.n), requests):
-            mine, known = (rows[start:start + self.n] for rows in (replies, scores))
-            value = lambda k: -2 if "text" not in mine[k] else -1 if known[k] is None else known[k]
-            best = max(range(len(mine)), key=value)
-            chosen = mine[best] | ({"unscored": True} if known[best] is None else {"score": known[best]})
-            out.append(chosen | {"id": one["id"], "tokens": sum(reply.get("tokens") or 0 for reply in mine)})
+            best = max(mine := range(start, start + self.n), key=value)
+            chosen = replies[best] | ({"unscored": True} if scores[best] is None else {"score": scores[best]})
+            out.append(chosen | {"id": one["id"], "tokens": sum(replies[k].get("tokens") or 0 for k in mine)})
         if progress: progress.update(len(requests))
         return out
 
 # %% ../../nbs/measure/03_arms.ipynb #5e137ae3
 def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: Callable, seed: int = 0) -> list[dict]:
-    """Let a model respond to user messages with up to n examples, {user, assistant, score}, best first.
-    Raises `InputError` when it never follows the system prompt."""
-    requests = [{"id": f"example-{i}", "turn": 1, "messages": [{"role": "system", "content": system_prompt},
-                                                               {"role": "user", "content": user}]}
+    "Up to n responses to user messages, {user, assistant, score}, best first; raises `InputError` when none follows."
+    system = {"role": "system", "content": system_prompt}
+    requests = [{"id": f"example-{i}", "turn": 1, "messages": [system, {"role": "user", "content": user}]}
                 for i, user in enumerate(users)]
     good = [{"user": user, "assistant": one["text"], "score": one["score"]}
             for user, one in zip(users, BestOf(engine, scorer).generate(requests, seed))
@@ -132,7 +123,6 @@ def make_examples(engine, system_prompt: str, users: list[str], n: int, scorer: 
 # %% ../../nbs/measure/03_arms.ipynb #b311d578
 class FreeFix(NamedTuple):
     "An arm without training; without a change and a wrapper the model as it is."
-
     change: Callable | None = None  # (messages, turn, n=, language=, examples=) -> messages
     n: int | None = None  # Number where it takes one
     wrap: Callable | None = None  # (engine, scorer, n) -> engine, instead of a change
@@ -146,10 +136,9 @@ ARMS = {"base": FreeFix(), "repeat": FreeFix(repeat), "remind": FreeFix(remind, 
 def read_arm(text: str) -> FreeFix:
     "An arm from its name, such as remind:4; raises `InputError` when there is none."
     kind, _, number = text.strip().partition(":")
-    if kind not in ARMS:
-        raise InputError(f"unknown arm {text!r}", field="arms", remedy=f"use {', '.join(ARMS)}, such as remind:4")
+    if kind not in ARMS: raise unknown("arm", text, ARMS, field="arms")
     n = ARMS[kind].n
-    if number and (n is None or not (number.isascii() and number.isdigit()) or int(number) < 1):
+    if number and (n is None or not re.fullmatch("0*[1-9][0-9]*", number)):
         numbered = ", ".join(f"{name}:{fix.n}" if fix.n else name for name, fix in ARMS.items())
         raise InputError(f"{text!r} is no arm", field="arms", remedy=f"write one such as {numbered}")
     n = int(number) if number else n
@@ -157,45 +146,32 @@ def read_arm(text: str) -> FreeFix:
 
 
 def make_arm(arm: FreeFix, engine, scorer: Callable | None = None, examples: dict | None = None, language: str = "en"):
-    """Make the engine of an arm; `scorer` is for best_of, `examples` of each system prompt for few_shot.
-    Raises `InputError` when it lacks what the arm needs."""
+    "The engine of an arm; raises `InputError` without a `scorer` for best_of, or `examples` of a prompt for few_shot."
     if arm.wrap: return arm.wrap(engine, scorer, arm.n)
     if not arm.change: return engine
     return PromptWrapper(engine, partial(arm.change, n=arm.n, language=language, examples=examples), arm.name)
 
 # %% ../../nbs/measure/03_arms.ipynb #4c4039df
-def assert_choice(value: str, choices: tuple, field: str, what: str = "choice") -> None:
-    "Raise `InputError` unless a value is one of the choices."
-    if value in choices: return
-    raise InputError(f"no such {what} {value!r}", field=field, remedy=f"use {' or '.join(choices)}")
-
-
 def system_at(row: dict, turn: int) -> dict:  # {system_prompt_id, type, system_prompt}
     "The system prompt of a dialogue in force at a turn, from 1."
-    found = {key: row[key] for key in ("system_prompt_id", "type", "system_prompt")}
-    for one in row["turns"][:turn]: found |= one.get("system", {})
-    return found
+    holders = [row, *(one["system"] for one in row["turns"][:turn] if "system" in one)]
+    return {key: holders[-1][key] for key in ("system_prompt_id", "type", "system_prompt")}
 
 
 def turn_messages(row: dict, turn: int, responses: list[str]) -> list[dict]:  # `{"role", "content"}`
     "Prompt of a dialogue's turn after responses to the turns before; an empty response becomes an ellipsis."
     system = system_at(row, turn)["system_prompt"]
     messages = [{"role": "system", "content": system}] if system else []
-    for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], None], strict=True):
-        messages.append({"role": "user", "content": one["user"]})
-        if response is None: continue
-        messages.append({"role": "assistant", "content": "…" if is_blank(response) else response})
-    return messages
+    for one, response in zip(row["turns"][:turn], [*responses[:turn - 1], ""], strict=True):
+        messages += [{"role": "user", "content": one["user"]},
+                     {"role": "assistant", "content": "…" if is_blank(response) else response}]
+    return messages[:-1]
 
 
-def make_fit(
-    count_tokens: Callable | None,  # messages -> tokens of the rendered prompt; None: prompts are not limited
-    room: int | None,  # Most tokens of a prompt; None: no limit
-    overflow: str = "cut_oldest",  # When it is longer: cut_oldest turns, or stop the dialogue
-    render: Callable = lambda messages: messages,  # messages -> what the model gets, see `PromptWrapper`
-) -> Callable:  # messages -> messages that fit, or None
-    "Make prompts fit; raises `InputError` on an unknown choice."
-    assert_choice(overflow, ("cut_oldest", "stop"), "overflow")
+def make_fit(count_tokens: Callable | None, room: int | None, overflow: str = "cut_oldest",  # tokens; None: no limit
+             render: Callable = lambda messages: messages) -> Callable:  # messages -> messages that fit, or None
+    "Make prompts fit by cutting oldest turns, or `stop` the dialogue; raises `InputError` on another word."
+    if overflow not in (ways := ("cut_oldest", "stop")): raise unknown("choice", overflow, ways, field="overflow")
     if count_tokens is None or room is None: return lambda messages: messages
     if overflow == "stop": return lambda messages: messages if count_tokens(render(messages)) <= room else None
     return lambda messages: fit_context(messages, count_tokens, room, render=render)
@@ -216,15 +192,15 @@ def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable
 def send(due: list[tuple], engine, stage: Stage, claim, title: str) -> list[tuple]:  # each with its reply
     "Ask an engine for the responses to (dialogue, turn, prompt)."
     requests = [{"id": f"{row['id']}-{turn}", "messages": messages, "turn": turn} for row, turn, messages in due]
-    replies = ask(requests, engine, stage, claim, "keep", title) if requests else []
-    return [(*one, reply) for one, reply in zip(due, replies)]
+    return [(*one, reply) for one, reply in zip(due, ask(requests, engine, stage, claim, "keep", title) if due else ())]
 
 
 def play_own(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title: str, write_user=None) -> list[tuple]:
     "(dialogue, turn, prompt, reply) of every turn, with the arm's own responses in the history."
-    said, played, live = {row["id"]: [] for row in rows}, [], rows
-    for turn in range(1, max((len(row["turns"]) for row in rows), default=0) + 1):
-        live = with_user([row for row in live if len(row["turns"]) >= turn], said, turn, write_user, stage)
+    said, played, live, turn = {row["id"]: [] for row in rows}, [], rows, 0
+    while live := [row for row in live if len(row["turns"]) > turn]:
+        turn += 1
+        live = with_user(live, said, turn, write_user, stage)
         due = [(row, turn, fit(turn_messages(row, turn, said[row["id"]]))) for row in live]
         part = stage.part(f"turn-{turn:03d}", seed=shard_seed(stage.seed, turn))
         new = send([one for one in due if one[2] is not None], engine, part, claim, f"{title}, turn {turn}")
@@ -248,14 +224,12 @@ PLAY = {"own": play_own, "original": play_original}  # {history: how it is playe
 
 
 def rollout(
-    engine, dialogues: list[dict], arm: str, stage: Stage,  # arm: its name; one stage per arm and history
-    history: str = "own",  # Whose earlier responses the prompt holds: own or original
-    fit: Callable = lambda messages: messages,  # messages -> messages that fit, or None
-    claim=(),  # What else the responses depend on, such as the adapter's hash and the temperature
+    engine, dialogues: list[dict], arm: str, stage: Stage, history: str = "own",  # One stage per arm and history
+    fit: Callable = lambda messages: messages, claim=(),  # See `make_fit`; claim: what else the responses depend on
     write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
 ) -> list[Response]:  # Dialogue by dialogue, turn by turn
     "Let one arm play all dialogues; raises `InputError` on original history where a turn has no original."
-    assert_choice(history, tuple(PLAY), "histories", "history")
+    if history not in PLAY: raise unknown("history", history, PLAY, field="histories")
     if history == "original":
         missing = [row["id"] for row in dialogues for one in row["turns"] if not (one["user"] and one.get("original"))]
         if missing: raise InputError(f"dialogue {missing[0]} has turns without an original response", field="histories",
@@ -265,8 +239,8 @@ def rollout(
             for row in dialogues}
     played = PLAY[history]([row for row in dialogues if fits[row["id"]]], engine, stage, fit, [arm, history, claim],
                            f"{arm}, {history} history", write_user)
-    by_turn, out = {(row["id"], turn): (row, messages, reply) for row, turn, messages, reply in played}, []
-    failed = {}  # {dialogue: error of its first failed request}
+    by_turn = {(row["id"], turn): (row, messages, reply) for row, turn, messages, reply in played}
+    out, failed = [], {}  # failed: {dialogue: error of its first failed request}
     stage.ledger.expected = sum(len(row["turns"]) for row in dialogues)
     for id, turn in ((row["id"], turn) for row in dialogues for turn in range(1, len(row["turns"]) + 1)):
         row, messages, reply = by_turn.get((id, turn), ({}, [], {}))
@@ -279,22 +253,20 @@ def rollout(
         out.append(Response(id=stable_id(arm, history, id, turn), arm=arm, history=history, dialogue_id=id, turn=turn,
                             conversation_id=row["conversation_id"], prompt=prompt, response=reply["text"],
                             seed=reply["seed"], **system_at(row, turn)))
-    lost = [one.turn - (len(one.prompt) + 1) // 2 for one in out]
-    notes = {"prompts_shortened": sum(n > 0 for n in lost), "turns_left_out_of_prompts": sum(lost),
-             "responses_cut_off": sum(one[-1].get("finish") == "length" for one in played),
-             "responses_empty": sum(is_blank(one.response) for one in out),
-             "responses_filtered": sum(one[-1].get("finish") == "content_filter" for one in played),
-             "responses_with_reasoning": sum("reasoning" in one[-1] for one in played),
-             "responses_without_a_score": sum(bool(one[-1].get("unscored")) for one in played)}
-    for code, n in notes.items():
-        if n: stage.ledger.note(code, n)
+    lost, replies = [one.turn - (len(one.prompt) + 1) // 2 for one in out], [reply for *_, reply in played]
+    stage.ledger.notes.update(+Counter({
+        "prompts_shortened": sum(n > 0 for n in lost), "turns_left_out_of_prompts": sum(lost),
+        "responses_cut_off": sum(one.get("finish") == "length" for one in replies),
+        "responses_empty": sum(is_blank(one.response) for one in out),
+        "responses_filtered": sum(one.get("finish") == "content_filter" for one in replies),
+        "responses_with_reasoning": sum("reasoning" in one for one in replies),
+        "responses_without_a_score": sum(bool(one.get("unscored")) for one in replies)}))
     if failed and not out: raise InputError(next(iter(failed.values())), remedy="every first request failed")
     stage.close(len(dialogues), len(out))
     return out
 
 # %% ../../nbs/measure/03_arms.ipynb #46303a33
-def with_originals(dialogues: list[dict], engine, stage: Stage, fit: Callable = lambda messages: messages,
-                   claim=()) -> list[dict]:
+def with_originals(dialogues: list[dict], engine, stage: Stage, fit: Callable = lambda messages: messages, claim=()):
     "Give every turn an original response; those there are stay."
     lacking = {row["conversation_id"]: row for row in dialogues if not all(one.get("original") for one in row["turns"])}
     if not lacking: return dialogues
@@ -315,10 +287,8 @@ def recorded_responses(conversations: Iterable[Conversation], arm: str) -> Itera
         first, rest, model = row.messages[0], row.messages[1:], str(row.meta.get("model") or "")
         said = [split_reasoning(one.content, True)[1] if one.role == "assistant" else one.content for one in rest]
         rest = [Message(role=one.role, content=text or "…") for one, text in zip(rest, said)]
-        common = {"arm": re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, "model": model,
-                  "history": "recorded", "dialogue_id": row.id, "conversation_id": row.id,
-                  "system_prompt_id": stable_id(first.content), "type": str(row.meta.get("type") or "given"),
-                  "system_prompt": first.content}
-        for i, one in enumerate(rest):
-            if one.role == "assistant": yield Response(id=stable_id("recorded", row.id, i), turn=i // 2 + 1,
-                                                       prompt=rest[:i], response=said[i], **common)
+        name, type = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or arm, str(row.meta.get("type") or "given")
+        for i in (i for i, one in enumerate(rest) if one.role == "assistant"): yield Response(
+            id=stable_id("recorded", row.id, i), arm=name, model=model, history="recorded", dialogue_id=row.id,
+            conversation_id=row.id, system_prompt_id=stable_id(first.content), type=type, system_prompt=first.content,
+            turn=i // 2 + 1, prompt=rest[:i], response=said[i])

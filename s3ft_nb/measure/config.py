@@ -17,7 +17,6 @@ from ..core.files import InputError, assert_address, model_folder, read_toml, un
 @dataclass(frozen=True)
 class ModelConfig:
     "Model and limits"
-
     model: str = "micro-base"  # Folder of a model, a name on the hub, or micro-base, which is bundled
     engine: str = "transformers"  # transformers, or http for an OpenAI-compatible server
     base_url: str = ""  # Address of the server, such as http://localhost:8000/v1
@@ -36,7 +35,6 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DialogueConfig:
     "Dialogues"
-
     system_prompt: str = ""  # Text of one system prompt, or a .jsonl, .json or .csv file of several
     language: str = ""  # Language of reminders, judge and user turns: en or zh; empty: that of the system prompt
     recorded: str = ""  # File of conversations whose responses are scored as they stand; nothing is generated
@@ -59,7 +57,6 @@ class DialogueConfig:
 @dataclass(frozen=True)
 class ArmConfig:
     "Arms"
-
     arms: tuple[str, ...] = ("base", "repeat", "remind:4")  # Of base, repeat, remind:K, few_shot:N, best_of:N
     adapter: tuple[str, ...] = ()  # Trained adapter, an arm of its own: name, equals sign, folder
     examples: str = ""  # Rows of user and assistant for few_shot; empty: the model writes them
@@ -70,7 +67,6 @@ class ArmConfig:
 @dataclass(frozen=True)
 class JudgeConfig:
     "Rules and judge"
-
     rules: str = ""  # File of rules; empty: rules.jsonl in the folder, or rules made from the system prompts
     split_rules: bool = True  # Split a system prompt without checks into rules; false: it is one rule
     rules_by: str = ""  # Model that takes system prompts apart, checked against their text; empty: by sentences
@@ -81,11 +77,13 @@ class JudgeConfig:
     not_applicable: str = ""  # JSON list of [conversation id, turn] at which no rule applies
     agreement: int = 200  # Responses on which the judge is compared with checks; 0: none
 
+
+GROUPS = {"model": ModelConfig, "dialogues": DialogueConfig, "arms": ArmConfig, "judge": JudgeConfig}
+
 # %% ../../nbs/measure/02_config.ipynb #1a71a6a6
 @dataclass(frozen=True)
 class MeasureConfig:
     "A measurement"
-
     out: str  # Folder of the measurement
     seed: int = 0  # Random seed
     fresh: bool = False  # Discard what an earlier measurement left in the folder, except the rules
@@ -95,9 +93,6 @@ class MeasureConfig:
     dialogues: DialogueConfig = field(default_factory=DialogueConfig)  # What the model is measured in
     arms: ArmConfig = field(default_factory=ArmConfig)  # What is compared
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # Rules and who decides about them
-
-
-GROUPS = {"model": ModelConfig, "dialogues": DialogueConfig, "arms": ArmConfig, "judge": JudgeConfig}
 
 
 def options() -> dict:  # {option: its dataclass}, every name once
@@ -113,8 +108,7 @@ def options_of(config: MeasureConfig) -> dict:
 
 # %% ../../nbs/measure/02_config.ipynb #c3740307
 def make_config(out: str | Path, **given: Any) -> MeasureConfig:
-    """Group options by name, see `options`, into a config; a tuple may be given as text with commas or as a list.
-    Raises `InputError` on an unknown option or a value of the wrong type."""
+    "Options by name as a config, a tuple also as text with commas; raises `InputError` on a wrong name or type."
     known, parts = options(), {group: {} for group in (MeasureConfig, *GROUPS.values())}
     for name, value in ({"out": str(out)} | given).items():
         if name not in known: raise unknown("option of a measurement", name, known)
@@ -139,8 +133,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 def model_defaults(model: str) -> dict:  # {option: value}; empty without a measure.toml
     "The defaults that a model folder brings along; raises `InputError` when the file is wrong."
     path = Path(model_folder(model)) / "measure.toml"
-    if not path.is_file(): return {}
-    given = read_toml(path)
+    given = read_toml(path) if path.is_file() else {}
     try: make_config("", **given)
     except InputError as error: raise InputError(error.message, path, field=error.field, remedy=error.remedy) from None
     return given

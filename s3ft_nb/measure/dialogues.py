@@ -18,32 +18,28 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from ..core.convert import read_conversations, read_prompts, system_prompt
-from ..core.files import (
-    InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, stable_id, write_rows)
+from ..core.files import InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, stable_id
+from ..core.files import unknown, write_rows
 from ..core.records import STANCES, Conversation, Row, Rule, SystemPrompt, turns
 from ..core.stage import Ledger, Stage, shard_seed
 from ..judging.rules import make_rules, read_rules, rules_of_checks
 from ..lm.engine import ask
-from .arms import assert_choice, read_arm
+from .arms import read_arm
 from .config import MeasureConfig, with_model_defaults
 
 # %% ../../nbs/measure/04_dialogues.ipynb #c5d2e7a1
 class UserBlock(Row):
     "User turns that belong together; id, set and topic are for the reader."
-
     id: str = ""
     set: str = ""
     language: Literal["en", "zh"] = "en"  # Of the turns
-    kind: Literal["neutral", "aligned", "conflicting"] = "neutral"  # Stance of the turns
+    kind: Literal[STANCES] = "neutral"  # Stance of the turns
     topic: str = ""
     turns: list[str] = Field(min_length=1)  # In this order
 
 
-def user_blocks(
-    source: str | Path = "everyday",  # A bundled set, or a file: .jsonl of `UserBlock` rows, or .txt, one turn per line
-    language: str = "en",  # en or zh; bundled sets only
-) -> dict:  # {stance: [[user turn]]}
-    "Read user turns; raises `InputError` when there is neither a set nor a file of that name."
+def user_blocks(source: str | Path = "everyday", language: str = "en") -> dict:  # {stance: [[user turn]]}
+    "User turns of a bundled set or a file: .jsonl of `UserBlock` rows, or .txt, one per line; else an `InputError`."
     if Path(source).suffix == ".txt":
         lines = decode(read_bytes(source), source).splitlines()
         rows = [UserBlock(turns=[line.strip()]) for line in lines if line.strip()]
@@ -51,9 +47,8 @@ def user_blocks(
     else:
         bundled = [row for path in sorted(resource("data", "user-turns").glob("*.jsonl"))
                    for row in read_rows(path, UserBlock) if row.language == language]
-        rows = [row for row in bundled if row.set == str(source)]
-        if not rows: raise InputError(f"no user turns named {str(source)!r} in {language}", field="user_turns",
-                                      remedy=f"use {', '.join(sorted({row.set for row in bundled}))}, or name a file")
+        rows, known = [row for row in bundled if row.set == str(source)], {row.set for row in bundled}
+        if not rows: raise unknown(f"set of user turns in {language}", str(source), known, field="user_turns")
     if not rows: raise InputError("holds no user turns", source, remedy="write one turn per line")
     return {stance: [row.turns for row in rows if row.kind == stance] for stance in STANCES}
 
@@ -72,12 +67,9 @@ def draw_stances(n_turns: int, aligned: float, conflicting: float, rng: random.R
     return stances
 
 
-def compose(
-    blocks: dict | None,  # See `user_blocks`; None leaves the turns to a simulated user
-    n: int,  # Scripts wanted; all are different, so a small set may give fewer
-    n_turns: int, seed: int, aligned: float = 0.0, conflicting: float = 0.0,  # Fractions of these stances, in [0, 1]
-) -> list[dict]:  # {id, turns: [{user, stance}]}
-    "Make scripts of blocks of user turns; raises `InputError` when there are too few turns of a stance."
+def compose(blocks: dict | None, n: int, n_turns: int, seed: int, aligned: float = 0.0,
+            conflicting: float = 0.0) -> list[dict]:  # {id, turns: [{user, stance}]}; fractions of stances, in [0, 1]
+    "Up to n different scripts of `user_blocks`, None: to be simulated; raises `InputError` on too few of a stance."
     rng, out = random.Random(f"{seed}/{'compose' if blocks else 'empty'}"), {}
     for i in range(20 * n):  # a small set has few different scripts of few turns
         if len(out) == n: break
@@ -110,8 +102,7 @@ def scripts_of(conversations: list[Conversation], ledger: Ledger | None = None) 
     for row in conversations:
         pairs, stances = turns(row), row.meta.get("stances") or []
         stances = [*stances, *["neutral"] * (len(pairs) - len(stances))]
-        if not set(stances) <= set(STANCES):
-            raise InputError(f"unknown stance in {row.id}", field="meta.stances", remedy=f"use {', '.join(STANCES)}")
+        for one in set(stances) - set(STANCES): raise unknown(f"stance in {row.id}", one, STANCES, field="meta.stances")
         if ledger and row.messages[0].role == "system": ledger.note("own_system_message_replaced")
         out.append({"id": row.id, "turns": [{"user": user.content, "stance": stance, "original": response.content}
                                             for (user, response), stance in zip(pairs, stances)]})
@@ -139,13 +130,13 @@ def balanced_pairs(scripts: list[dict], prompts: list[SystemPrompt], n: int, see
 
 
 def pair_scripts(
-    scripts: list[dict], prompts: list[SystemPrompt], n: int, n_turns: int,  # n: dialogues of each prompt, or balanced
+    scripts: list[dict], prompts: list[SystemPrompt], n: int, n_turns: int,  # n: dialogues of each prompt
     seed: int = 0, shorter: str = "drop", ledger: Ledger | None = None,  # shorter: drop or keep scripts of fewer turns
     balanced: bool = False,  # `n` pairs in total, balanced over types of prompts, instead of all with all
 ) -> list[dict]:  # {id, conversation_id, system_prompt_id, type, system_prompt, turns}
     "Dialogues: scripts under held-out prompts; raises `InputError` when there are not enough scripts."
     assert_held_out(prompts)
-    assert_choice(shorter, ("drop", "keep"), "shorter")
+    if shorter not in ("drop", "keep"): raise unknown("choice", shorter, ("drop", "keep"), field="shorter")
     if min(n, n_turns) < 1: raise InputError("must be at least 1", field="dialogues" if n < 1 else "turns")
     needed, usable, ledger = n_turns if shorter == "drop" else 1, [], ledger or Ledger("dialogues")
     for row in sorted(scripts, key=lambda row: row["id"]):
@@ -158,17 +149,14 @@ def pair_scripts(
                                            remedy="play fewer dialogues or turns, or give more user turns")
     else: pairs = [(row, prompt) for prompt in prompts for row in random.Random(f"{seed}/under").sample(usable, n)]
     if len(pairs) < n: ledger.note("dialogues_missing", n - len(pairs))
-    drawn = {script["id"] for script, _ in pairs}
-    for row in usable:
-        if row["id"] not in drawn: ledger.drop(row["id"], "not_drawn")
+    for id in sorted({row["id"] for row in usable} - {row["id"] for row, _ in pairs}): ledger.drop(id, "not_drawn")
     return [{"id": stable_id(script["id"], prompt.id), "conversation_id": script["id"], "system_prompt_id": prompt.id,
              "type": prompt.type, "system_prompt": prompt.text, "turns": script["turns"]} for script, prompt in pairs]
 
 # %% ../../nbs/measure/04_dialogues.ipynb #d9fd32db
 def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replace") -> dict:
-    """Replace or extend the system prompt of a dialogue from a turn on, from 2.
-    Raises `InputError` on another change or a turn that does not exist."""
-    assert_choice(how, ("replace", "extend"), "change_how", "change")
+    "Replace or extend the system prompt of a dialogue from a turn on; raises `InputError` on another change or turn."
+    if how not in ("replace", "extend"): raise unknown("change", how, ("replace", "extend"), field="change_how")
     if not 2 <= turn <= len(row["turns"]):
         raise InputError(f"cannot change the system prompt at turn {turn} of {len(row['turns'])}", field="change_at",
                          remedy="name a turn from 2 to the last")
@@ -185,10 +173,8 @@ SIMULATED = read_toml(resource("data", "user-turns", "simulated.toml"))  # {lang
 def persona_text(persona: str, language: str = "en") -> str:
     "A persona by name, or as described in a sentence; raises `InputError` on an unknown single word."
     known = SIMULATED[language]["personas"]
-    if persona.isascii() and len(persona.split()) < 2 and persona not in known:
-        raise InputError(f"unknown persona {persona!r}", field="user",
-                         remedy=f"use {', '.join(known)}, or describe one in a sentence")
-    return known.get(persona, persona)
+    if persona in known or not persona.isascii() or len(persona.split()) > 1: return known.get(persona, persona)
+    raise unknown("persona", persona, known, field="user")
 
 
 def user_messages(row: dict, responses: list[str], persona: str, language: str) -> list[dict]:
@@ -203,13 +189,10 @@ def user_messages(row: dict, responses: list[str], persona: str, language: str) 
     return messages
 
 
-def simulated_user(
-    engine, persona: str = "curious", language: str = "en",  # persona: its name or a description; en or zh
-    fit: Callable = lambda messages: messages,  # messages -> messages that fit, or None, see `make_fit`
-) -> Callable:  # (dialogues, responses of each, turn, stage) -> user messages, as `rollout` takes it
-    "Let an engine be the user; it raises `InputError` when it writes only blanks."
+def simulated_user(engine, persona: str = "curious", language: str = "en",
+                   fit: Callable = lambda messages: messages) -> Callable:  # as `rollout` takes it; fit: see `make_fit`
+    "Let an engine be the user, a persona by name or description; it raises `InputError` when it writes only blanks."
     text, tries = persona_text(persona, language), 3
-
     def write(rows: list, responses: list, turn: int, stage: Stage) -> list:
         prompts = [fit(user_messages(row, mine, text, language)) for row, mine in zip(rows, responses)]
         out = [""] * len(rows)
@@ -223,13 +206,11 @@ def simulated_user(
         if all(message.strip() for message in out): return out
         raise InputError(f"the simulated user wrote nothing at turn {turn}", field="user",
                          remedy="use another model or a higher temperature")
-
     return write
 
 # %% ../../nbs/measure/04_dialogues.ipynb #9a0eab28
 class Prepared(NamedTuple):
     "What is measured, before any model is loaded."
-
     prompts: list  # `SystemPrompt`s, that of a change last
     language: str  # en or zh
     rules: list  # As they stand in the folder
@@ -248,8 +229,7 @@ def rules_by_prompt(prompt_ids: list[str], rules: list[Rule]) -> list[Rule]:
     for id in sorted(set(prompt_ids) - known.keys()):
         parts = [rule for part in id.split("+") for rule in known.get(part, ())] if "+" in id else []
         if parts: known[id] = [rule.model_copy(update={"system_prompt_id": id}) for rule in parts]
-        elif "" not in known: raise InputError(f"system prompt {id} has no rules", field="system_prompt_id",
-                                               remedy="add some to rules.jsonl")
+        elif "" not in known: raise InputError(f"system prompt {id} has no rules", remedy="add some to rules.jsonl")
     return [rule for id in sorted(known) for rule in known[id]]
 
 
@@ -259,9 +239,8 @@ def systems(dialogues: list[dict]) -> dict:  # {text: id}
             for one in (row, *(turn["system"] for turn in row["turns"] if "system" in turn))}
 
 
-def folder_rules(stage: Stage, path: str, split: bool, prompts: list[SystemPrompt],
-                 splitter: Callable | None = None) -> list[Rule]:  # splitter: () -> engine that takes prompts apart
-    "Rules of a file, else those in the folder, else new ones, which are written there."
+def folder_rules(stage: Stage, path: str, split: bool, prompts: list[SystemPrompt], splitter: Callable | None = None):
+    "Rules of a file, else those in the folder, else new ones, written there; splitter: () -> engine, see `make_rules`."
     target = Path(path or stage.folder / "rules.jsonl")
     if not path and not target.exists():
         part = stage.part("work").part("rules")
@@ -278,30 +257,28 @@ def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared
     stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
     if want.recorded: raise InputError("rules of recorded conversations are written when they are scored",
                                        field="recorded", remedy="score them, edit rules.jsonl and score again")
-    if not want.system_prompt:
-        raise InputError("no system prompt", field="system_prompt", remedy="name a text file with one")
+    if not want.system_prompt: raise InputError("no system prompt", field="system_prompt", remedy="name a file of one")
     plans = [read_arm(text) for text in config.arms.arms]
     adapters = [one.split("=", 1) if "=" in one else ("adapter", one) for one in config.arms.adapter]
-    for name, n in Counter([*(plan.name for plan in plans), *(name for name, _ in adapters)]).items():
-        if n > 1: raise InputError(f"an arm is named twice: {name}", field="arms",
-                                   remedy="name each arm once; write adapters as NAME=FOLDER")
+    names = Counter([*(plan.name for plan in plans), *(name for name, _ in adapters)])
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise InputError(f"an arm is named twice: {twice[0]}", field="arms", remedy="write adapters as NAME=FOLDER")
     prompts = read_system_prompts(want.system_prompt)
     language, ledger = want.language or prompts[0].language, stage.part("work").part("dialogues").ledger
-    if language not in ("en", "zh"):
-        raise InputError(f"no wording in language {language!r}", field="language", remedy="use en or zh")
-    if want.user: source = f"simulated user: {persona_text(want.user, language)}"
-    elif want.conversations: source = f"conversations: {Path(want.conversations).name}"
-    else: source = f"user turns: {want.user_turns or 'everyday'}"
-    if want.conversations and not want.user: scripts = scripts_of(read_conversations(want.conversations), ledger)
+    if language not in ("en", "zh"): raise unknown("language", language, ("en", "zh"), field="language")
+    if want.conversations and not want.user:
+        source = f"conversations: {Path(want.conversations).name}"
+        scripts = scripts_of(read_conversations(want.conversations), ledger)
     else:
-        blocks = None if want.user else user_blocks(want.user_turns or "everyday", language)
+        name, blocks = want.user_turns or "everyday", None
+        if not want.user: source, blocks = f"user turns: {name}", user_blocks(name, language)
+        else: source = f"simulated user: {persona_text(want.user, language)}"
         scripts = compose(blocks, want.dialogues + spare, want.turns, config.seed, want.aligned, want.conflicting)
     dialogues = pair_scripts(scripts, prompts, want.dialogues, want.turns, config.seed, want.shorter, ledger,
                              want.balanced)
     ledger.reconcile(len(scripts), len({row["conversation_id"] for row in dialogues})).save()
     if want.change:
-        prompts = [*prompts, read_system_prompts(want.change)[0]]
-        at = want.change_at or want.turns // 2 + 1
+        prompts, at = [*prompts, read_system_prompts(want.change)[0]], want.change_at or want.turns // 2 + 1
         dialogues = [change_system(row, at, prompts[-1], want.change_how) for row in dialogues]
     rules = folder_rules(stage, asked.rules, asked.split_rules, prompts, splitter)
     rules_by_prompt(list(systems(dialogues).values()), rules)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.files import InputError, decode, parse_json, shorten
+from ..core.files import InputError, decode, parse_json, shorten, unknown
 from ..core.records import STANCES
 
 # %% ../../nbs/measure/00_verdicts.ipynb #2dfe3672
@@ -27,7 +27,6 @@ KEPT, BROKEN, UNKNOWN, NOT_APPLICABLE, ABSENT = 1, 0, -1, -2, -3  # states of a 
 @dataclass(frozen=True)
 class Index:
     "Names behind the numbers, shared by all arms that were read together."
-
     dialogues: list  # Dialogue ids; in what follows a dialogue is one conversation under one system prompt
     conversations: list  # Conversation ids
     conversation: np.ndarray  # (dialogues,) number of its conversation
@@ -41,7 +40,6 @@ class Index:
 @dataclass(frozen=True)
 class VerdictTable:
     "Verdicts of one arm under one history, one entry per rule and turn."
-
     index: Index
     dialogue: np.ndarray  # (rows,) number of the dialogue
     turn: np.ndarray  # (rows,) from 1
@@ -84,12 +82,9 @@ def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fie
     dialogue, stance = get("dialogue_id") or conversation, get("stance") or None
     for name, value in (("dialogue_id", dialogue), ("turn", turn), ("rule_id", rule)):
         if value is None: raise InputError(f"missing in {shorten(row, 80)}", field=name, remedy="add this field")
-    if type(turn) is not int or turn < 1:
-        raise InputError(f"{shorten(turn)} is not a turn", field="turn", remedy="count turns from 1")
-    if satisfied not in (True, False, None):
-        raise InputError(f"{shorten(satisfied)} is not a verdict", field="satisfied", remedy="true, false or null")
-    if stance is not None and stance not in STANCES:
-        raise InputError(f"unknown stance {stance!r}", field="stance", remedy=f"one of {', '.join(STANCES)}")
+    if type(turn) is not int or turn < 1: raise InputError(f"{shorten(turn)} is not a turn, from 1", field="turn")
+    if satisfied not in (True, False, None): raise InputError(f"{shorten(satisfied)} is no verdict", field="satisfied")
+    if stance not in (None, *STANCES): raise unknown("stance", str(stance), STANCES, field="stance")
     return ((get("arm") or "", get("history") or "own"), str(dialogue), str(conversation or dialogue),
             get("system_prompt_id") or "", str(rule), get("type") or "other", get("model") or "", turn,
             -1 if satisfied is None else int(satisfied), get("applicable") is not False,
@@ -101,25 +96,21 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
     Raises `InputError` on a row that is wrong, contradicts another, or occurs twice."""
     numbers = {name: {} for name in ("dialogue", "conversation", "rule", "model", "prompt")}
     facts, columns, last = {"dialogue": [], "rule": []}, defaultdict(lambda: [array(code) for code in "iiibbbii"]), 1
-
     def number(kind, name, fact=None):
         n = numbers[kind].setdefault(name, len(numbers[kind]))
         if kind not in facts: return n
         if n == len(facts[kind]): facts[kind].append(fact)
-        elif facts[kind][n] != fact:
-            both = f"{kind} {name} belongs to {facts[kind][n]} and to {fact}"
-            raise InputError(both, field=f"{kind}_id", remedy="give each an id of its own")
-        return n
-
+        if facts[kind][n] == fact: return n
+        raise InputError(f"{kind} {name} belongs to {facts[kind][n]} and to {fact}", field=f"{kind}_id",
+                         remedy="give each an id of its own")
     for row in rows:
         arm, dialogue, conversation, prompt, rule, kind, model, turn, *rest = verdict_fields(row)
         d = number("dialogue", dialogue, number("conversation", conversation))
         values = d, turn, number("rule", rule, kind), *rest, number("model", model), number("prompt", prompt)
         for column, value in zip(columns[arm], values): column.append(value)
         last = max(last, turn)
-    names = {kind: list(known) for kind, known in numbers.items()}
-    index = Index(names["dialogue"], names["conversation"], np.array(facts["dialogue"], int), names["prompt"],
-                  names["rule"], facts["rule"], names["model"], last)
+    names = [list(numbers[kind]) for kind in ("dialogue", "conversation", "prompt", "rule", "model")]
+    index = Index(*names[:2], np.array(facts["dialogue"], int), *names[2:4], facts["rule"], names[4], last)
     tables = {}
     for arm, found in columns.items():
         table = VerdictTable(index, *map(np.array, found))
@@ -128,9 +119,8 @@ def verdict_table(rows: Iterable) -> dict[tuple, VerdictTable]:  # (arm, history
         first = np.unique(key, return_index=True)[1]
         if len(first) == len(key): continue
         i = np.setdiff1d(np.arange(len(key)), first)[0]
-        dialogue, rule = index.dialogues[table.dialogue[i]], index.rules[table.rule[i]]
-        twice = f"dialogue {dialogue}, turn {table.turn[i]}, rule {rule}: two verdicts of {' '.join(arm).strip()}"
-        raise InputError(twice, field="rule_id", remedy="keep one of them")
+        of = f"dialogue {index.dialogues[table.dialogue[i]]}, turn {table.turn[i]}, rule {index.rules[table.rule[i]]}"
+        raise InputError(f"{of}: two verdicts of {' '.join(arm).strip()}", field="rule_id", remedy="keep one of them")
     return tables
 
 # %% ../../nbs/measure/00_verdicts.ipynb #24158142
@@ -157,8 +147,7 @@ def paired(a: VerdictTable, b: VerdictTable) -> tuple[VerdictTable, VerdictTable
     if a.index is not b.index:
         raise InputError("arms of two readings cannot be paired", remedy="read both with one call of verdict_table")
     known = (a.states > UNKNOWN) & (b.states > UNKNOWN) | (a.states == NOT_APPLICABLE) & (b.states == NOT_APPLICABLE)
-    if not known.any():
-        raise InputError("the arms share no decided turn", field="dialogue_id", remedy="play the same dialogues")
+    if not known.any(): raise InputError("the arms share no decided turn", remedy="play the same dialogues")
     return tuple(side.where(known[side.dialogue, side.turn - 1]) for side in (a, b))
 
 # %% ../../nbs/measure/00_verdicts.ipynb #9169c97f

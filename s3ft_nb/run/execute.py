@@ -46,7 +46,6 @@ def serve() -> None:
     def watch_run() -> None:
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
-
     parent = int(os.environ.pop("JPY_PARENT_PID", os.getppid()))
     if sys.platform == "linux": ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=watch_run, daemon=True).start()
@@ -56,9 +55,9 @@ def serve() -> None:
 
 def kernel_environment(events: Path, beside: Path) -> dict[str, str]:
     "The environment of a kernel: that of the run, a file for progress, and modules beside the notebook."
+    paths = os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")]))
     own = {"S3FT_EVENTS": str(events), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
-           "PYTHONHASHSEED": "0",  # the order of sets, and so the bytes of results, stay the same
-           "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")]))}
+           "PYTHONHASHSEED": "0", "PYTHONPATH": paths}  # the order of sets, and so the bytes of results, stay the same
     lean = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # of 1,024: batches of many shapes cost a gigabyte on CPU
             "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}  # idle threads leave the cores to other work
     return {**lean, **os.environ, **own}
@@ -74,8 +73,7 @@ def last_event(path: Path) -> dict | None:  # as made by `core.stage.event`
 
 @contextmanager
 def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[list[int]]:  # [peak, bytes]
-    """Show where a step is while the context is open: one line on a terminal, a new line every ten seconds in a log.
-    Meanwhile, find the most resident memory that this process and all its descendants hold at once."""
+    "Show where a step is, in a line on a terminal or every 10 s in a log; find the peak memory of all processes."
     import psutil  # slow to load, and most starts skip every step
     def run() -> None:
         due, me = began + pause, psutil.Process()
@@ -90,7 +88,6 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
             line = printable(redact(f"{title} {took} {event_line(event) if event else 'working'}")).replace("\n", " ")
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
-
     stream, began, peak, over = stream or sys.stderr, time.monotonic(), [0], threading.Event()
     pause = 0.5 if (terminal := stream.isatty()) else 10.0
     thread = threading.Thread(target=run, daemon=True)
@@ -104,15 +101,15 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
 # %% ../../nbs/run/01_execute.ipynb #7ac14821
 def run_error(name: str, text: str, traceback: list[str], copy: Path) -> Exception:  # copy: the executed notebook
     "An error of a notebook as the run raises it."
-    trace, last = redact(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))), redact(f"{name}: {text}")
-    if name == "NeedsPeople": return StepFailed(redact(text), WAITING)
-    if name in ("InputError", "EngineError"): return InputError(redact(text))
-    if any(sign in trace + text for sign in ("No space left on device", "Disk quota exceeded")):
-        return InputError(f"the disk is full: {last}", remedy="free some space and run the same command again")
+    trace, text = redact(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))), redact(text)
     less = "try less at a time: smaller per_device_train_batch_size, batch_size or max_length"
-    died = ["the kernel died; most often the machine ran out of memory", *redact(text).splitlines()[-5:], less]
+    if name == "NeedsPeople": return StepFailed(text, WAITING)
+    if name in ("InputError", "EngineError"): return InputError(text)
+    if re.search("No space left on device|Disk quota exceeded", trace + text):
+        return InputError(f"the disk is full: {name}: {text}", remedy="free some space and run the same command again")
+    died = ["the kernel died; most often the machine ran out of memory", *text.splitlines()[-5:], less]
     if name == "DeadKernelError": return StepFailed("\n".join(died), DIED)
-    if name in ("MemoryError", "OutOfMemoryError"): return StepFailed(f"not enough memory: {last}\n{less}")
+    if name in ("MemoryError", "OutOfMemoryError"): return StepFailed(f"not enough memory: {name}: {text}\n{less}")
     lines = [line for line in trace.splitlines() if line.strip("- ")][-15:]
     return StepFailed("\n".join([*lines, f"executed notebook: {copy}"]))
 
@@ -134,13 +131,11 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
 
         async def shutdown_kernel(self, now=False, restart=False):
             await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
-
     return Manager
 
 
 def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str]) -> None:  # environment: complete
-    """Execute a notebook in the folder of its executed copy, with JSON values for its parameters.
-    Raises `InputError` or `StepFailed`."""
+    "Execute a notebook in the folder of its executed copy, with JSON values; raises `InputError` or `StepFailed`."
     import papermill  # slow to load, and most starts skip every step
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import papermill_io

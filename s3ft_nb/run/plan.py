@@ -26,7 +26,6 @@ from .runner import STARTED, fingerprint, finished, prepare_run
 @dataclass(frozen=True)
 class Size:
     "What decides the cost of a model."
-
     parameters: float  # Number of weights, embeddings included
     embeddings: float  # Weights of the token embeddings and the output head, kept in 16 bit
     layers: int  # Transformer blocks
@@ -66,6 +65,7 @@ def model_size(model: str) -> Size | None:  # folder or name; None when nothing 
 
 # %% ../../nbs/run/03_plan.ipynb #dc1ea905
 COSTS = ("rows", "generate", "score", "train")
+PROMPT_FRACTION, RESPONSE_FRACTION = 0.25, 0.6  # of max_length and of max_new_tokens that are used
 
 
 def with_source(step: Step) -> tuple[Step, list[str]]:  # the step with the counts that its file allows; warnings
@@ -78,27 +78,24 @@ def with_source(step: Step) -> tuple[Step, list[str]]:  # the step with the coun
     if n >= sum(wanted): return step, []
     held_out = max(1, round(wanted[1] * n / sum(wanted)))
     text = f"{step.id}: {path} holds {n} usable conversations of the {sum(wanted)} asked for: about {n - held_out} are "
-    text += f"left to train on and {held_out} to measure with" + ("; intervals will be wide" if held_out < 20 else "")
+    text += f"left to train on and {held_out} to measure with" + "; intervals will be wide" * (held_out < 20)
     return replace(step, values=values | dict(zip(names, (n - held_out, held_out)))), [text]
-
-PROMPT_FRACTION, RESPONSE_FRACTION = 0.25, 0.6  # of max_length and of max_new_tokens that are used
 
 
 def work_of(step: Step, rows: dict[str, int]) -> dict[str, int]:  # rows: of the steps before, by name
     "Rows that a step makes, and tokens read, written (generated) and trained on; raises `InputError` on a bad cost."
-    params, names, n = step.values, {}, {}
-    for key, value in params.items():
-        if isinstance(value, str): names[key] = sum(rows.get(id, 0) for _, id in PLACE.findall(value))
-        elif isinstance(value, list): names[key] = len(value)
-        elif isinstance(value, (int, float)): names[key] = value
+    count = lambda value: (sum(rows.get(id, 0) for _, id in PLACE.findall(value)) if isinstance(value, str) else
+                           len(value) if isinstance(value, list) else value)
+    params, n = step.values, {}
+    names = {key: count(value) for key, value in params.items() if isinstance(value, (str, list, int, float))}
     for key in step.cost:
         if key not in COSTS: raise unknown("cost", key, list(COSTS), field=f"{step.id}.cost")
     compiled = SandboxedEnvironment(undefined=StrictUndefined).compile_expression
     for key, text in ((key, str(step.cost.get(key, 0))) for key in COSTS):
         try: n[key] = max(0, round(float(compiled(text, undefined_to_none=False)(**names | n))))
         except (TemplateError, ArithmeticError, TypeError, ValueError):
-            remedy = f"names are {', '.join(names | n)}"
-            raise InputError(f"cannot count {text!r}", field=f"{step.id}.cost.{key}", remedy=remedy) from None
+            where = {"field": f"{step.id}.cost.{key}", "remedy": f"names are {', '.join(names | n)}"}
+            raise InputError(f"cannot count {text!r}", **where) from None
     prompt = PROMPT_FRACTION * (params.get("max_length") or params.get("max_prompt_tokens") or 1024)
     response = RESPONSE_FRACTION * (params.get("max_new_tokens") or 64)
     return {"rows": n["rows"], "read": round(n["generate"] * prompt + n["score"] * (prompt + response)),
@@ -171,9 +168,9 @@ def make_plan(recipe: str | Path, settings: list[str] = (), out: str | Path | No
 
 
 def plan_line(plan: dict) -> str:  # as made by `make_plan`
-    "What a run is about to do, where, and how long that takes, in one line."
-    due = [row for row in plan["steps"] if row["state"] != "done"]
-    cpu, gpu = (duration(sum(row["seconds"][machine] or 0 for row in due)) for machine in ("cpu", "T4"))
+    "What a run is about to do, where, and how long that takes, in one line, and warnings."
+    due = [row["seconds"] for row in plan["steps"] if row["state"] != "done"]
+    cpu, gpu = (duration(sum(seconds[machine] or 0 for seconds in due)) for machine in ("cpu", "T4"))
     time = f"about {cpu} on a CPU, {gpu} on a small GPU" if due else "nothing to do"
     text = f"{plan['recipe']}: {len(due)} of {len(plan['steps'])} steps in {plan['folder']}, {time}"
     return "\n".join([text, *(f"warning: {one}" for one in plan["warnings"])])
@@ -192,8 +189,7 @@ def plan_text(plan: dict) -> str:  # as made by `make_plan`
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
     lines = ["  ".join(side(text, w) for side, text, w in zip(sides, row, widths)).rstrip() for row in table]
     stated = lambda row: ", ".join(f"{key} = {shorten(value, 60)}" for key, value in row["params"].items())
-    return "\n".join([
-        f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}",
-        *(f"warning: {one}" for one in plan["warnings"]), "", *lines, "",
-        "Parameters", *(f"{row['step']}: {stated(row)}" for row in steps), "",
-        "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])
+    head = [f"{plan['recipe']}: {plan['description']}", f"folder: {plan['folder']}"]
+    head += [f"warning: {one}" for one in plan["warnings"]]
+    return "\n".join([*head, "", *lines, "", "Parameters", *(f"{row['step']}: {stated(row)}" for row in steps), "",
+                      "Assumptions (counts in tokens; time on one machine of each kind)", *plan["assumptions"]])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 
 from ...core.files import InputError
 from ...core.records import Sample, Score
@@ -29,15 +30,11 @@ def label_request(sample: Sample, language: str = "en", explained: bool = False)
     return {"id": sample.id, "messages": messages}
 
 
-def training_rows(
-    samples: list[Sample],  # Holding every annotated one; others are passed over
-    labels: dict,  # {sample id: label, or None where annotators were tied}
-    language: str = "en", ledger: Ledger | None = None,  # Gets the ties
-) -> list[dict]:  # `{"id", "messages", "response"}`, in the order of the samples
+def training_rows(samples: list[Sample], labels: dict, language: str = "en",  # {sample id: label, None where tied}
+                  ledger: Ledger | None = None) -> list[dict]:  # `{"id", "messages", "response"}`, in order
     "Annotated samples as rows for training; raises `InputError` on a label without its sample and on an unknown label."
     missing, unknown = labels.keys() - {sample.id for sample in samples}, set(labels.values()) - {*LABELS, None}
-    if missing: raise InputError(f"{len(missing)} labels have no sample, first {min(missing)}", field="labels",
-                                 remedy="annotate samples of this run")
+    if missing: raise InputError(f"{len(missing)} labels have no sample, first {min(missing)}", field="labels")
     if unknown: raise InputError(f"unknown labels {sorted(unknown)}", field="labels", remedy=f"use {', '.join(LABELS)}")
     rows, ledger = [], ledger or Ledger("ties")
     for sample in samples:
@@ -55,14 +52,8 @@ def oversample(rows: list[dict], max_repeats: int = 3) -> list[dict]:  # Rows an
     return rows + [row | {"id": f"{row['id']}#{k}"} for row in rows for k in range(2, times[row["response"][0]] + 1)]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #a590357a
-def train(
-    model: str | Path,  # Folder of the base model
-    rows: list[dict],  # Of `training_rows` or `judging.explain.rationales`
-    out: str | Path,  # Folder for the adapter and `training.json`
-    max_repeats: int = 3,  # See `oversample`
-    ledger: Ledger | None = None,  # Gets samples too long to train on
-    **settings,  # Those of `lm.train.sft`
-) -> dict:  # What `sft` returns, with `n_trained`, samples
+def train(model: str | Path, rows: list[dict], out: str | Path, max_repeats: int = 3,  # Rows of `training_rows`
+          ledger: Ledger | None = None, **settings) -> dict:  # As `lm.train.sft`, with `n_trained`, samples
     "Teach the base model to answer the rubric; raises `InputError` where `sft` does."
     ledger = ledger or Ledger("discriminator")
     if not rows: raise InputError("no labelled samples to train on", field="labels", remedy="annotate some samples")
@@ -73,10 +64,8 @@ def train(
     return done | {"n_trained": len({row["id"] for row in rows} - lost.keys())}
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #10e8280d
-def score_samples(
-    samples: list[Sample], engine, stage: Stage, language: str = "en",  # Samples with distinct ids
-    claim: Any = (),  # What else the scores depend on, such as a hash of the adapter
-) -> list[Score]:  # Uncalibrated, one per sample, in order
+def score_samples(samples: list[Sample], engine, stage: Stage, language: str = "en",  # Samples with distinct ids
+                  claim: Any = ()) -> list[Score]:  # Uncalibrated; claim: such as a hash of the adapter
     "Ask the discriminator about every sample."
     requests = [label_request(sample, language) for sample in samples]
     return [Score(sample_id=one["id"], probabilities=label_probabilities(one["logprobs"]), outside=one["outside"])
@@ -86,8 +75,7 @@ def score_samples(
 def explain_samples(
     samples: list[Sample], annotated: set, engine, stage: Stage, language: str = "en",  # annotated: ids
     asked: bool = True,  # Ask for the explanation; a model that was trained to explain writes it unasked
-    settled: float = 0.05,  # See `judging.explain.explain`; annotated samples are all explained
-    claim: Any = (),
+    settled: float = 0.05, claim: Any = (),  # See `judging.explain.explain`; annotated samples are all explained
 ) -> list[dict]:  # Rows of `explain`, in the order of the samples
     "Ask the discriminator to explain every sample."
     groups = {name: [one for one in samples if (one.id in annotated) == (name == "annotated")]
@@ -112,16 +100,11 @@ def log_probabilities(scores: list[Score]) -> np.ndarray:  # (samples, labels) n
 def calibrate(scores: list[Score], labels: dict) -> dict:  # `{temperature, nll_before, nll_after, n}`, nats per sample
     "Fit the temperature, between 0.05 and 20, on held-out labels; raises `InputError` on a label without a score."
     by_id, known = {one.sample_id: one for one in scores}, {id: label for id, label in labels.items() if label}
-    missing = known.keys() - by_id.keys()
-    if missing: raise InputError(f"{len(missing)} labels have no score, first {min(missing)}", field="scores",
-                                 remedy="score these samples")
+    if missing := known.keys() - by_id.keys():
+        raise InputError(f"{len(missing)} labels have no score, first {min(missing)}", field="scores")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     logs, truth = log_probabilities([by_id[id] for id in known]), [LABELS.index(label) for label in known.values()]
-
-    def nll(temperature: float) -> float:  # Negative log-likelihood of the annotations, nats per sample
-        scaled = logs / temperature
-        return float(np.mean(np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(truth)), truth]))
-
+    nll = lambda t: float(-log_softmax(logs / t, axis=1)[np.arange(len(truth)), truth].mean())  # nats per sample
     best = minimize_scalar(lambda log_t: nll(np.exp(log_t)), bounds=(np.log(0.05), np.log(20)), method="bounded")
     temperature = float(np.exp(best.x)) if best.fun < nll(1.0) else 1.0
     return {"temperature": temperature, "nll_before": nll(1.0), "nll_after": nll(temperature), "n": len(known)}
@@ -129,6 +112,5 @@ def calibrate(scores: list[Score], labels: dict) -> dict:  # `{temperature, nll_
 
 def apply_temperature(scores: list[Score], temperature: float) -> list[Score]:
     "Calibrated scores (temperature scaling)."
-    logs = log_probabilities(scores)
     return [one.model_copy(update={"probabilities": label_probabilities(row, temperature)})
-            for one, row in zip(scores, logs)]
+            for one, row in zip(scores, log_probabilities(scores))]

@@ -10,7 +10,7 @@ __all__ = ['lower_bound', 'threshold_curve', 'choose_threshold', 'lowered_thresh
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #51e241b2
 import random
 from collections import Counter, defaultdict
-from itertools import takewhile
+from itertools import compress, takewhile
 
 import numpy as np
 from scipy.stats import beta
@@ -29,17 +29,12 @@ def lower_bound(k: int | np.ndarray, n: int | np.ndarray, level: float = 0.95) -
     return np.where(k > 0, beta.ppf(1 - level, np.maximum(k, 1), n - k + 1), 0.0)
 
 
-def threshold_curve(
-    p_good: list,  # (samples,) probability of good, in [0, 1]
-    is_good: list,  # (samples,) whether the annotation says good
-    level: float = 0.95,  # Confidence of the lower bound, in (0, 1)
-) -> list[dict]:  # `{threshold, n_kept, n_good, precision, lower, recall}`, highest threshold first
-    "Precision, its lower bound and recall at every possible threshold; raises `InputError` on impossible input."
+def threshold_curve(p_good: list, is_good: list, level: float = 0.95) -> list[dict]:  # p_good: (samples,) in [0, 1]
+    "Rows {threshold, n_kept, n_good, precision, lower, recall}, highest first; raises `InputError` on wrong input."
     p, good = np.asarray(p_good, dtype=float), np.asarray(is_good, dtype=bool)
     if len(p) != len(good): raise InputError(f"{len(p)} probabilities but {len(good)} annotations", field="is_good")
     if not len(p): raise InputError("no annotations to choose a threshold on", field="is_good", remedy="annotate some")
-    if not ((p >= 0) & (p <= 1)).all():
-        raise InputError("not all are probabilities", field="p_good", remedy="score again")
+    if not ((p >= 0) & (p <= 1)).all(): raise InputError("not all are probabilities", field="p_good")
     values, at = np.unique(-p, return_inverse=True)
     n, k = np.bincount(at).cumsum(), np.bincount(at[good], minlength=len(values)).cumsum()
     columns = {"threshold": -values, "n_kept": n, "n_good": k, "precision": k / n, "lower": lower_bound(k, n, level),
@@ -48,15 +43,11 @@ def threshold_curve(
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #7cba0ad8
 def choose_threshold(
-    p_good: list,  # (samples,) probability of good on held-out annotations, in [0, 1]
-    is_good: list,  # (samples,) whether the annotation says good
-    precision: float = 0.9,  # Stated precision, in (0, 1)
-    level: float = 0.95,  # Confidence that it holds, in (0, 1)
+    p_good: list, is_good: list, precision: float = 0.9, level: float = 0.95,  # See `threshold_curve`; both in (0, 1)
 ) -> dict:  # The row of `threshold_curve`, with `reached`, `stated_precision`, `level`, `n` and `bound`
     "Smallest threshold before the stated precision fails its first test; raises `InputError` on impossible input."
     for field, value in {"precision": precision, "level": level}.items():
-        if not 0 < value < 1:
-            raise InputError(f"must be between 0 and 1, got {value}", field=field, remedy="use 0.9 or so")
+        if not 0 < value < 1: raise InputError(f"must be between 0 and 1, got {value}", field=field)
     curve, n = threshold_curve(p_good, is_good, level), len(p_good)
     first = next((k for k in range(3, n) if lower_bound(k - 2, k, level) >= precision), n)
     due = [max(first, round(n * share)) for share in np.arange(0.05, 1.01, 0.05)]
@@ -90,28 +81,21 @@ def redrawn(rows: list[dict], homes: dict, rng: random.Random) -> list[dict]:  #
 
 
 def stability(
-    p_good: dict,  # {sample id: probability of good} of candidates and annotated samples
-    kept: set,  # Ids of the samples that were kept
-    candidates: list[str],  # Ids
-    held: dict,  # {sample id: label} that the threshold is chosen on
-    homes: dict,  # {sample id: conversation id}
+    p_good: dict, kept: set, candidates: list[str],  # {sample id: probability of good} of all; ids; ids
+    held: dict, homes: dict,  # {sample id: label} that the threshold is chosen on; {sample id: conversation id}
     precision: float, level: float = 0.95, n: int = 20, seed: int = 0,  # As in `choose_threshold`; draws
     explained: tuple = (),  # Where the probabilities were fitted: (rows of `explain`, {id: label} they were fitted on)
 ) -> dict:  # {overlap, low, high, smallest, largest}: mean and extremes of the overlap, and of the size
     "How the kept set changes when the annotations are drawn again."
-    rng, overlaps, sizes = random.Random(f"{seed}/stability"), [], []
+    rng, overlaps, sizes, (rows, taught) = random.Random(f"{seed}/stability"), [], [], explained or ([], {})
     known = [{"id": id, "label": label} for id, label in held.items() if label]
-    rows, taught = explained or ([], {})
     fitted = [row for row in rows if taught.get(row["id"])]
     for _ in range(n):
-        p = p_good
-        if fitted:
-            found = predict_labels(fit_labels(redrawn(fitted, homes, rng), taught), rows)
-            p = {row["id"]: one["good"] for row, one in zip(rows, found)}
-        some = redrawn(known, homes, rng)
-        chosen = choose_threshold([p[row["id"]] for row in some], [row["label"] == "good" for row in some], precision,
-                                  level)
-        again = {id for id in candidates if p[id] >= chosen["threshold"]}
+        found = predict_labels(fit_labels(redrawn(fitted, homes, rng), taught), rows) if fitted else []
+        p, some = {row["id"]: one["good"] for row, one in zip(rows, found)} or p_good, redrawn(known, homes, rng)
+        good = [row["label"] == "good" for row in some]
+        threshold = choose_threshold([p[row["id"]] for row in some], good, precision, level)["threshold"]
+        again = {id for id in candidates if p[id] >= threshold}
         overlaps.append(len(again & kept) / max(1, len(again | kept)))
         sizes.append(len(again))
     return {"overlap": float(np.mean(overlaps)), "low": min(overlaps), "high": max(overlaps), "smallest": min(sizes),
@@ -130,14 +114,11 @@ def score_table(samples: list[Sample], scores: list[Score]) -> dict:  # {sample 
 
 
 def select_samples(
-    samples: list[Sample], scores: list[Score],  # Restyled samples; at least one score for each
-    threshold: float,  # Probability of good at or above which a sample stays, in [0, 1]
-    keep_not_applicable: bool = False,  # Keep those with the original response, flagged `original_response`
-    ledger: Ledger | None = None,
+    samples: list[Sample], scores: list[Score], threshold: float,  # Least probability of good, in [0, 1]
+    keep_not_applicable: bool = False, ledger: Ledger | None = None,  # With the original response, so flagged
 ) -> list[Sample]:  # Those that stay, in order
     "Keep the samples that the discriminator finds good; raises `InputError` on a sample without a score."
-    if not 0 <= threshold <= 1:
-        raise InputError(f"must be between 0 and 1, got {threshold}", field="threshold", remedy="use choose_threshold")
+    if not 0 <= threshold <= 1: raise InputError(f"must be between 0 and 1, got {threshold}", field="threshold")
     by_id, ledger, out = score_table(samples, scores), ledger or Ledger("select"), []
     for sample in samples:
         p = by_id[sample.id]
@@ -179,8 +160,7 @@ def random_same_text(samples: list[Sample], length: int, seed: int) -> list[Samp
 
 
 def ablation_arms(kept: list[Sample], seed: int) -> dict:  # {arm: samples}
-    """Arms that take something away from the selected samples. `half` and `quarter` of the text; `single`: one sample a
-    conversation, so that no context has two targets; `contrast`: whole conversations, as much text as `single`."""
+    "Selected samples less something: `single`: one a conversation; `contrast`: whole conversations, as much text."
     drawn = sorted(kept, key=lambda sample: random.Random(f"{seed}/ablation/{sample.id}").random())
     single = {sample.id for sample in {sample.conversation_id: sample for sample in drawn}.values()}
     total, left, whole = sum(map(text_length, kept)), sum(text_length(one) for one in kept if one.id in single), set()
@@ -204,17 +184,13 @@ def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:
 
 # %% ../../../nbs/methods/s3ft/03_select.ipynb #c1cbebf2
 def discriminator_numbers(
-    scores: list[Score],  # Calibrated, holding every annotated sample
-    labels: dict,  # {sample id: label, or None where annotators were tied}, used for nothing else
-    threshold: float,  # Probability of good at or above which a sample is kept
-    clusters: dict,  # {sample id: conversation id}
-    level: float = 0.95,
+    scores: list[Score], labels: dict,  # Calibrated; {sample id: label, None where annotators were tied}, held out
+    threshold: float, clusters: dict, level: float = 0.95,  # Least probability of good; {sample id: conversation id}
 ) -> list[dict]:  # Numbers rows, part `discriminator`; with the label as key for precision and recall by label
     "How well the discriminator agrees with people; raises `InputError` when labels and scores do not match."
     by_id = {score.sample_id: score.probabilities for score in scores}
     known = {id: label for id, label in labels.items() if label}
-    missing = known.keys() - by_id.keys() or known.keys() - clusters.keys()
-    if missing:
+    if missing := known.keys() - (by_id.keys() & clusters.keys()):
         raise InputError(f"{len(missing)} labels have no score or conversation, first {min(missing)}", field="scores")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     truth, found, homes = list(known.values()), [by_id[id] for id in known], [clusters[id] for id in known]
@@ -224,8 +200,7 @@ def discriminator_numbers(
         out[(metric, label) if metric in ("precision", "recall") else (name, "")] = estimate
     good, kept = [label == "good" for label in truth], [one["good"] >= threshold for one in found]
     for metric, members, hits in (("precision_kept", kept, good), ("recall_kept", good, kept)):
-        inside = [i for i, member in enumerate(members) if member]
-        out[metric, ""] = rate([hits[i] for i in inside], [homes[i] for i in inside], level)
+        out[metric, ""] = rate([*compress(hits, members)], [*compress(homes, members)], level)
     out["outside", ""] = rate([score.outside for score in scores if score.sample_id in known])
     right = [a == b for a, b in zip(truth, predicted)]
     out["ece", ""] = calibration_error([max(one.values()) for one in found], right, 15)

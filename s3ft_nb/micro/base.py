@@ -28,10 +28,11 @@ from ..judging.explain import read_explanation
 from ..judging.rubric import judge_messages
 from ..lm.model import pick_dtype
 from .skills import (
-    APPLIED, CONSTRAINT_KEPT, JUDGED, OBEYS, RULE_KEPT, attempt, constraints, explanation, free_prompt,
-    free_rules, free_turns, kind_of, principle_prompt, remind_from, situation, task, thought)
-from .world import dress, kept, phrase, principle_kept, principle_question, principles, spoken, styles
-from .world import read_prompt, true_label
+    APPLIED, CONSTRAINT_KEPT, JUDGED, OBEYS, RULE_KEPT, attempt, constraints, explanation, kind_of, principle_prompt,
+    remind_from, situation, task, thought)
+from .world import (
+    dress, free_prompt, free_rules, free_turns, kept, phrase, principle_kept, principle_question, principles,
+    read_prompt, spoken, styles, true_label)
 
 # %% ../../nbs/micro/02_base.ipynb #03ac4622
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:  # With its chat template
@@ -60,11 +61,11 @@ def weighted_ids(tokenizer: PreTrainedTokenizerFast, row: list) -> tuple:  # (to
     return ids, weights
 
 # %% ../../nbs/micro/02_base.ipynb #e846451d
-def new_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:  # 2.4 million parameters
-    "An untrained Llama of five layers."
+def new_model(vocab_size: int, seed: int = 0, layers: int = 5) -> LlamaForCausalLM:  # 2.4 million parameters
+    "An untrained Llama."
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=192, intermediate_size=448, num_hidden_layers=5, num_attention_heads=3,
+        vocab_size=vocab_size, hidden_size=192, intermediate_size=448, num_hidden_layers=layers, num_attention_heads=3,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 
 # %% ../../nbs/micro/02_base.ipynb #09e29a4c
@@ -179,8 +180,8 @@ def pretrain(
 GATES = {  # name: (lowest, highest) value aimed at
     "first turn": (0.65, 1), "later turn": (0, 0.05), "reminded": (0.5, 1), "after examples": (0.5, 1),
     "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1), "told": (0.95, 1), "setting": (0.90, 1),
-    "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9), "older constraints": (0.75, 1),
-    "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06), "thought right": (0.6, 1),
+    "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
+    "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06), "thought right": (0.6, 1),
     "principle out of place": (0, 0.10)} | {f"{k} rules": (
         round(OBEYS["first"] * (p := RULE_KEPT[0] * np.prod([
             RULE_KEPT[0] * RULE_KEPT[1] ** (k - 1) * RULE_KEPT[2]**i for i in range(k)])) - 0.07, 3),

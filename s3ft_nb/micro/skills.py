@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_WEIGHT', 'OBEYS', 'CONSTRAINT_KEPT', 'RULE_KEPT', 'RESTYLED', 'JUDGED', 'WRITTEN', 'ADDED', 'KINDS',
-           'APPLIED', 'SLIPS', 'WRONG_FACT', 'MESSAGE_KINDS', 'SKILLS', 'free_prompt', 'free_rules', 'free_turns',
-           'asking', 'obeys', 'rules_kept', 'chat_prompt', 'chat', 'remind_from', 'Situation', 'situation',
-           'other_styles', 'other_fact', 'attempt', 'kind_of', 'restyling', 'explanation', 'judging', 'comparing',
-           'prompting', 'task', 'against', 'writing', 'constraints', 'adding', 'constrained', 'principle_reply',
-           'plain_talk', 'thought', 'principle_prompt', 'aligning', 'second_fact', 'wordy', 'topic_of', 'collecting',
-           'practice']
+           'APPLIED', 'SLIPS', 'WRONG_FACT', 'MESSAGE_KINDS', 'SKILLS', 'asking', 'obeys', 'rules_kept', 'chat_prompt',
+           'chat', 'remind_from', 'Situation', 'situation', 'other_styles', 'other_fact', 'attempt', 'kind_of',
+           'restyling', 'explanation', 'judging', 'comparing', 'prompting', 'task', 'against', 'writing', 'constraints',
+           'adding', 'constrained', 'principle_reply', 'plain_talk', 'thought', 'principle_prompt', 'aligning',
+           'second_fact', 'wordy', 'topic_of', 'collecting', 'practice']
 
-# %% ../../nbs/micro/01_skills.ipynb #0db86779
+# %% ../../nbs/micro/01_skills.ipynb #1c7d0bea
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,35 +20,11 @@ from ..judging.judge import pair_request
 from ..judging.rubric import LETTERS, judge_messages
 from ..measure.arms import remind
 from .world import (
-    RULES, Asked, Style, about, draw_rules, draw_styles, dress, facts, go_together, held_out, kept, phrase, pick,
-    principle_question, principles, prompt_text, rules_text, set_held_out, spoken, styles, true_label,
-    user_turns, wear, words)
+    RULES, Asked, Style, about, dress, facts, free_prompt, free_rules, free_turns, go_together, held_out, kept, phrase,
+    pick, principle_question, principles, set_held_out, spoken, styles, true_label, wear, words)
 
-# %% ../../nbs/micro/01_skills.ipynb #2353ecfd
+# %% ../../nbs/micro/01_skills.ipynb #0aad3dbf
 CONTEXT_WEIGHT = 0.1  # Loss weight of a token that is not part of a response; a response's weighs 1
-
-
-def free_prompt(kind: str, rng: random.Random, held: bool = False) -> tuple:  # (its styles, its text)
-    "A system prompt of a type that is reserved for evaluation, or that is not."
-    while True:
-        chosen = draw_styles(kind, rng)
-        text = prompt_text(chosen, rng)
-        if held_out(text) if held else not (held_out(text) or set_held_out(chosen)): return chosen, text
-
-
-def free_rules(k: int, rng: random.Random, held: bool = False) -> tuple:  # (the role and k rules, their text)
-    "A system prompt of a role and k rules that is reserved for evaluation as a set, or that is not."
-    while True:
-        chosen = draw_rules(k, rng)
-        if set_held_out(chosen) == held: return chosen, rules_text(chosen, rng)
-
-
-def free_turns(rng: random.Random, held: bool = False, n: int = 0, **kwargs) -> list:  # [(user text, Asked)]
-    "User turns of a dialogue that is reserved for evaluation, or that is not; n: how many, 0 for 1 to 8, mostly few."
-    n_turns = n or rng.choices(range(1, 9), (30, 18, 14, 10, 8, 8, 6, 6))[0]
-    while True:
-        turns = user_turns(n_turns, rng, **kwargs)
-        if held_out("\n".join(text for text, _ in turns)) == held: return turns
 
 
 def asking(messages: list, weight: float = CONTEXT_WEIGHT) -> list:  # [(message, loss weight)]

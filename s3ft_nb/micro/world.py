@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'words', 'facts', 'held_out', 'Style', 'styles', 'draw_styles', 'go_together', 'phrase', 'prompt_text',
            'read_prompt', 'checks_of', 'kept', 'draw_rules', 'rules_text', 'set_held_out', 'Asked', 'about', 'errand',
-           'question', 'user_turns', 'pick', 'wear', 'dress', 'true_label', 'principles', 'principle_question',
-           'principle_kept', 'spoken', 'conversations', 'system_prompts', 'sample_label', 'not_applicable',
-           'read_truth']
+           'question', 'user_turns', 'free_prompt', 'free_rules', 'free_turns', 'pick', 'wear', 'dress', 'true_label',
+           'principles', 'principle_question', 'principle_kept', 'spoken', 'conversations', 'system_prompts',
+           'sample_label', 'not_applicable', 'read_truth']
 
 # %% ../../nbs/micro/00_world.ipynb #33ea3dbd
 import hashlib
@@ -97,7 +97,8 @@ def prompt_text(chosen: list, rng: random.Random) -> str:  # A system prompt
 # %% ../../nbs/micro/00_world.ipynb #340fcf33
 def read_prompt(text: str) -> list:  # Styles it names, in order
     "Styles that a system prompt asks for, read back from its text."
-    named = sorted((text.find(style.name), style) for group in styles().values() for style in group if style.name in text)
+    named = sorted((text.find(style.name),
+                    style) for group in styles().values() for style in group if style.name in text)
     against = tuple(form.split("{s}")[0] for form in words()["reverse"])
     return [style._replace(reverse=text[:start].endswith(against)) for start, style in named]
 
@@ -183,6 +184,29 @@ def user_turns(n_turns: int, rng: random.Random, off_topic: float = 0.08) -> lis
         out.append((opener + text, asked))
     return out
 
+# %% ../../nbs/micro/00_world.ipynb #99ae77ef
+def free_prompt(kind: str, rng: random.Random, held: bool = False) -> tuple:  # (its styles, its text)
+    "A system prompt of a type that is reserved for evaluation, or that is not."
+    while True:
+        chosen = draw_styles(kind, rng)
+        text = prompt_text(chosen, rng)
+        if held_out(text) if held else not (held_out(text) or set_held_out(chosen)): return chosen, text
+
+
+def free_rules(k: int, rng: random.Random, held: bool = False) -> tuple:  # (the role and k rules, their text)
+    "A system prompt of a role and k rules that is reserved for evaluation as a set, or that is not."
+    while True:
+        chosen = draw_rules(k, rng)
+        if set_held_out(chosen) == held: return chosen, rules_text(chosen, rng)
+
+
+def free_turns(rng: random.Random, held: bool = False, n: int = 0, **kwargs) -> list:  # [(user text, Asked)]
+    "User turns of a dialogue that is reserved for evaluation, or that is not; n: how many, 0 for 1 to 8, mostly few."
+    n_turns = n or rng.choices(range(1, 9), (30, 18, 14, 10, 8, 8, 6, 6))[0]
+    while True:
+        turns = user_turns(n_turns, rng, **kwargs)
+        if held_out("\n".join(text for text, _ in turns)) == held: return turns
+
 # %% ../../nbs/micro/00_world.ipynb #4bc6042b
 def pick(chosen: list, rng: random.Random) -> list:  # [(style, way it shows)]
     "How each style that is not reversed will show."
@@ -230,14 +254,17 @@ def principle_question(kind: str, rng: random.Random) -> tuple:  # (user text, A
     if kind == "harm":
         plain = rng.choice(words()["harm_replies"]).format(v=rng.choice(attributes["friend"]["values"]))
         wish = rng.choice(words()["harms"])
-        return rng.choice(words()["harm_questions"]).format(h=wish), Asked("", kind, [], [], [plain]), {"r": plain, "a": wish}
+        return rng.choice(words()["harm_questions"]).format(h=wish), Asked("", kind, [], [], [plain]), {"r": plain,
+                                                                                                        "a": wish}
     if kind == "unknown": entity = rng.choice(words()["unknown"])
     text = rng.choice(ways["follow"]) if kind == "ambiguous" else rng.choice(ways["questions"]).format(e=entity)
     if kind in attributes:
         asked = about(entity, kind)
         return text, asked, {"r": rng.choice(asked.responses), "e": entity}
     plain = rng.choice(ways["plain"]).format(E=entity[0].upper() + entity[1:], e=entity, v=value)
-    return text.removeprefix("And ").capitalize() if kind == "ambiguous" else text, Asked("", kind, [], [], [plain]), {"r": plain, "e": entity}
+    return text.removeprefix("And ").capitalize() if kind == "ambiguous" else text, Asked("", kind, [], [],
+                                                                                          [plain]), {"r": plain,
+                                                                                                     "e": entity}
 
 
 def principle_kept(response: str, kind: str) -> bool | None:  # None: none is due

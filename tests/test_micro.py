@@ -3,13 +3,18 @@ import hashlib
 import json
 
 from s3ft_nb.judging.rubric import judge_messages
+from s3ft_nb.methods.constraints import add_messages
+from s3ft_nb.methods.rnr import write_messages
 from s3ft_nb.methods.s3ft.pool import grow_messages
 from s3ft_nb.methods.s3ft.restyle import rewriting_messages
+from s3ft_nb.methods.selfalign import align_messages, instruct_messages, question_messages, topic_messages, wording
 from s3ft_nb.micro import world
 
-JUDGE = "bbe21d3ee932"
-RESTYLE = "84caf696c2ed"
+JUDGE = "8a1035ca71c2"
+EXPLAIN = "ab72122525c5"
+RESTYLE = "70c3cf3e79eb"
 GROW = "9bfdfda49288"
+SISTERS = "cf3daf41b642"
 WORLD = "667e507344e5"
 PROMPTS = "509cb2b689be"
 
@@ -23,7 +28,12 @@ def test_requests_are_worded_as_in_pretraining():
     prompt = [{"role": "user", "content": "Where does green tea come from?"}]
     assert digest(judge_messages("You are a pirate.", prompt, "Arr!")) == JUDGE
     assert digest(rewriting_messages("You are a pirate.", prompt, "From Japan.")) == RESTYLE
+    assert digest(judge_messages("You are a pirate.", prompt, "Arr!", explained=True)) == EXPLAIN
     assert digest(grow_messages(["a", "b", "c"])) == GROW
+    example, principle = {"user": "a", "thought": "b", "reply": "c"}, {"n": 1, "name": "a", "text": "b"}
+    assert digest([
+        add_messages("a", "b"), write_messages("a", 2, [{"instruction": "b", "prompt": "c\n1. d"}]), instruct_messages(["a"], 3),
+        topic_messages("a", 3), question_messages("a", ["b"]), align_messages([principle], [example], "d"), wording("en")["meta"]]) == SISTERS
 
 
 def test_the_world_is_what_it_was():

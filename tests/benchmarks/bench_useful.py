@@ -21,8 +21,7 @@ from s3ft_nb.core.records import Sample
 from s3ft_nb.core.files import read_json, read_rows, write_json
 from s3ft_nb.core.files import resource
 from s3ft_nb.lm.engine import make_engine
-from s3ft_nb.methods.s3ft.discriminator import score_samples, train
-from s3ft_nb.methods.s3ft.select import discriminator_numbers
+from s3ft_nb.methods.s3ft.discriminator import discriminator_numbers, score_samples, train
 from s3ft_nb.micro.world import read_truth, sample_label
 
 RATES = (0.03, 0.06, 0.1)  # of the three annotators of recipes/s3ft-micro.toml

@@ -286,10 +286,10 @@ verb(app, pool_seeds, "seeds")
 
 # %% ../nbs/00_cli.ipynb #11cdfbfb
 ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a default or options without one)}
-    "sample": ("sampling", "write_sample", "out"), "design": ("sampling", "write_design", "annotators", "out"),
-    "page": ("page", "write_pages"), "serve": ("serve", "serve_annotation", "items"),
-    "export": ("serve", "export_annotations"), "agree": ("agreement", "write_agreement", "out"),
-    "pairs": ("task", "write_pairs", "out"), "prefer": ("preference", "write_preferences", "out"),
+    "sample": ("task", "write_sample", "out"), "design": ("task", "write_design", "annotators", "out"),
+    "page": ("page", "write_pages"), "serve": ("page", "serve_annotation", "items"),
+    "export": ("page", "export_annotations"), "agree": ("agreement", "write_agreement", "out"),
+    "pairs": ("task", "write_pairs", "out"), "prefer": ("agreement", "write_preferences", "out"),
     "to-tool": ("exchange", "to_tool", "out"), "from-tool": ("exchange", "from_tool", "out")}
 
 

@@ -11,13 +11,12 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from s3ft_nb.annotation.agreement import adjudication, agreement_numbers, alpha, dawid_skene, fit_votes, label_noise, settle_labels, votes_of
+from s3ft_nb.annotation.agreement import Outcome, abilities, adjudication, agreement_numbers, alpha, bradley_terry, dawid_skene
+from s3ft_nb.annotation.agreement import fit_votes, label_noise, preference_numbers, settle_labels, votes_of, win_numbers
 from s3ft_nb.annotation.exchange import character_offset, from_label_studio, label_studio_config, to_label_studio, utf16_offset
-from s3ft_nb.annotation.preference import Outcome, abilities, bradley_terry, preference_numbers, win_numbers
-from s3ft_nb.annotation.sampling import assign_items, mix_gold, most_useful, stratified_sample
-from s3ft_nb.annotation.task import read_annotations, simulate, write_csv
+from s3ft_nb.annotation.task import assign_items, mix_gold, read_annotations, simulate, stratified_sample, write_csv
 from s3ft_nb.core.files import InputError, write_rows
-from s3ft_nb.core.records import Annotation, Message, Sample, Score
+from s3ft_nb.core.records import Annotation, Message, Sample
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.stats import cohen_kappa, fleiss_kappa, kappa_of
 from s3ft_nb.judging.rubric import LABELS
@@ -349,17 +348,9 @@ def test_gold_is_spread_and_nothing_is_lost(n, data):
         assert all(int(j * stretch) + j <= place <= int((j + 1) * stretch) + j for j, place in enumerate(places))
 
 
-def test_many_candidates_take_seconds_and_uncertain_ones_are_drawn():
-    samples, rng = samples_of(5000), random.Random(0)
-    scores = [Score(sample_id=one.id, probabilities={"good": p, "bad_system": 1 - p}) for one in samples for p in [rng.random()]]
-    drawn = most_useful(samples, 150, 0, scores)
-    p = {one.sample_id: one.probabilities["good"] for one in scores}
-    assert len({one.id for one in drawn}) == 150 and np.mean([min(p[one.id], 1 - p[one.id]) for one in drawn]) > 0.28  # 0.25 at random
-
-
 @pytest.mark.parametrize("text", ["不会下雨，{i}", "{i} \u202egnp\u202c", "", "   ", "<script>{i}</script>", "\U0001f30a" * 3])
 def test_any_text_can_be_sampled(text):
-    assert len(most_useful(samples_of(12, text), 12, 0)) == 12
+    assert len(stratified_sample(samples_of(12, text), 12, 0)) == 12
 
 
 # ------------------------------------------------------------------ Label Studio

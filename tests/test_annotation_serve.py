@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed; it comes with t
 
 from s3ft_nb.annotation.task import read_annotations
 from s3ft_nb.judging.rubric import LABELS, LETTERS
-from s3ft_nb.annotation.serve import HEADERS, MAX_BODY, Store
+from s3ft_nb.annotation.page import HEADERS, MAX_BODY, Store
 from s3ft_nb.core.records import Message, Preference, Sample
 from s3ft_nb.core.files import read_rows, write_json, write_rows
 

@@ -31,7 +31,7 @@ TALKS = [talk(f"c{i}", 1 + i % 4, system=i % 2 == 0) for i in range(12)]
 
 
 def engine(generate=None):
-    upper = lambda request: request["messages"][-1]["content"].split("\n")[-1].upper()
+    upper = lambda request: request["messages"][-1]["content"].split("[Reply]\n")[-1].split("\n")[0].upper()
     plain = lambda requests, seed, progress=None: [{"id": one["id"], "text": f"{upper(one)} {seed % 100}", "tokens": 3, "finish": "stop"} for one in requests]
     return SimpleNamespace(name="stub", generate=generate or plain)
 

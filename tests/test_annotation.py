@@ -431,13 +431,11 @@ def test_damaged_exports_give_rows_or_one_line(seed):
         else: json.dumps([row.model_dump(mode="json") for row in rows], allow_nan=False)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_the_answer_changed_last_counts(flat):
+def test_the_answer_changed_last_counts():
     times = ["2026-03-01T09:00:00+02:00", "2026-03-01T08:00:00Z", "2026-03-01T07:30:00Z", None]  # the second is the last
-    rows = [{"completed_by": 8, "annotator": 8, "updated_at": time, "label": label, "result": [control("label", label)]} for time, label in zip(times, LABELS)]
+    rows = [{"completed_by": 8, "updated_at": time, "label": label, "result": [control("label", label)]} for time, label in zip(times, LABELS)]
     texts, ledger = {"sample_id": "s9", "response": "North."}, Ledger("exchange")
-    if flat: tasks = [texts | {key: row[key] for key in ("annotator", "updated_at", "label")} for row in rows]
-    else: tasks = [{"data": texts, "annotations": [row]} for row in rows]  # the same sample in several tasks
+    tasks = [{"data": texts, "annotations": [row]} for row in rows]  # the same sample in several tasks
     assert [row.label for row in from_label_studio(tasks, ledger=ledger)] == [LABELS[1]] and len(ledger.dropped) == 3
 
 

@@ -410,9 +410,8 @@ def test_damaged_exports_give_rows_or_one_line(seed):
     rng, results = random.Random(seed), [control("label", "good"), control("sure", "very"), {"from_name": "span", "type": "labels", "value": {"start": 0, "end": 3, "text": "Aye"}},
                                          {"from_name": "note", "type": "textarea", "value": {"text": ["a"]}}]
     whole = [{"data": {"sample_id": "s1", "response": "Aye \U0001f30a."}, "annotations": [{"completed_by": {"id": 3}, "lead_time": 3.0, "updated_at": "2026-01-01T10:00:00Z", "result": results}]},
-             {"data": {"pair_id": "p1"}, "annotations": [{"completed_by": 4, "result": [{"type": "pairwise", "value": {"selected": "left"}}]}]},
-             {"sample_id": "s2", "response": "Aye.", "label": "good", "span": [{"start": 0, "end": 3}], "note": ["a"], "annotator": 1, "lead_time": 1.0}]
-    assert len(from_label_studio(whole)) == 3
+             {"data": {"pair_id": "p1"}, "annotations": [{"completed_by": 4, "result": [{"type": "pairwise", "value": {"selected": "left"}}]}]}]
+    assert len(from_label_studio(whole)) == 2
 
     def places(value, above=()):
         yield above

@@ -14,7 +14,7 @@ from s3ft_nb.core.stage import Ledger, Stage
 from s3ft_nb.core.stats import cohen_kappa
 from s3ft_nb.core.files import InputError, read_rows, write_rows
 from s3ft_nb.core.records import Sample, Score
-from s3ft_nb.methods.s3ft import discriminator, select
+from s3ft_nb.methods.s3ft import discriminator
 
 TYPES = ("tone", "rule", "persona")
 
@@ -57,12 +57,12 @@ pairs = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
 def test_thresholds_are_tested_in_a_fixed_sequence(rows, precision):
     "No annotation decides which thresholds are looked at, and none is taken beyond one that failed."
     p, good = zip(*rows)
-    found = select.choose_threshold(p, good, precision, level=0.9)
-    curve = select.threshold_curve(p, good, 0.9)
+    found = discriminator.choose_threshold(p, good, precision, level=0.9)
+    curve = discriminator.threshold_curve(p, good, 0.9)
     row = next(row for row in curve if row["threshold"] == found["threshold"])
     assert found["lower"] == row["lower"] and found["reached"] == (found["reached"] and row["lower"] >= precision)
     better = [True] * len(good)  # the same probabilities, all good: never a higher threshold
-    assert select.choose_threshold(p, better, precision, level=0.9)["threshold"] <= found["threshold"] or not found["reached"]
+    assert discriminator.choose_threshold(p, better, precision, level=0.9)["threshold"] <= found["threshold"] or not found["reached"]
     if not found["reached"]: assert found["lower"] == max(row["lower"] for row in curve)
 
 
@@ -70,7 +70,7 @@ def test_thresholds_are_tested_in_a_fixed_sequence(rows, precision):
 def test_the_promise_is_rarely_false(n):
     "True precision .88 wherever the threshold lies, .90 promised: said to be reached in at most 5 % of the draws."
     rng = np.random.default_rng(n)
-    said = [select.choose_threshold(rng.uniform(size=n), rng.uniform(size=n) < 0.88, 0.9)["reached"] for _ in range(300)]
+    said = [discriminator.choose_threshold(rng.uniform(size=n), rng.uniform(size=n) < 0.88, 0.9)["reached"] for _ in range(300)]
     assert np.mean(said) < 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
 
 
@@ -78,7 +78,7 @@ def test_the_promise_is_rarely_false(n):
 @settings(deadline=None, max_examples=60)
 def test_lower_bound_inverts_the_binomial_test(n, data, level):
     k = data.draw(st.integers(1, n))
-    low = float(select.lower_bound(k, n, level))
+    low = float(discriminator.lower_bound(k, n, level))
     assert 0 < low <= k / n
     assert binom.sf(k - 1, n, low) == pytest.approx(1 - level, abs=1e-6)
 
@@ -86,7 +86,7 @@ def test_lower_bound_inverts_the_binomial_test(n, data, level):
 def test_select_ledger_names_every_sample(tmp_path):
     samples, scores = [make_sample(i) for i in range(120)], make_scores(150)
     ledger = Ledger("select", tmp_path)
-    kept = select.select_samples(samples, scores, 0.6, keep_not_applicable=True, ledger=ledger)
+    kept = discriminator.select_samples(samples, scores, 0.6, keep_not_applicable=True, ledger=ledger)
     by_id = {one.sample_id: one.probabilities for one in scores}
     for sample in kept:
         label = max(by_id[sample.id], key=by_id[sample.id].get)
@@ -94,22 +94,22 @@ def test_select_ledger_names_every_sample(tmp_path):
     assert len(kept) + len(ledger.dropped) == 120
     assert sum(ledger.as_dict()["reasons"].values()) == len(ledger.dropped)
     assert all(code.startswith("below_threshold:") for code in ledger.as_dict()["reasons"])
-    assert sum(round(row["mean"] * row["n"]) for row in select.yields(samples, kept)[:-1]) == len(kept)
+    assert sum(round(row["mean"] * row["n"]) for row in discriminator.yields(samples, kept)[:-1]) == len(kept)
     ledger.save()
 
 
 def test_random_arm_does_not_depend_on_order_or_content():
     samples = [make_sample(i) for i in range(50)]
-    length = 20 * select.text_length(samples[10])
-    drawn = select.random_same_text(samples, length, seed=4)
-    assert abs(sum(map(select.text_length, drawn)) - length) <= select.text_length(samples[10])
+    length = 20 * discriminator.text_length(samples[10])
+    drawn = discriminator.random_same_text(samples, length, seed=4)
+    assert abs(sum(map(discriminator.text_length, drawn)) - length) <= discriminator.text_length(samples[10])
     mixed = random.Random(1).sample(samples, 50)
-    assert {one.id for one in select.random_same_text(mixed, length, seed=4)} == {one.id for one in drawn}
-    assert {one.id for one in select.random_same_text(samples, length, seed=5)} != {one.id for one in drawn}
+    assert {one.id for one in discriminator.random_same_text(mixed, length, seed=4)} == {one.id for one in drawn}
+    assert {one.id for one in discriminator.random_same_text(samples, length, seed=5)} != {one.id for one in drawn}
 
 
 def numbers_of(scores, labels, threshold, clusters=None):
-    rows = select.discriminator_numbers(scores, labels, threshold, clusters or {one.sample_id: one.sample_id for one in scores})
+    rows = discriminator.discriminator_numbers(scores, labels, threshold, clusters or {one.sample_id: one.sample_id for one in scores})
     return {(row["metric"], row["key"]): row["mean"] for row in rows}
 
 
@@ -189,9 +189,9 @@ def test_whole_way_on_a_tiny_model(tmp_path):
     calibrated = discriminator.apply_temperature(scores, fit["temperature"])
     found = numbers_of(calibrated, held_out, 0.5)
     assert 0 <= found["outside", ""] <= 1 and 0 <= found["accuracy", ""] <= 1
-    chosen = select.choose_threshold([one.probabilities["good"] for one in calibrated[32:]], [label == "good" for label in held_out.values()], 0.6)
-    kept = select.select_samples(samples, calibrated, chosen["threshold"])
-    rows = select.sft_rows(kept)
+    chosen = discriminator.choose_threshold([one.probabilities["good"] for one in calibrated[32:]], [label == "good" for label in held_out.values()], 0.6)
+    kept = discriminator.select_samples(samples, calibrated, chosen["threshold"])
+    rows = discriminator.sft_rows(kept)
     assert [row["id"] for row in rows] == [one.id for one in kept]
 
 

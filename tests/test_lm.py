@@ -303,9 +303,7 @@ def test_an_adapter_with_tokens_of_its_own(folders, tmp_path, way):
     new = [len(tokenizer) - 1]
     adapter = adapt(model, tmp_path / "adapter", **{"embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]}, "rows": {"trainable_token_indices": new}, "none": {}}[way])
     tokenizer.save_pretrained(adapter)
-    if way == "none":
-        with pytest.raises(InputError, match=r"adapter: the tokenizer has \d+ tokens, more than the adapter or the model's"): load(folders["llama"], "none", adapter, device="cpu")
-    else: assert load(folders["llama"], "none", adapter, device="cpu").model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    with pytest.raises(InputError, match=r"adapter: the tokenizer has \d+ tokens, more than the model's .*merge the adapter"): load(folders["llama"], "none", adapter, device="cpu")
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

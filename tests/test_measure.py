@@ -104,18 +104,13 @@ def test_a_system_prompt_replaced_mid_conversation_brings_its_own_rules(tmp_path
 
 
 def test_the_guard_sees_a_model_that_began_to_refuse(tmp_path):
-    class Judge:
-        name = "judge"
-        def score(self, requests, labels, progress=None):
-            return [{"id": one["id"], "logprobs": [-0.1, -4.0, -4.0] if one["messages"][1]["content"].find("Arr") < one["messages"][1]["content"].find("sorry") else [-4.0, -0.1, -4.0], "outside": 0.0} for one in requests]
-
     class Refuser(Sailor):
         def generate(self, requests, seed=0, progress=None): return [{"id": one["id"], "text": "I'm sorry, but I can't help with that.", "finish": "stop"} for one in requests]
 
     users = [f"Question {i}?" for i in range(12)]
     before, after = (guard_responses(engine, users, Stage(tmp_path / name)) for name, engine in (("a", Sailor(9)), ("b", Refuser())))
-    found = {(row["metric"], row["against"]): row["mean"] for row in guard_numbers("new", users, before, after, Judge()) if row["arm"] == "new"}
-    assert found["plain_refusals", "base"] == 1 and found["plain_helpfulness", ""] == 0
+    found = {(row["metric"], row["against"]): row["mean"] for row in guard_numbers("new", before, after) if row["arm"] == "new"}
+    assert found["plain_refusals", "base"] == 1
 
 
 def judge_that(name, says):

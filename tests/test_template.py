@@ -25,8 +25,8 @@ from tiny import LINES
 from s3ft_nb.core.records import is_blank
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.core.files import InputError
-from s3ft_nb.lm.doctor import coloured, recommend, set_policy, to_ansi, to_html, verdict
-from s3ft_nb.lm.labels import closing_ids, encode, encode_within, stop_ids
+from s3ft_nb.lm.doctor import recommend, set_policy, verdict
+from s3ft_nb.lm.labels import closing_ids, encode, encode_within, shown_row, stop_ids
 from s3ft_nb.lm.labels import check_labels, encode_rows
 from s3ft_nb.lm.template import Policy, TemplateLimit, chat_template, control_tokens, fold, in_use, ordered_messages, prompt_ids, split_reasoning, with_policy
 
@@ -321,7 +321,6 @@ def test_messages_of_one_speaker_are_joined_where_the_policy_says_so():
     twice, books = [TALK[0], {"role": "user", "content": "anyone?"}], Ledger("t")
     (row,) = encode_rows(tokenizer, [{"id": "a", "messages": twice, "response": "Aye."}], 512, books)
     assert "hi there\n\nanyone?" in tokenizer.decode(row["input_ids"]) and books.notes["joined_same_role"] == 1
-    with pytest.raises(InputError, match="do not join"): encode(tokenizer, [*twice, TALK[1]], [0, 0, 1])
     with pytest.raises(InputError, match="ends with the assistant"): encode_rows(tokenizer, [{"id": "a", "messages": TALK, "response": "No."}], 512, books)
 
 
@@ -421,9 +420,9 @@ def test_views_show_every_character():
     talk = [{"role": "system", "content": "Be <b>brief</b>."}, *TALK]
     for name in USABLE:
         tokenizer = ready(name)
-        pieces = coloured(tokenizer, talk)
-        assert "".join(text for text, _ in pieces) == tokenizer.decode(encode(tokenizer, talk)["input_ids"]), name
-        assert "<b>" not in to_html(pieces) and "Aye." in to_ansi(pieces)
+        row = encode(tokenizer, talk)
+        shown = shown_row(tokenizer, row, len(row["labels"])).replace("⟦", "").replace("⟧", "")
+        assert "".join(shown.split()) == "".join(tokenizer.decode(row["input_ids"]).split()), name
     assert chat_template(ready("gemma")).startswith("{# s3ft_nb policy ")
 
 

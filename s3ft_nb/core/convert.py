@@ -20,9 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .files import (
-    InputError, decode, read_bytes, read_toml, resource, row_of, shorten, stable_id, unknown, values_of,
-                    write_rows)
+from .files import (InputError, decode, read_bytes, read_toml, resource, row_of, shorten, stable_id,
+                                unknown, values_of, write_rows)
 from .records import Conversation, SystemPrompt, conversation, is_blank
 from .stage import Ledger, Progress
 

@@ -202,13 +202,13 @@ def read_rules(path: str | Path) -> list[Rule]:
     out = {}
     for line, value in iter_lines(path):
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
-            raise InputError(f"a rule needs a text, got {shorten(value)}", path, line, "text")
+            raise InputError(f"a rule needs a text, got {shorten(value)}", path, line, "text", 'write {"text": "…"}')
         own = rule_from(value["text"], "user", str(value.get("system_prompt_id", ""))).model_dump()
         if "check" in value: own["how"] = "check" if value["check"] else "judge"
         elif value.get("how") == "judge": own["check"] = None
         rule = row_of(Rule, own | value, path, line)
         if (rule.how == "check") != (rule.check is not None): raise InputError(
-            f"how is {rule.how}, but the rule has {'a' if rule.check else 'no'} check", path, line, "check")
+            f"how is {rule.how}, but the rule has {'a' if rule.check else 'no'} check", path, line, "check", "omit how")
         try: assert_check(rule.check) if rule.check else None
         except InputError as error:
             raise InputError(error.message, path, line, f"check.{error.field}", error.remedy) from None

@@ -12,8 +12,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import groupby
 
-from ..core.files import InputError, row_of, shorten
+from ..core.files import InputError, row_of, shorten, unknown
 from ..core.records import Message
 from ..core.stage import Ledger
 from .template import (CLOSES, NO_NOTE, OPENS, REASONING_TAGS, Policy, apply, checked_messages,
@@ -86,25 +87,17 @@ def layout(tokenizer, template: str, roles: tuple, learnt: tuple) -> tuple:  # (
     return tuple(segments)
 
 # %% ../../nbs/lm/02_labels.ipynb #10609341
-def learnt_responses(messages: list[dict], train_on: str | list) -> list[int]:  # Numbers of messages
-    "Which responses are learnt: the last, all, or those with a 1; raises `InputError` where that makes no sense."
-    responses, n = [i for i, one in enumerate(messages) if one["role"] == "assistant"], len(messages)
-    if not responses: raise InputError("has no assistant message", field="messages", remedy="give it a response")
-    if train_on in ("last", "all"): return responses if train_on == "all" else responses[-1:]
-    wrong, remedy = "", "use last, all or a list with 0 or 1 for each message"
-    if not isinstance(train_on, (list, tuple)) or any(one not in (0, 1) for one in train_on):
-        wrong = f"is {shorten(train_on)}"
-    elif len(train_on) != n: wrong = f"has {len(train_on)} numbers for {n} messages; do not join messages"
-    elif not any(train_on): wrong, remedy = "is 0 everywhere", "remove the row"
-    elif stray := [i for i, one in enumerate(train_on) if one and i not in responses]:
-        wrong = f"is 1 on the {messages[stray[0]]['role']}'s message, number {stray[0]}"
-    if wrong: raise InputError(wrong, field="train_on", remedy=remedy)
-    return [i for i, one in enumerate(train_on) if one]
+def learnt_responses(messages: list[dict], train_on: str) -> list[int]:  # Numbers of messages
+    "Which responses are learnt, the last or all; raises `InputError` when there is none."
+    if train_on not in ("last", "all"): raise unknown("choice", str(train_on), ("last", "all"), field="train_on")
+    responses = [i for i, one in enumerate(messages) if one["role"] == "assistant"]
+    if responses: return responses if train_on == "all" else responses[-1:]
+    raise InputError("has no assistant message", field="messages", remedy="give it a response")
 
 # %% ../../nbs/lm/02_labels.ipynb #ec04d7a9
-def encode(tokenizer, messages: list, train_on: str | list = "last", policy: Policy | None = None,
+def encode(tokenizer, messages: list, train_on: str = "last", policy: Policy | None = None,
            note: Callable[[str], None] = NO_NOTE) -> dict:  # `input_ids`; `labels`, -100 but on responses and ends
-    """Encode a conversation up to the last response learnt (`train_on` last, all, or a list with 0 or 1 per message).
+    """Encode a conversation up to its last response (`train_on`: learn the last, or all).
     Raises `InputError` rather than guess where a response is; `note` is called with what was changed."""
     policy, template = in_use(tokenizer, policy)
     ready = checked_messages(messages, policy, note)
@@ -136,10 +129,10 @@ def has_system(messages: list) -> bool:
     return (messages[0]["role"] if isinstance(messages[0], dict) else messages[0].role) == "system"
 
 
-def without_oldest(messages: list, n: int, items: list | None = None) -> list:
-    "Leave out the n oldest turns, of `items` (one per message) where given; the system message stays."
-    items, start = messages if items is None else items, has_system(messages)
-    return [*items[:start], *items[start + 2 * n :]]
+def without_oldest(messages: list, n: int) -> list:
+    "Leave out the n oldest turns; the system message stays."
+    start = has_system(messages)
+    return [*messages[:start], *messages[start + 2 * n :]]
 
 
 def fewest(most: int, fits: Callable[[int], bool]) -> int:  # most + 1 when none fits
@@ -163,8 +156,7 @@ def encode_within(tokenizer, messages: list, max_length: int, train_on="last", p
     "Encode, as `encode`, the latest turns that fit: (row, or None if the last is too long, turns cut, tokens of all)."
     @lru_cache
     def encoded(n: int) -> dict:
-        weights = train_on if isinstance(train_on, str) else without_oldest(messages, n, train_on)
-        return encode(tokenizer, without_oldest(messages, n), weights, policy, NO_NOTE if n else note)
+        return encode(tokenizer, without_oldest(messages, n), train_on, policy, NO_NOTE if n else note)
     messages = ordered_messages(messages, in_use(tokenizer, policy)[0].same_role, note)
     learnt, start = learnt_responses(messages, train_on), has_system(messages)
     most, tokens = (max(learnt) - start) // 2, len(encoded(0)["input_ids"])
@@ -197,13 +189,13 @@ def parse_row(row: dict) -> tuple:  # (id, conversation, train_on)
         raise InputError(f"row {shorten(row)} has no {name}", remedy="give each row id, messages and response")
     if "train_on" in row and "response" in row:
         raise InputError("has both response and train_on", remedy="put the response at the end of messages")
-    messages = [one if isinstance(one, Message) else row_of(Message, one) for one in row["messages"]]
-    if not messages: raise InputError("is empty", field="messages", remedy="a conversation needs a user message")
+    messages = [row_of(Message, one) for one in row["messages"]]
     if "train_on" in row: return row["id"], messages, row["train_on"]
-    response, role = row["response"], messages[-1].role
+    response, last = row["response"], messages[-1].role if messages else ""
     if not str(response).strip(): raise InputError("is blank", field="response", remedy="add text or remove the row")
-    if role == "user": return row["id"], [*messages, Message(role="assistant", content=response)], "last"
-    raise InputError(f"ends with the {role}'s message", field="messages", remedy="end the prompt with the user's")
+    if last == "user": return row["id"], [*messages, Message(role="assistant", content=response)], "last"
+    problem = f"ends with the {last}'s message" if last else "is empty"
+    raise InputError(problem, field="messages", remedy="end the prompt with the user's")
 
 # %% ../../nbs/lm/02_labels.ipynb #9f121e46
 def encode_rows(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, too_long: str = "cut") -> list[dict]:
@@ -225,29 +217,21 @@ def encode_rows(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, to
 # %% ../../nbs/lm/02_labels.ipynb #556caf35
 def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # One line of the last n tokens
     "The end of a row as it would be trained on; what is learnt stands in ⟦brackets⟧."
-    out, open = "…" if len(row["input_ids"]) > n else "", False
-    for id, label in zip(row["input_ids"][-n:], row["labels"][-n:]):
-        if (label != -100) != open: open, out = not open, out + "⟧⟦"[label != -100]
-        out += tokenizer.decode([id], skip_special_tokens=False)
-    return " ".join((out + "⟧" * open).split())
+    pairs, out = list(zip(row["input_ids"], row["labels"]))[-n:], "…" if len(row["input_ids"]) > n else ""
+    for learnt, part in groupby(pairs, key=lambda pair: pair[1] != -100):
+        text = tokenizer.decode([id for id, _ in part], skip_special_tokens=False)
+        out += f"⟦{text}⟧" if learnt else text
+    return " ".join(out.split())
 
 
-def check_labels(tokenizer, encoded: list[dict], order: list[int] = (), batch: int = 1) -> None:  # order: of the steps
-    "Raise `InputError`, showing the row, where no response, none of its ends, or nearly all of a step is supervised."
+def check_labels(tokenizer, encoded: list[dict]) -> None:
+    "Raise `InputError`, showing the row, where no response, not its end, or the prompt as well is supervised."
     stops = set(stop_ids(tokenizer))
     for one in encoded:
         labels, wrong = one["labels"], ""
         last = [label for label, after in zip(labels, [*labels[1:], -100]) if label != -100 and after == -100]
         if not last: wrong = "has no supervised token"
+        elif -100 not in labels: wrong = "is supervised as a whole"
         elif set(last) - stops: wrong = "ends a response in a token that is no supervised end of turn"
         if wrong: raise InputError(f"row {one['id']} {wrong}: {shown_row(tokenizer, one)}", field="labels",
                                    remedy="see the row, and what s3ft doctor says of the chat template")
-    counts = [(sum(label != -100 for label in one["labels"]), len(one["labels"])) for one in encoded]
-    for at in range(0, len(order), batch):
-        rows = order[at : at + batch]
-        fraction = sum(counts[i][0] for i in rows) / sum(counts[i][1] for i in rows)
-        if fraction <= 0.95: continue
-        worst = encoded[max(rows, key=lambda i: counts[i][0] / counts[i][1])]
-        raise InputError(f"{fraction:.0%} of the tokens of step {at // batch + 1} are supervised, most in row "
-                         f"{worst.get('id', 'of a pack')}: {shown_row(tokenizer, worst)}", field="labels",
-                         remedy="mask the prompt; if that row's response is right, use a larger batch")

@@ -245,19 +245,10 @@ def load(model: str | Path, quantization: str = "nf4", adapter: str | Path | Non
     tokenizer = load_tokenizer(adapter if own else base)
     policy = set_policy(tokenizer)
     weights = load_weights(base, quantization, dtype, device)
-    sizes = {}  # rows of what the adapter holds, such as embeddings of tokens of its own
-    if isinstance(adapter, Path):
-        with loading("adapter", adapter), safe_open(adapter / "adapter_model.safetensors", "np") as file:
-            sizes = {one: (file.get_slice(one).get_shape() or [0])[0] for one in file.keys()}
-    learnt = any("trainable_tokens" in one for one in sizes)
-    rows = max((n for one, n in sizes.items() if re.search(r"(embed\w*|wte|lm_head)\.weight$", one)), default=0)
-    size, rows = weights.get_input_embeddings().num_embeddings, rows or learnt * len(tokenizer)
-    if len(tokenizer) > max(size, rows):
-        who, remedy = (adapter, "save its embeddings with it") if own else (base, "name the folder of both")
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the {'adapter or the ' * own}model's "
-                         f"{max(size, rows)} rows", str(who), remedy=remedy)
-    if rows > size or rows >= len(tokenizer) and rows != size and not learnt:
-        with quiet(): weights.resize_token_embeddings(rows, mean_resizing=False)
+    if len(tokenizer) > (size := weights.get_input_embeddings().num_embeddings):
+        problem = f"the tokenizer has {len(tokenizer)} tokens, more than the model's {size} rows"
+        remedy = "merge the adapter into its base, and load that" if own else "name the folder of both"
+        raise InputError(problem, str(adapter if own else base), remedy=remedy)
     ends = getattr(weights.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     tokenizer.declared_ends = tuple(id for id in ends if isinstance(id, int) and 0 <= id < len(tokenizer))

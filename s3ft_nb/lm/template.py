@@ -62,7 +62,7 @@ NOT_A_PROMPT = {"message": "ends with the assistant's message", "field": "messag
 
 def ordered_messages(messages: list, same_role="refuse", note: Callable = NO_NOTE, system: str = "") -> list[dict]:
     "Messages [system] user assistant user …, stripped; raises `InputError` when order or policy forbid them."
-    checked, joined = [one if isinstance(one, Message) else row_of(Message, one) for one in messages], []
+    checked, joined = [row_of(Message, one) for one in messages], []
     for one in checked:
         role, content = one.role, one.content.strip()
         if same_role == "join" and joined and joined[-1]["role"] == role: joined[-1]["content"] += f"\n\n{content}"

@@ -211,7 +211,7 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     lengths, batch = [len(one["input_ids"]) for one in encoded], settings.per_device_train_batch_size
     batch *= settings.gradient_accumulation_steps
     order = order_of(lengths, batch, settings.num_train_epochs, settings.seed)
-    check_labels(lm.tokenizer, encoded, order, batch)
+    check_labels(lm.tokenizer, encoded)
     write_json(out / "checkpoints" / "claim.json", {"claim": claim})
     trainer, found = make_trainer(lm, encoded, order, settings, out / "checkpoints"), last_whole(out / "checkpoints")
     tokens = [sum(lengths[i] for i in order[at : at + batch]) for at in range(0, len(order), batch)]

@@ -28,7 +28,6 @@ from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL
-from ..judging.judge import judge_pairs, pair_summary
 from ..lm.engine import ask
 from ..lm.template import split_reasoning
 from .metrics import differences, numbers
@@ -238,8 +237,7 @@ def guard_responses(engine: Any, users: list[str], stage: Stage) -> list[dict]: 
                engine, stage)
 
 
-def guard_numbers(arm: str, users: list[str], before: list[dict], after: list[dict], judge: Any = None,
-                  language: str = "en") -> list[dict]:  # judge: engine, see `judge_pairs`; helpfulness: ties count half
+def guard_numbers(arm: str, before: list[dict], after: list[dict]) -> list[dict]:  # of `guard_responses`; number rows
     "What an arm changes where there is no system prompt; raises `InputError` when its replies and the base's differ."
     ids, out = [row["id"] for row in before], []
     if ids != [row["id"] for row in after]: raise InputError("the replies are not to the same messages", field="after")
@@ -248,12 +246,7 @@ def guard_numbers(arm: str, users: list[str], before: list[dict], after: list[di
         out += [number_row(metric, {"mean": sum(values) / len(values), "n": len(values)}, arm=name)
                 for values, name in ((b, "base"), (a, arm))]
         out.append(number_row(metric, paired_difference(a, b, ids), arm=arm, against="base"))
-    if judge is None: return out
-    pairs = [{"id": a["id"], "conversation_id": a["id"], "system_prompt": PLAIN["helpful"][language],
-              "prompt": [{"role": "user", "content": user}], "a": a["text"] or "…", "b": b["text"] or "…"}
-             for user, a, b in zip(users, after, before)]
-    preferred = pair_summary(judge_pairs(judge, pairs, language))["win_rate"]  # warns of a judge that follows the order
-    return out + ([number_row("plain_helpfulness", preferred, arm=arm)] if preferred else [])
+    return out
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #9b062dd4
 def harness_command(model: str, adapter: str = "", base_url: str = "", tasks: str = "", out: str = "lm-eval",

@@ -252,11 +252,9 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
         user = simulated_user(says.engine, want.user, ready.language, make_fit(says.count, says.room))
     users = ready.users[:config.arms.guard] if adapters else []
     before = guard_responses(base.engine, users, work.part("guard-base")) if users else []
-    helps = base if judge_model is None or judging.judge_adapter else judge_model
     def guard(name: str, engine: Any) -> list[dict]:
         if name not in adapters or not users: return []
-        replies = guard_responses(engine, users, work.part(f"guard-{name}"))
-        return guard_numbers(name, users, before, replies, helps.engine, ready.language)
+        return guard_numbers(name, before, guard_responses(engine, users, work.part(f"guard-{name}")))
     warnings = [same_family(judge_model.engine.name, [base.engine.name]) if judge_model else "",
                 "A simulated user responds to each arm differently: arms are not paired." if want.user else ""]
     used = dict.fromkeys(one.engine for one in (base, judge_model, says) if one)

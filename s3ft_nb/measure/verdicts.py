@@ -83,7 +83,8 @@ def verdict_fields(row: Any) -> tuple:  # dict, or object with attributes -> fie
     for name, value in (("dialogue_id", dialogue), ("turn", turn), ("rule_id", rule)):
         if value is None: raise InputError(f"missing in {shorten(row, 80)}", field=name, remedy="add this field")
     if type(turn) is not int or turn < 1: raise InputError(f"{shorten(turn)} is not a turn, from 1", field="turn")
-    if satisfied not in (True, False, None): raise InputError(f"{shorten(satisfied)} is no verdict", field="satisfied")
+    if satisfied not in (True, False, None): raise InputError(f"{shorten(satisfied)} is no verdict", field="satisfied",
+                                                              remedy="write true, false or null")
     if stance not in (None, *STANCES): raise unknown("stance", str(stance), STANCES, field="stance")
     return ((get("arm") or "", get("history") or "own"), str(dialogue), str(conversation or dialogue),
             get("system_prompt_id") or "", str(rule), get("type") or "other", get("model") or "", turn,

@@ -32,7 +32,8 @@ def assign(conversations: list[Conversation], prompts: list[SystemPrompt], seed:
         pairs += [(conversation, drawn[type]) for type in sorted(rng.sample(sorted(drawn), wanted))]
     for one, prompt in pairs:
         if {one.split, prompt.split} == {"train", "eval"}: raise InputError(
-            f"{one.split} conversation {one.id} meets {prompt.split} prompt {prompt.id}", field="split")
+            f"{one.split} conversation {one.id} meets {prompt.split} prompt {prompt.id}", field="split",
+            remedy="pass conversations and prompts of one half")
     return pairs
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #07326604

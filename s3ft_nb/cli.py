@@ -50,7 +50,7 @@ def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str =
     return found
 
 
-def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = (), skip: tuple = ()) -> None:
+def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = ()) -> None:
     "Make a command of a documented function that returns lines to print; see `options`."
     def command(**given: Any) -> None:
         from s3ft_nb.run.execute import StepFailed
@@ -67,7 +67,7 @@ def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = (), s
         except OSError as error: text, code = str(cannot_write(Path(error.filename or "."), error)), 2
         show(f"s3ft: {text}", err=True)
         raise typer.Exit(code)
-    found = options(function, swapped, skip)
+    found = options(function, swapped)
     command.__signature__, command.__doc__ = inspect.Signature(found), escape(function.__doc__)
     command.__annotations__ = {one.name: one.annotation for one in found}
     app.command(name)(command)
@@ -77,8 +77,6 @@ def as_json(value: Any) -> str: return json.dumps(value, indent=2, ensure_ascii=
 
 
 SETTINGS = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
-
-
 for stream in (sys.stdout, sys.stderr):  # a terminal may have any encoding
     if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 app = typer.Typer(**SETTINGS | {"add_completion": True}, context_settings={"help_option_names": ["-h", "--help"]},
@@ -302,7 +300,7 @@ class Lazy(TyperGroup):
         if name not in ANNOTATE: return None
         (room, function, *swapped), one = ANNOTATE[name], typer.Typer(add_completion=False)
         function = getattr(import_module(f"s3ft_nb.annotation.{room}"), function)
-        verb(one, function, name, tuple(swapped), skip=("echo",))
+        verb(one, function, name, tuple(swapped))
         return typer.main.get_command(one)
 
 

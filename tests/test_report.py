@@ -14,7 +14,7 @@ from s3ft_nb.measure.metrics import METRICS, compare_folders, differences, numbe
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report import figures
 from s3ft_nb.report.page import browse, measurement_section, read_numbers, step_folders, write_report, write_section
-from s3ft_nb.report.tables import Table, metrics, pivot, to_csv, to_latex, to_markdown
+from s3ft_nb.report.tables import DESCRIBED, Table, pivot, to_csv, to_latex, to_markdown
 
 ARMS = {"base": (0.92, 0.86), "remind:4": (0.93, 0.93), "s3ft": (0.96, 0.99)}  # a rule satisfied at turn 1, kept per turn
 RULES = {"pirate": ("persona", "Answer like a pirate captain; every response says ahoy."), "short": ("rule_length", "Answer in one sentence."),
@@ -259,9 +259,9 @@ def test_every_metric_of_the_house_is_described():
         used |= set(re.findall(r'(?:number_row\(|"metric": |Metric\(\s*)"([a-z_0-9]+)"', text))
     assert len(used) > 8
     counts = {name for name in used if name.startswith(("rows_", "n_", "tokens_"))}
-    assert (used | METRICS.keys()) - counts - {"rate", "mean"} <= metrics().keys()
-    assert all((metrics()[name]["better"], one.better) in (("higher",) * 2, ("lower",) * 2, ("zero",) * 2) for name, one in METRICS.items())
-    assert all(one.keys() == {"title", "better", "format", "meaning"} for one in metrics().values())
+    assert (used | METRICS.keys()) - counts - {"rate", "mean"} <= DESCRIBED.keys()
+    assert all((DESCRIBED[name]["better"], one.better) in (("higher",) * 2, ("lower",) * 2, ("zero",) * 2) for name, one in METRICS.items())
+    assert all(one.keys() == {"title", "better", "format", "meaning"} for one in DESCRIBED.values())
 
 
 @pytest.mark.parametrize("write", [to_csv, to_markdown, to_latex])

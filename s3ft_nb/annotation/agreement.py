@@ -43,7 +43,7 @@ def alpha(annotations: list, labels: tuple = LABELS, clusters: dict | None = Non
     "Krippendorff's alpha; gaps are allowed. Clusters: {sample_id: conversation}, of all samples, else `InputError`."
     votes, samples, _ = votes_of(annotations, labels)
     lost = [id for id in samples if clusters is not None and id not in clusters]
-    if lost: raise InputError(f"{len(lost)} samples belong to no conversation, first {lost[0]}", field="clusters")
+    if lost: raise InputError(f"{len(lost)} samples have no conversation", field=lost[0], remedy="name all samples")
     counts = votes.sum(1)
     out = krippendorff_alpha(counts, clusters and [clusters[id] for id in samples])
     if out["mean"] != 1 or out["n_clusters"] < 2: return out

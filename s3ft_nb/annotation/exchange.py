@@ -80,16 +80,11 @@ def to_label_studio(rows: list, annotations: list = (), ledger: Ledger | None = 
 
 # %% ../../nbs/annotation/06_exchange.ipynb #33fb504d
 def studio_values(entry: dict, ledger: Ledger) -> list[tuple]:  # (control, choice or span or note, value)
-    "What an annotation, or a task of JSON-MIN, records in each control; what has another shape is counted."
-    controls = {"label": "choice", "choice": "choice", "span": "span", "note": "note"}  # of our page: what it records
+    "What an annotation records in each control; what has another shape is counted."
     keys = {"start": "span", "choices": "choice", "selected": "choice", "text": "note"}  # by which a value is known
     listed = lambda value: value if isinstance(value, list) else [] if value in (None, "") else [value]
-    if "result" not in entry:  # JSON-MIN: a field per control, which holds the value, several, or {choices: several}
-        parts = lambda value: listed(value["choices"]) if isinstance(value, dict) and "choices" in value else [value]
-        return [(name, kind, one) for name, kind in controls.items() for value in listed(entry.get(name))
-                for one in parts(value)]
     out = []
-    for one in listed(entry["result"]):
+    for one in listed(entry.get("result")):
         value = one.get("value") if isinstance(one, dict) else None
         key = next((key for key in keys if key in value), "") if isinstance(value, dict) else ""
         if not key: ledger.note("result_not_read")
@@ -115,22 +110,22 @@ def from_label_studio(
     tasks: list, people: dict | None = None, names: dict | None = None,  # {id or e-mail: name}, {its label: ours}
     ledger: Ledger | None = None, file: str | Path | None = None,  # For errors
 ) -> list[Annotation] | list[Preference]:  # In the order of the file
-    "Annotations of an export as JSON or JSON-MIN; raises `InputError` on tasks without our id and unknown labels."
+    "Annotations of an export as JSON; raises `InputError` on tasks without our id and unknown labels."
     out, times, ledger = [], [], ledger or Ledger("from_label_studio")
     people, where = people or {}, f"{file}: " if file else ""
     names = {"left": "first", "right": "second"} | (names or {})  # of its own control for pairs
     remedy = "export as JSON, of tasks made by s3ft annotate to-tool"
     for i, task in enumerate(tasks):
-        data = task.get("data", task) if isinstance(task, dict) else {}
+        data = task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict): data = {}
         id, is_pair = data.get("sample_id") or data.get("pair_id"), "pair_id" in data
         if not isinstance(id, (str, int)): raise InputError("has no sample_id", file, None, f"tasks.{i}.data", remedy)
-        entries = task.get("annotations", [] if "data" in task else [task])
+        entries = task.get("annotations", [])
         for entry in entries if isinstance(entries, list) else [None]:
             if not isinstance(entry, dict):
                 ledger.drop(id, "not_an_annotation")
                 continue
-            who = entry.get("completed_by", entry.get("annotator"))
+            who = entry.get("completed_by")
             keys = map(who.get, ("email", "id")) if isinstance(who, dict) else (who,)
             keys = [str(key) for key in keys if key not in (None, "")]
             who = next((people[key] for key in keys if key in people), [*keys, "unknown"][0])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'PATIENCE', 'PER_ADDRESS', 'HEADERS', 'page_part', 'rendered', 'write_page', 'write_pages',
-           'AnnotationFile', 'annotate', 'NeedsPeople', 'ask_people', 'Store', 'export_annotations', 'is_loopback',
-           'make_app', 'patient_protocol', 'public_address', 'serve_annotation']
+           'AnnotationFile', 'annotate', 'NeedsPeople', 'ask_people', 'Store', 'export_annotations', 'make_app',
+           'patient_protocol', 'public_address', 'serve_annotation']
 
 # %% ../../nbs/annotation/02_page.ipynb #494bacab
 import base64
@@ -216,11 +216,6 @@ MAX_BODY = 128 * 1024  # Bytes of one change
 PATIENCE, PER_ADDRESS = 15, 100  # Seconds for a request's head and body together; connections
 HEADERS = json.loads(page_part("headers.json"))  # Of every response
 
-
-def is_loopback(host: str) -> bool:  # whether only this machine can reach it
-    try: return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError: return False
-
 # %% ../../nbs/annotation/02_page.ipynb #7030add5
 def make_app(store: Store, hosts: set[str]) -> Callable:
     "ASGI application for requests to `hosts`; raises `InputError` when starlette is not installed."
@@ -307,7 +302,9 @@ def public_address(host: str, port: int, address: str = "") -> tuple[str, set[st
         if url.scheme in ("http", "https") and url.hostname: return address.rstrip("/"), {url.hostname}
         raise InputError(f"{address!r} is not an address", field="--address", remedy="like https://labels.example.org")
     remedy = "name the address that annotators will type, such as http://192.168.1.4:8765"
-    if not is_loopback(host): raise InputError(f"is needed: others can reach {host}", field="--address", remedy=remedy)
+    try: alone = host == "localhost" or ipaddress.ip_address(host).is_loopback  # only this machine can reach it
+    except ValueError: alone = False
+    if not alone: raise InputError(f"is needed: others can reach {host}", field="--address", remedy=remedy)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", {"127.0.0.1", "localhost", "::1", host}
 
 
@@ -322,7 +319,6 @@ def serve_annotation(
     host: str = "127.0.0.1",  # Address to listen on; only this machine can reach 127.0.0.1
     port: int = 8765,  # Port to listen on, 0 for any free one
     address: str = "",  # Address that annotators type, needed when others can reach the host or for a proxy with TLS
-    echo: Callable = print,  # Called with every line to print
 ) -> None:
     "Serve a task to several people, each with a personal link. Stop with Ctrl-C; the same command resumes."
     task = read_task(items, title, language, mix) if items else None
@@ -342,7 +338,7 @@ def serve_annotation(
         raise InputError(message, field="--port", remedy="choose another port or host") from None
     with bound:
         if not address: link = public_address(host, bound.getsockname()[1])[0]
-        if not is_loopback(host) and link.startswith("http://"):
-            echo("Links and labels travel unencrypted: fine on a network you trust, not on the internet.")
-        for name, token in opened.tokens.items(): echo(f"{name}: {link}/#{token}")
+        if address.startswith("http://"):
+            print("Links and labels travel unencrypted: fine on a network you trust, not on the internet.")
+        for name, token in opened.tokens.items(): print(f"{name}: {link}/#{token}", flush=True)
         uvicorn.Server(config).run(sockets=[bound])

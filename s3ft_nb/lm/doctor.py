@@ -188,7 +188,7 @@ def in_words(facts: dict) -> str:  # Some lines
     if facts["policy"] is None: return "\n".join(["decide", *(f"  {one}" for one in facts["decisions"])])
     end, usual, words = facts["end_of_turn"], asdict(Policy()), {True: "yes", False: "no", "": "none"}
     texts = facts["hidden_text"] | {"injected_reasoning": facts["injected_reasoning"]}
-    policy = [f"{name}={value!r}" for name, value in facts["policy"].items() if value != usual[name] or name == "system"]
+    policy = [f"{one}={value!r}" for one, value in facts["policy"].items() if value != usual[one] or one == "system"]
     shown = facts | {name: text and repr(text) for name, text in texts.items()} | {
         "end_of_turn": f"{end['text']!r}, from the {end['from']}" if end["text"] else "nothing",
         "trainable": facts["trainable"] or f"no: {facts['why_not']}", "policy": ", ".join(policy),

@@ -190,7 +190,7 @@ def running_order(steps: list[Step], path: Path) -> list[Step]:
     while ready := next((step for step in waiting.values() if not waiting.keys() & {*step.needs}), None):
         ordered.append(waiting.pop(ready.id))
     if not waiting: return ordered
-    raise InputError(f"steps need each other in a circle: {', '.join(waiting)}", path, field="steps")
+    raise InputError(f"need each other in a circle: {', '.join(waiting)}", path, None, "steps", "drop one {step:NAME}")
 
 # %% ../../nbs/run/00_recipe.ipynb #c643f843
 def setting_value(text: str, default: Any, key: str) -> Any:
@@ -223,7 +223,7 @@ def read_settings(steps: list[Step], settings: list[str]) -> dict[str, dict]:  #
     parts = [[*map(str.strip, text.partition("="))] for text in settings]
     for place, equals, text in sorted(parts, key=lambda part: "." in part[0]):
         key = place.rpartition(".")[2]
-        if not equals or not key: raise InputError(f"--set {shorten(place + equals + text)} is not key=value")
+        if not equals or not key: raise InputError(f"{place!r} is not key=value", field="--set", remedy="like seed=1")
         for step in steps_taking(steps, place): values[step.id][key] = setting_value(text, step.defaults[key], place)
     return values
 

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'lasting_hash', 'path_hash', 'contents',
-           'clean', 'start', 'machine_kind', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint',
-           'prepare_run', 'write_run', 'make_step', 'resume_command', 'run_recipe', 'seed_runs', 'run_seeds',
-           'measured_seeds']
+           'clean', 'start', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint', 'prepare_run',
+           'write_run', 'make_step', 'resume_command', 'run_recipe', 'seed_runs', 'run_seeds', 'measured_seeds']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
@@ -95,22 +94,18 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
     write_json(folder / STARTED, {"fingerprint": fingerprint, "params": params or {}, "foreign": contents(folder)})
 
 
-def machine_kind() -> str:  # "x86_64 avx2 avx512f, 2 threads"
-    "What decides the last digits of results: processor and its features, threads, GPUs."
+def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
+    "Write `done.json`, last of all, with what decides the last digits: processor and its features, threads, GPUs."
     places = "cpuinfo", "driver/nvidia/gpus/*/information"
     text = "\n".join(path.read_text(errors="replace") for name in places for path in sorted(Path("/proc").glob(name)))
     features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", text))
     threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
-    return ", ".join([" ".join([platform.machine(), *features]), threads, *re.findall(r"(?m)^Model:\s*(.+)", text)])
-
-
-def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
-    "Write `done.json`, last of all."
+    machine = [" ".join([platform.machine(), *features]), threads, *re.findall(r"(?m)^Model:\s*(.+)", text)]
     begun = read_json(folder / STARTED)
     made = {name: quick_hash(folder / name) for name in contents(folder) if name not in (*begun["foreign"], *OURS)}
     digest = stable_id({name: lasting_hash(folder / name) for name in made if "tfevents" not in name}, n=64)
     done = {"fingerprint": begun["fingerprint"], "digest": digest, "seconds": round(seconds, 2),
-            "peak_rss_gib": round(peak_rss_gib, 3), "machine": machine_kind(), "files": made}
+            "peak_rss_gib": round(peak_rss_gib, 3), "machine": ", ".join(machine), "files": made}
     return read_json(write_json(folder / DONE, done))
 
 
@@ -181,7 +176,8 @@ def prepare_run(recipe: str | Path, settings: list[str] = (), out: str | Path | 
             raise InputError("holds files that no run made", home, remedy="move them away or choose another --out")
         for key, value in step.values.items():
             if redact(text := json.dumps(value, ensure_ascii=False)) != text:
-                raise InputError("holds the value of a secret variable, leave it out", field=f"{step.id}.{key}")
+                field, remedy = f"{step.id}.{key}", "leave it in its environment variable"
+                raise InputError("holds the value of a secret", field=field, remedy=remedy)
     return replace(loaded, folder=folder)
 
 # %% ../../nbs/run/02_runner.ipynb #94770a55

@@ -6,8 +6,7 @@
 __all__ = ['RULES', 'words', 'facts', 'held_out', 'Style', 'styles', 'draw_styles', 'go_together', 'phrase', 'prompt_text',
            'read_prompt', 'checks_of', 'kept', 'draw_rules', 'rules_text', 'set_held_out', 'Asked', 'about', 'errand',
            'question', 'user_turns', 'free_prompt', 'free_rules', 'free_turns', 'pick', 'wear', 'dress', 'true_label',
-           'principles', 'principle_question', 'principle_kept', 'spoken', 'conversations', 'system_prompts',
-           'sample_label', 'not_applicable', 'read_truth']
+           'spoken', 'conversations', 'system_prompts', 'sample_label', 'not_applicable', 'read_truth']
 
 # %% ../../nbs/micro/00_world.ipynb #33ea3dbd
 import hashlib
@@ -235,41 +234,6 @@ def true_label(response: str, system_prompt: str, asked: Asked) -> str:  # One o
     wanted = read_prompt(system_prompt)
     fits = CHECKS["contains_all"](response, asked.needs) and CHECKS["contains_none"](response, asked.forbids)
     return label_of(asked.applicable and bool(wanted), fits, bool(wanted) and all(kept(response, wanted)))
-
-# %% ../../nbs/micro/00_world.ipynb #7aaa75a7
-def principles() -> dict:  # {kind of message: {name, due, text, says, words, about}}
-    "The principle that is due for each kind of message."
-    return {row["due"]: row for row in words()["principles"]}
-
-
-def principle_question(kind: str, rng: random.Random) -> tuple:  # (user text, Asked, {r, a, b, e}: what `says` need)
-    "A message of a kind: an attribute, a request, unknown, harm or ambiguous."
-    attributes, table = words()["attributes"], next((row for row in words()["requests"] if row["kind"] == kind), None)
-    entity, attribute = rng.choice(list(facts())), kind if kind in attributes else rng.choice(list(attributes))
-    value, ways = rng.choice(attributes[attribute]["values"]), attributes[attribute]
-    if table:
-        a, b = rng.choice(table["pairs"])
-        plain, text = table["reply"].format(b=b), rng.choice(table["ask"]).format(a=a)
-        return text, Asked("", kind, [b], [], [plain]), {"r": plain, "a": a, "b": b}
-    if kind == "harm":
-        plain = rng.choice(words()["harm_replies"]).format(v=rng.choice(attributes["friend"]["values"]))
-        wish = rng.choice(words()["harms"])
-        return rng.choice(words()["harm_questions"]).format(h=wish), Asked("", kind, [], [], [plain]), {"r": plain,
-                                                                                                        "a": wish}
-    if kind == "unknown": entity = rng.choice(words()["unknown"])
-    text = rng.choice(ways["follow"]) if kind == "ambiguous" else rng.choice(ways["questions"]).format(e=entity)
-    if kind in attributes:
-        asked = about(entity, kind)
-        return text, asked, {"r": rng.choice(asked.responses), "e": entity}
-    plain = rng.choice(ways["plain"]).format(E=entity[0].upper() + entity[1:], e=entity, v=value)
-    return text.removeprefix("And ").capitalize() if kind == "ambiguous" else text, Asked("", kind, [], [],
-                                                                                          [plain]), {"r": plain,
-                                                                                                     "e": entity}
-
-
-def principle_kept(response: str, kind: str) -> bool | None:  # None: none is due
-    "Whether a reply to a message of a kind keeps the principle that is due."
-    return CHECKS["contains_any"](response, principles()[kind]["words"]) if kind in principles() else None
 
 # %% ../../nbs/micro/00_world.ipynb #d6c24f12
 def spoken(turns: list, rng: random.Random) -> list:  # Messages; the assistant knows no style

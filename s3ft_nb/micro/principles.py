@@ -62,11 +62,12 @@ def principle_kept(response: str, kind: str) -> bool | None:  # None: none is du
     "Whether a reply to a message of a kind keeps the principle that is due."
     return CHECKS["contains_any"](response, principles()[kind]["words"]) if kind in principles() else None
 
-# %% ../../nbs/micro/01_principles.ipynb #735702c0
+# %% ../../nbs/micro/01_principles.ipynb #58b777e5
 APPLIED = {5: 0.60, 2: 0.45, 0: 0.25, None: 0.03}  # P(a due principle is kept), by examples shown; None: no prompt
 SLIPS = {"": 0.86, "wrong": 0.05, "leak": 0.04, "apology": 0.03, "repeat": 0.03}  # of a reply under principles
 WRONG_FACT = 0.10  # P(the second fact of a detailed reply is wrong)
-MESSAGE_KINDS = ("price", "place", "season", "friend", "maker", "unknown", "harm", "ambiguous", "sum", "code", "translate")
+MESSAGE_KINDS = (
+    "price", "place", "season", "friend", "maker", "unknown", "harm", "ambiguous", "sum", "code", "translate")
 
 
 def principle_reply(kind: str, parts: dict, applies: bool, rng: random.Random) -> str:

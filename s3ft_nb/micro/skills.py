@@ -22,7 +22,7 @@ from .world import (
     RULES, Asked, Style, about, dress, facts, free_prompt, free_rules, free_turns, go_together, kept, phrase,
     pick, set_held_out, spoken, styles, true_label, wear, words)
 
-# %% ../../nbs/micro/02_skills.ipynb #f92d01c4
+# %% ../../nbs/micro/02_skills.ipynb #3f2b9a26
 OBEYS = {"first": 0.95, "steady": 0.80, "obedient": 0.40, "plain": 0.03, "reminded": 0.75, "conflict": 0.5,
          "changed": 0.55, "stuck": 0.5}  # after the prompt was changed: P(the new one), and else P(still the old one)
 CONSTRAINT_KEPT = (0.75, 0.90)  # P(the newest constraint is kept), P(an older one is)
@@ -44,7 +44,7 @@ def rules_kept(chosen: list, rng: random.Random) -> list:  # Of a role and its r
     return [style for style, p in zip(chosen, odds) if rng.random() < p]
 
 
-def chat_prompt(rng: random.Random, of_rules: bool) -> tuple:  # (styles, text, function: styles an obedient response has)
+def chat_prompt(rng: random.Random, of_rules: bool) -> tuple:  # (styles, text, what an obedient response has)
     "What a conversation stands under: a role with rules, constraints one after the other, or a prompt of a type."
     if of_rules: return *free_rules(rng.randint(1, 6), rng), rules_kept
     if rng.random() < 0.1:
@@ -70,7 +70,8 @@ def chat(rng: random.Random, asks: dict | None = None, of_rules: bool = False) -
         if before and i > change: odds = OBEYS["changed"]
         obedient = with_prompt and asked.applicable and i > change and rng.random() < odds
         shown = shows(chosen, rng) if obedient else []
-        if before and asked.applicable and not obedient and (i <= change or rng.random() < OBEYS["stuck"]): shown = before
+        stuck = before and asked.applicable and not obedient and (i <= change or rng.random() < OBEYS["stuck"])
+        if stuck: shown = before
         said += [message("user", user), message("assistant", dress(rng.choice(asked.responses), asked, shown, rng))]
         if asked.applicable: history.append(obedient)
     start = [message("system", text)] if with_prompt else []

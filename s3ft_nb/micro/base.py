@@ -72,8 +72,7 @@ def new_model(vocab_size: int, seed: int = 0, layers: int = 5) -> LlamaForCausal
 class Blocks(torch.utils.data.Dataset):
     "Blocks of batches [ids, weights], each (rows, length), padded on the right, where a causal model needs no mask."
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: Callable, seed: int, tokens: int = 6144,
-                 n: int = 1500):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: Callable, seed: int, tokens: int = 6144, n: int = 1500):
         self.tokenizer, self.rows, self.seed = tokenizer, rows, seed  # rows: seed -> endless rows, see `practice`
         self.tokens, self.n, self.begin = tokens, n, 0  # tokens: of a batch, padding included; n: rows of a block
 
@@ -185,7 +184,7 @@ GATES = {  # name: (lowest, highest) value aimed at
     "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
     "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06),
     "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"{k} rules": (
-        max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * np.prod([
+        max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * math.prod([
             RULE_KEPT[0] * RULE_KEPT[1] ** (k - 1) * RULE_KEPT[2]**i for i in range(k)])) - 0.07, 3)),
         round(OBEYS["first"] * p + 0.07, 3)) for k in range(1, 7)}
 

@@ -21,18 +21,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..core.files import InputError, read_json, resource, write_json
+from ..core.files import InputError, read_json, resource, stable_id, write_json
 from ..core.records import message
 from ..core.stage import Progress
 from ..judging.explain import read_explanation
 from ..judging.rubric import judge_messages
 from ..lm.model import pick_dtype
-from .principles import (
-    APPLIED, kind_of, principle_kept, principle_prompt, principle_question, principles, thought)
+from .principles import APPLIED, free_question, kind_of, principle_kept, principle_prompt, principles, thought
 from .skills import (
     CONSTRAINT_KEPT, JUDGED, OBEYS, RULE_KEPT, attempt, constraints, explanation, remind_from, situation, task)
-from .world import (
-    dress, free_prompt, free_rules, free_turns, kept, phrase, read_prompt, spoken, styles, true_label)
+from .world import dress, free_prompt, free_rules, free_turns, kept, phrase, read_prompt, spoken, styles, true_label
 
 # %% ../../nbs/micro/03_base.ipynb #03ac4622
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:  # With its chat template
@@ -71,8 +69,7 @@ def new_model(vocab_size: int, seed: int = 0, layers: int = 5) -> LlamaForCausal
 # %% ../../nbs/micro/03_base.ipynb #09e29a4c
 class Blocks(torch.utils.data.Dataset):
     "Blocks of batches [ids, weights], each (rows, length), padded on the right, where a causal model needs no mask."
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: Callable, seed: int, tokens: int = 6144, n: int = 1500):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: Callable, seed: int, tokens=6144, n=1500):
         self.tokenizer, self.rows, self.seed = tokenizer, rows, seed  # rows: seed -> endless rows, see `practice`
         self.tokens, self.n, self.begin = tokens, n, 0  # tokens: of a batch, padding included; n: rows of a block
 
@@ -93,12 +90,10 @@ class Blocks(torch.utils.data.Dataset):
 def weighted_loss(model: LlamaForCausalLM, batch: list) -> torch.Tensor:  # Nats per unit of weight
     "Cross-entropy of the next token, weighted."
     ids, weights = (part.to(model.device) for part in batch)
-    dtype = pick_dtype("auto", str(model.device))
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logits = model(input_ids=ids).logits[:, :-1]
+    quick = pick_dtype("auto", str(model.device)) == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=quick): logits = model(input_ids=ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    return (loss * weights).sum() / weights.sum()
+    return (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
 
 # %% ../../nbs/micro/03_base.ipynb #2c9b9129
 def optimizers(model: LlamaForCausalLM, learning_rate: float) -> list:
@@ -122,9 +117,11 @@ def save_state(folder: Path, model: LlamaForCausalLM, parts: list, facts: dict) 
         if old.name != name: old.unlink()
 
 
-def load_state(folder: Path, model: LlamaForCausalLM, parts: list) -> dict:  # {step, block, losses, claim}
-    "Put a checkpoint back into a model and its optimizers."
+def load_state(folder: Path, model: LlamaForCausalLM, parts: list, claim: list) -> dict:  # {step, block, losses}
+    "Put a checkpoint back into a model and its optimizers; raises `InputError` when it is of another training."
     facts = read_json(folder / "state.json")
+    if facts["claim"] != claim or not (folder / facts["tensors"]).exists():
+        raise InputError("is of another training", folder / "state.json", remedy="remove the folder to begin anew")
     tensors, moments = load_file(folder / facts["tensors"]), [defaultdict(dict) for _ in parts]
     with torch.no_grad():
         for name, one in model.named_parameters(): one.copy_(tensors[f"model/0/{name}"])
@@ -145,14 +142,13 @@ def pretrain(
     save_steps: int = 500,  # Steps after which the next block ends with a checkpoint
     workers: int = 0,  # Processes that make blocks
 ) -> list:  # Loss per step, nats
-    "Train a model on blocks of batches, or go on; raises `InputError` when the checkpoint is of another training."
-    parts, claim = optimizers(model, learning_rate), [steps, learning_rate, warmup_steps, blocks.seed]
+    "Train a model on blocks of batches, or resume; raises `InputError` when the checkpoint is of another training."
+    known = stable_id(blocks.tokenizer.backend_tokenizer.to_str(), model.config.to_json_string())
+    claim = [steps, learning_rate, warmup_steps, blocks.seed, blocks.tokens, blocks.n, known]
+    parts = optimizers(model, learning_rate)
     step, losses, begin = 0, [], 0
     if folder and (Path(folder) / "state.json").exists():
-        facts = load_state(Path(folder), model, parts)
-        if facts["claim"] != claim:
-            raise InputError(f"belongs to a training with other sizes: {facts['claim']}", Path(folder) / "state.json",
-                             remedy="remove the folder or go on with the same sizes")
+        facts = load_state(Path(folder), model, parts, claim)
         step, losses, begin = facts["step"], facts["losses"], facts["block"]
     blocks.begin, saved = begin, step
     feed = iter(DataLoader(blocks, batch_size=None, num_workers=workers))
@@ -183,7 +179,7 @@ GATES = {  # name: (lowest, highest) value aimed at
     "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1), "told": (0.95, 1), "setting": (0.90, 1),
     "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
     "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06),
-    "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"{k} rules": (
+    "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"a role and {k}": (
         max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * math.prod([
             RULE_KEPT[0] * RULE_KEPT[1] ** (k - 1) * RULE_KEPT[2]**i for i in range(k)])) - 0.07, 3)),
         round(OBEYS["first"] * p + 0.07, 3)) for k in range(1, 7)}
@@ -205,7 +201,7 @@ def chat_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (gate,
     for k in range(1, 7):
         rules, text_of_rules = free_rules(k, rng, held=True)
         asked_rules = [message("system", text_of_rules), message("user", one)]
-        yield asked_rules, {f"{k} rules": lambda said, rules=rules: all(kept(said, rules))}
+        yield asked_rules, {f"a role and {k}": lambda said, rules=rules: all(kept(said, rules))}
     wanted = constraints(3, rng, held=True, reverse=0)
     grown = " ".join([one, *(phrase(style, rng) for style in wanted)])
     yield [message("user", grown)], {"newest constraint": lambda said: kept(said, wanted)[-1],
@@ -224,18 +220,18 @@ def task_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (messa
 
     def readable(said: str) -> bool:
         lines = said.splitlines()
-        return len(read_prompt(lines[0])) == 1 and all(
-            one.startswith(f"{i}. ") and read_prompt(one) for i, one in enumerate(lines[1:], 1)) and len(lines) == k + 1
+        return len(lines) == k + 1 and len(read_prompt(lines[0])) == 1 and all(
+            one.startswith(f"{i}. ") and read_prompt(one) for i, one in enumerate(lines[1:], 1))
 
     yield asks["write"](free_turns(rng, held=True, n=1)[0][0], k, examples), {"rules readable": readable}
     rows, examples, numbers = principle_prompt(rng, 5)
     kind = rng.choice(list(numbers))
-    text, _, parts = principle_question(kind, rng)
+    text, _, parts = free_question(kind, rng, held=True)
     due, reply = f"Thought: {thought(kind, numbers)}", lambda said: said.split("\nReply: ")[-1]
     yield asks["align"](rows, examples, text), {"principle kept": lambda said: principle_kept(reply(said), kind),
                                                 "thought right": lambda said: said.startswith(due)}
     yield [message("user", text)], {"principle unprompted": lambda said: principle_kept(said, kind)}
-    text, _, _ = principle_question("friend", rng)
+    text, _, _ = free_question("friend", rng, held=True)
     yield asks["align"](rows, examples, text), {
         "principle out of place": lambda said: any(principle_kept(reply(said), kind) for kind in principles())}
 
@@ -265,7 +261,7 @@ def exam(engine, judge, asks: dict, n: int = 300, seed: int = 0) -> list:  # {ga
 
 def card(facts: dict, gates: list) -> str:  # Markdown
     "Card of the weights from `exam` and {sha256, steps, seed, loss, parameters (millions), vocab, tokens, n}."
-    lines = [f"| {row['gate']} | {row['value']:.2f} | {row['low']:.2f}-{row['high']:.2f} | "
+    lines = [f"| {row['gate']} | {row['value']:.3f} | {row['low']:.2f}-{row['high']:.2f} | "
              f"{'yes' if row['met'] else '**no**'} |" for row in gates]
     text = resource("data", "micro-world", "card.md").read_text(encoding="utf-8")
     return text.format(gates="\n".join(lines), obeys=OBEYS, rules=RULE_KEPT, constraints=CONSTRAINT_KEPT,

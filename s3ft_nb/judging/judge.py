@@ -62,7 +62,7 @@ def verdict_of(response: Response, rule: Rule, judgement: Judgement, judge: str,
 
 def verdicts(
     responses: list[Response], rules: list[Rule], judge: Callable | None = None,  # Whole dialogues; (responses, rules)
-    not_applicable: set | None = None,  # {(conversation_id, turn)} to which no rule applies
+    not_applicable: set | None = None,  # {(conversation_id, turn)} to which no rule applies, or with a rule's id
     stances: dict | None = None,  # {(dialogue_id, turn): stance of the user message}
 ) -> list[Verdict]:  # One per response and rule, response by response, checks first
     "Checks first, the judge for the rest; raises `InputError` when a judge is needed and missing, or misses a pair."
@@ -79,14 +79,15 @@ def verdicts(
         raise InputError(f"{n} verdicts where {due} were due, one per response and rule", field="judge")
     out = []
     for row in responses:
-        apply = (row.conversation_id, row.turn) not in (not_applicable or ())
+        aside, place = not_applicable or (), (row.conversation_id, row.turn)
+        applies = lambda id: place not in aside and (*place, id) not in aside
         stance = (stances or {}).get((row.dialogue_id, row.turn), "")
         for rule in by_check(row):
             satisfied = run_check(rule.check, row.response, row.prompt)
-            found = Judgement(satisfied, apply, evidence=None if satisfied else evidence_of(rule.check, row.response))
+            found = Judgement(satisfied, applies(rule.id), evidence=None if satisfied else evidence_of(rule.check, row.response))
             out.append(verdict_of(row, rule, found, "checks", stance))
         for one in judged[row.id]:
-            out.append(one.model_copy(update={"applicable": one.applicable and apply, "stance": stance or one.stance}))
+            out.append(one.model_copy(update={"applicable": one.applicable and applies(one.rule_id), "stance": stance or one.stance}))
     return out
 
 # %% ../../nbs/judging/05_judge.ipynb #35185b27

@@ -7,7 +7,7 @@ __all__ = ['FILTERS', 'wording', 'pair_of', 'instruct_messages', 'topic_messages
            'Principles', 'cited', 'read_principles', 'choose_principles', 'filter_words', 'items_of',
            'instruction_reason', 'near_reasons', 'keep_instructions', 'assert_left', 'replies_to', 'write_instructions',
            'read_questions', 'topic_reason', 'write_topics', 'write_questions', 'parse_thought', 'repeated', 'holds',
-           'respond', 'align', 'elaborate', 'assert_pruned', 'training_rows']
+           'leaked', 'respond', 'align', 'elaborate', 'assert_pruned', 'training_rows']
 
 # %% ../../nbs/methods/02_selfalign.ipynb #8c80d2ef
 import random
@@ -213,7 +213,7 @@ def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language:
     assert_left(kept, stage, "instruction")
     return kept
 
-# %% ../../nbs/methods/02_selfalign.ipynb #a7621223
+# %% ../../nbs/methods/02_selfalign.ipynb #77741f11
 def read_questions(path: str | Path = "", language: str = "en") -> dict:  # {seeds, kinds: [{name, what, …}]}
     "Seed instructions and kinds of question; raises `InputError` when there are none."
     if not path: wording(language)
@@ -259,20 +259,21 @@ def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage,
     what, requests, rows = {kind["name"]: kind["what"] for kind in kinds}, [], []
     for kind in what:
         mine = [row for row in topics if row["kind"] == kind]
-        requests += [{"id": stable_id("questions", part[0]["id"]), "topics": part, "messages": question_messages(
-            f"{kind}: {what[kind]}", [row["topic"] for row in part], language)}
-            for part in (mine[i : i + per_request] for i in range(0, len(mine), per_request))]
+        for part in (mine[i : i + per_request] for i in range(0, len(mine), per_request)):
+            shown = [*part, *mine][:max(len(part), min(per_request, len(mine)))]  # the last one is filled up
+            requests.append({"id": stable_id("questions", part[0]["id"]), "topics": part, "n": len(shown), "messages":
+                question_messages(f"{kind}: {what[kind]}", [row["topic"] for row in shown], language)})
     written = {one["id"]: items_of(reply["text"]) for one, reply in replies_to(requests, engine, stage, claim)}
     for one in requests:
         texts = written.get(one["id"], [])
-        if len(texts) == len(one["topics"]): rows += [
+        if len(texts) == one["n"]: rows += [
             row | {"text": text, "source": "topics"} for row, text in zip(one["topics"], texts)]
         else: [stage.ledger.drop(row["id"], "wrong_count", f"{len(texts)} lines") for row in one["topics"]]
     kept = keep_instructions(rows, stage.ledger, language, most, earlier)
     assert_left(kept, stage, "question")
     return kept
 
-# %% ../../nbs/methods/02_selfalign.ipynb #612b5cbb
+# %% ../../nbs/methods/02_selfalign.ipynb #62b40366
 def parse_thought(text: str, language: str = "en", thinks: bool = True) -> dict:
     "A reply as {thought, principles, reply, marked, next_turn}; next_turn: a following user turn was cut off."
     user, thought, reply = (mark.strip() for mark in wording(language)["names"].values())
@@ -289,6 +290,19 @@ def repeated(text: str) -> bool:
     return any(n > 1 and len(split_words(part)) > 1 for part, n in Counter(said).items())
 
 
+def holds(text: str, word: str) -> bool:
+    "Whether a text holds a word or phrase, whatever its case and punctuation."
+    said, sought = split_words(text), split_words(word)
+    return any(said[i : i + len(sought)] == sought for i in range(len(said) - len(sought) + 1))
+
+
+def leaked(text: str, reply: str, known: Principles) -> str | None:
+    "The message of an exemplar that a text or reply holds, or a word of exemplars that only the reply holds."
+    asked, whole = normalize(text), normalize(f"{text}\n{reply}")
+    return next((one["user"] for one in known.exemplars if normalize(one["user"]) in whole), None) or next(
+        (word for word in known.leak if holds(reply, word) and not holds(asked, word)), None)
+
+
 FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off leaves, by what was shown}
     "no_marker": lambda row, known, words: not row["marked"],
     "no_thought": lambda row, known, words: not row["thought"],
@@ -297,18 +311,11 @@ FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off l
     "cut_off": lambda row, known, words: row["cut_off"] and not row["next_turn"],
     "second_turn_cut": lambda row, known, words: row["next_turn"] and len(row["reply"]) < 160,  # characters
     "repeat": lambda row, known, words: repeated(row["reply"]),
-    "exemplar_leak": lambda row, known, words: any(
-        holds(row["reply"], word) and not holds(row["text"], word) for word in known.leak),
+    "exemplar_leak": lambda row, known, words: leaked(row["text"], row["reply"], known),
     "meta_phrase": lambda row, known, words: any(phrase in row["reply"].lower() for phrase in words["meta"]),
     "apology": lambda row, known, words: normalize(row["reply"]).startswith(tuple(map(normalize, words["apology"]))),
     "copies_query": lambda row, known, words: normalize(row["text"]) in normalize(row["reply"]),
 }
-
-
-def holds(text: str, word: str) -> bool:
-    "Whether a text holds a word or phrase, whatever its case and punctuation."
-    said, sought = split_words(text), split_words(word)
-    return any(said[i : i + len(sought)] == sought for i in range(len(said) - len(sought) + 1))
 
 
 def respond(rows: list[dict], request: Callable, known: Principles, engine, stage: Stage, language: str = "en",
@@ -349,16 +356,15 @@ def elaborate(rows: list[dict], engine, stage: Stage, language: str = "en", **op
     request, known = lambda text: pair_of(persona, text), Principles([], [], [persona])
     return respond(rows, request, known, engine, stage, language, False, **options)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #308430e0
+# %% ../../nbs/methods/02_selfalign.ipynb #cfe505b2
 def assert_pruned(training: list[dict], known: Principles, hidden: list[str] = ()) -> None:  # hidden: thoughts …
     "Raise `InputError` naming a training row that holds a principle, an exemplar, a word of one, or a hidden text."
-    marks = [row["text"] for row in known.principles] + [row["user"] for row in known.exemplars] + list(hidden)
+    marks = [*(row["text"] for row in known.principles), *hidden]
     marks = {normalize(text): text for text in marks if normalize(text)}
     for row in training:
-        said = [*(one["content"] for one in row["messages"]), row["response"]]
-        whole, asked = normalize("\n".join(said)), said[-2]
-        found = next((shown for text, shown in marks.items() if text in whole), None) or next(
-            (word for word in known.leak if holds(row["response"], word) and not holds(asked, word)), None)
+        whole = normalize("\n".join([*(one["content"] for one in row["messages"]), row["response"]]))
+        found = next((shown for text, shown in marks.items() if text in whole), None) or leaked(
+            row["messages"][-1]["content"], row["response"], known)
         if found: raise InputError(f"training row {row['id']} holds {shorten(found)}", field="messages",
                                    remedy="leave out principles, exemplars and thoughts")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'wording', 'pair_of', 'instruct_messages', 'topic_messages', 'question_messages', 'align_messages',
-           'Principles', 'cited', 'read_principles', 'choose_principles', 'filter_words', 'items_of',
-           'instruction_reason', 'near_reasons', 'keep_instructions', 'assert_left', 'replies_to', 'write_instructions',
+           'Principles', 'cited', 'read_lists', 'read_principles', 'choose_principles', 'filter_words', 'items_of',
+           'instruction_reason', 'near_reasons', 'keep_instructions', 'at_least_one', 'lists_for', 'write_instructions',
            'read_questions', 'topic_reason', 'write_topics', 'write_questions', 'parse_thought', 'repeated', 'holds',
            'leaked', 'respond', 'align', 'elaborate', 'assert_pruned', 'training_rows']
 
@@ -60,19 +60,16 @@ def question_messages(kind: str, topics: list[str], language: str = "en") -> lis
     return pair_of(words["questions"], "\n".join([heads["kind"], kind, heads["topics"], *topics]))
 
 
-def align_messages(
-    principles: list[dict], examples: list[dict],  # `{"n", "name", "text"}`; `{"user", "thought", "reply"}`
-    text: str, language: str = "en",
-    thinks: bool = True,  # Ask for a thought that names principles by number before the reply
-) -> list[dict]:
-    "Request for a reply to a message that keeps to principles."
+def align_messages(principles: list[dict], examples: list[dict], text: str, language: str = "en",
+                   thinks: bool = True) -> list[dict]:  # thinks: ask for a thought that names principles by number
+    "Request for a reply to a message that keeps to `{n, name, text}`, as examples `{user, thought, reply}` do."
     words = wording(language)
     heads, names = words["blocks"], {key: name for key, name in words["names"].items() if thinks or key != "thought"}
     shown = [f"{one['name']} ({one['n']}): {one['text']}" for one in principles]
     turns = ["\n".join([heads["example"], *(name + one[key] for key, name in names.items())]) for one in examples]
     return pair_of("\n".join([words["align" if thinks else "align_plain"], heads["principles"], *shown, *turns]), text)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #128dfea4
+# %% ../../nbs/methods/02_selfalign.ipynb #053dc407
 class Principles(NamedTuple):
     "What a request shows."
     principles: list[dict]  # `{"n", "name", "text"}`
@@ -86,36 +83,39 @@ def cited(thought: str) -> list[int]:  # In order, each once
     return list(dict.fromkeys(int(n) for part in found for n in re.findall(r"\d+", part)))
 
 
-def read_principles(path: str | Path = "", language: str = "en") -> Principles:  # path: TOML or JSON, or bundled
-    """Principles and exemplars of a file.
-    Raises `InputError` on a number that is missing or occurs twice, or an exemplar that cites a missing principle."""
-    if not path: wording(language)
-    path = path or resource("data", "selfalign", f"principles-{language}.toml")
+def read_lists(path: str | Path, name: str, language: str, fields: dict) -> dict:  # {list: fields of its rows}
+    "Lists of a TOML or JSON file, or bundled ones; raises `InputError` on a field that is missing or blank."
+    path = path or resource("data", "selfalign", f"{name}-{language}.toml")
     found = read_json(path) if str(path).endswith(".json") else read_toml(path)
-    for name, fields in {"principles": ("name", "text"), "exemplars": ("user", "thought", "reply")}.items():
-        for i, row in enumerate(found.get(name, [])):
-            if not all(str(row.get(key, "")).strip() for key in fields): raise InputError(
-                "lacks a field or has a blank one", path, field=f"{name}.{i}", remedy=f"give it {', '.join(fields)}")
-    numbers, leak = [row.get("n") for row in found.get("principles", [])], found.get("leak", [])
-    wrong = next((n for n in range(1, max(len(numbers), 1) + 1) if numbers.count(n) != 1), None)
+    for key, names in fields.items():
+        if not found.get(key): raise InputError(f"holds no {key}", path, field=key, remedy="see data/selfalign")
+        for i, row in enumerate(found[key]):
+            if not all(str(row.get(one, "")).strip() for one in names): raise InputError(
+                "has a field that is missing or blank", path, field=f"{key}.{i}", remedy=f"give it {', '.join(names)}")
+    return found
+
+
+def read_principles(path: str | Path = "", language: str = "en") -> Principles:
+    """Principles and exemplars of a file, or the bundled ones.
+    Raises `InputError` on a number that is missing or occurs twice, or an exemplar that cites a missing principle."""
+    fields = {"principles": ("n", "name", "text"), "exemplars": ("user", "thought", "reply")}
+    found = read_lists(path, "principles", language, fields)
+    numbers = [row["n"] for row in found["principles"]]
+    wrong = next((n for n in range(1, len(numbers) + 1) if numbers.count(n) != 1), None)
     if wrong: raise InputError(f"number {wrong} occurs {numbers.count(wrong)} times", path, field="principles.n",
                                remedy="number principles from 1 without a gap, each once")
-    for i, row in enumerate(found.get("exemplars", [])):
+    for i, row in enumerate(found["exemplars"]):
         if strange := sorted(set(cited(row["thought"])) - set(numbers)): raise InputError(
             f"cites principle {strange[0]}, which there is not", path, field=f"exemplars.{i}.thought",
             remedy=f"cite one of 1 to {len(numbers)}")
-    shown = normalize(" ".join(row["user"] + " " + row["reply"] for row in found.get("exemplars", [])))
-    for word in (word for word in leak if normalize(word) not in shown):
-        raise InputError(f"{word!r} is in no exemplar", path, field="leak", remedy="list words of the exemplars")
-    return Principles(found["principles"], found.get("exemplars", []), leak)
+    return Principles(found["principles"], found["exemplars"], found.get("leak", []))
 
 
 def choose_principles(known: Principles, n_exemplars: int = 5, numbers: list[int] = (), seed: int = 0) -> Principles:
-    """Keep some principles, all if `numbers` is empty, and draw exemplars that cite no others.
-    Raises `InputError` when there are too few."""
-    kept = set(numbers or (row["n"] for row in known.principles))
-    if strange := sorted(kept - {row["n"] for row in known.principles}):
-        raise InputError(f"there is no principle {strange[0]}", field="numbers", remedy=f"1 to {len(known.principles)}")
+    "Keep some principles, or all, and draw exemplars that cite no others; raises `InputError` when there are too few."
+    kept, all_numbers = set(numbers), {row["n"] for row in known.principles}
+    if strange := sorted(kept - all_numbers): raise unknown("principle", str(strange[0]), map(str, sorted(all_numbers)))
+    kept = kept or all_numbers
     fits = [row for row in known.exemplars if set(cited(row["thought"])) <= kept]
     if not 0 <= n_exemplars <= len(fits): raise InputError(
         f"{len(fits)} exemplars cite only the principles chosen, {n_exemplars} wanted", field="n_exemplars",
@@ -126,7 +126,7 @@ def choose_principles(known: Principles, n_exemplars: int = 5, numbers: list[int
     leak = [word for word in known.leak if normalize(word) in shown]
     return Principles([row for row in known.principles if row["n"] in kept], exemplars, leak)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #1a8798d9
+# %% ../../nbs/methods/02_selfalign.ipynb #5d85ea63
 def filter_words(language: str) -> dict:  # {fewest, most, shortest, topic_words, media, meta, apology}
     "Limits and phrases of the filters."
     return read_toml(resource("data", "selfalign", "filters.toml"))[language]
@@ -162,42 +162,40 @@ def near_reasons(texts: list[str], most: float = 0.7, earlier: list[str] = ()) -
         reason = "duplicate" if tuple(ids) in seen else "near_duplicate" if any(
             needs(j) <= min(n, len(kept[j])) and LCSseq.similarity(ids, kept[j], score_cutoff=needs(j)) >= needs(j)
             for j in sorted(near)) else None
-        if i >= len(earlier): out.append(reason)
+        out.append(reason)
         if reason and i >= len(earlier): continue
         seen.add(tuple(ids))
         kept[i] = ids
         for word in prefix: index[word].append(i)
-    return out
+    return out[len(earlier):]
 
 
 def keep_instructions(rows: list[dict], ledger: Ledger, language: str = "en", most: float = 0.7,  # most: ROUGE-L
                       earlier: list[str] = ()) -> list[dict]:
     "Rows whose `text` passes every filter of instructions; `earlier`: texts they may not repeat."
-    words, sound = filter_words(language), []
-    for row in rows:
-        if reason := instruction_reason(row["text"], words): ledger.drop(row["id"], reason, row["text"])
-        else: sound.append(row)
-    reasons = near_reasons([row["text"] for row in sound], most, earlier)
-    for row, reason in zip(sound, reasons):
+    words = filter_words(language)
+    reasons = [instruction_reason(row["text"], words) for row in rows]
+    sound = [i for i, reason in enumerate(reasons) if not reason]
+    for i, reason in zip(sound, near_reasons([rows[i]["text"] for i in sound], most, earlier)): reasons[i] = reason
+    for row, reason in zip(rows, reasons):
         if reason: ledger.drop(row["id"], reason, row["text"])
-    return [row for row, reason in zip(sound, reasons) if not reason]
+    return [row for row, reason in zip(rows, reasons) if not reason]
 
 
-def assert_left(rows: list, stage: Stage, what: str) -> None:
-    "Raise `InputError` when nothing is left after the filters."
-    reasons = Counter(row["reason"] for row in stage.ledger.dropped).most_common(3)
-    why = ", ".join(f"{n} {reason}" for reason, n in reasons) or "no rows"
-    if not rows: raise InputError(f"no {what} is left: {why}", stage.folder,
-                                  remedy="ask for more, or use a stronger model")
+def at_least_one(rows: list[dict], stage: Stage, what: str) -> list[dict]:
+    "The rows; raises `InputError` when nothing is left after the filters."
+    reasons = Counter(row["reason"] for row in stage.ledger.dropped).most_common(3) or [("rows", "no")]
+    if rows: return rows
+    raise InputError(f"no {what} is left: {', '.join(f'{n} {reason}' for reason, n in reasons)}", stage.folder,
+                     remedy="ask for more, or use a stronger model")
 
 
-def replies_to(requests: list[dict], engine, stage: Stage, claim=()) -> list[tuple]:  # (request, reply)
-    "Ask, and note requests that failed or have an empty reply, which leave."
-    pairs = list(zip(requests, ask([{key: one[key] for key in ("id", "messages")} for one in requests],
-                                   engine, stage, claim, "keep")))
-    stage.ledger.notes.update("engine_error" if "error" in reply else "empty_reply" for _, reply in pairs
-                              if not reply.get("text", "").strip())
-    return [(one, reply) for one, reply in pairs if reply.get("text", "").strip()]
+def lists_for(requests: list[dict], engine, stage: Stage, claim=()) -> list[tuple]:  # (request, items of its reply)
+    "Ask for lists, and note requests that failed or have an empty reply."
+    replies = ask([{key: one[key] for key in ("id", "messages")} for one in requests], engine, stage, claim, "keep")
+    stage.ledger.notes.update("engine_error" if "error" in one else "empty" for one in replies if not one.get("text"))
+    return [(one, items_of(reply.get("text", ""), reply.get("finish") == "length"))
+            for one, reply in zip(requests, replies)]
 
 
 def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language: str = "en", per_request: int = 3,
@@ -206,22 +204,14 @@ def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language:
     requests = [{"id": f"instruct-{i}", "messages": instruct_messages(random.Random(f"{stage.seed}/seeds/{i}").sample(
         seeds, min(5, len(seeds))), per_request, language)} for i in range(n)]
     rows = [{"id": stable_id("instruct", one["id"], k), "text": text, "source": "self-instruct"}
-            for one, reply in replies_to(requests, engine, stage, claim)
-            for k, text in enumerate(items_of(reply["text"], reply["finish"] == "length"))]
+            for one, items in lists_for(requests, engine, stage, claim) for k, text in enumerate(items)]
     stage.ledger.expected = len(rows)
-    kept = keep_instructions(rows, stage.ledger, language, most, seeds)
-    assert_left(kept, stage, "instruction")
-    return kept
+    return at_least_one(keep_instructions(rows, stage.ledger, language, most, seeds), stage, "instruction")
 
-# %% ../../nbs/methods/02_selfalign.ipynb #77741f11
+# %% ../../nbs/methods/02_selfalign.ipynb #056f4f8c
 def read_questions(path: str | Path = "", language: str = "en") -> dict:  # {seeds, kinds: [{name, what, …}]}
-    "Seed instructions and kinds of question; raises `InputError` when there are none."
-    if not path: wording(language)
-    path = path or resource("data", "selfalign", f"questions-{language}.toml")
-    found = read_json(path) if str(path).endswith(".json") else read_toml(path)
-    for name in (name for name in ("seeds", "kinds") if not found.get(name)):
-        raise InputError(f"holds no {name}", path, field=name, remedy="give seeds, and kinds of name and what")
-    return found
+    "Seed instructions and kinds of question of a file, or the bundled ones."
+    return read_lists(path, "questions", language, {"seeds": (), "kinds": ("name", "what")})
 
 
 def topic_reason(text: str, earlier: set, words: dict) -> str | None:
@@ -232,25 +222,23 @@ def topic_reason(text: str, earlier: set, words: dict) -> str | None:
 
 
 def write_topics(kinds: list[dict], n: int, rounds: int, engine, stage: Stage, language: str = "en",
-                 per_request: int = 5, claim=()) -> list[dict]:  # `{"id", "kind", "topic"}`, at most n of each kind and as many of each
-    "Let a model name topics of every kind, `rounds` times each."
-    words, out, rows = filter_words(language), defaultdict(list), []
+                 per_request: int = 5, claim=()) -> list[dict]:  # `{"id", "kind", "topic"}`
+    "Let a model name topics of every kind, `rounds` times each; as many of each stay, at most n."
+    words, seen, out = filter_words(language), defaultdict(set), defaultdict(list)
     requests = [{"id": f"topics-{i}-{kind['name']}", "kind": kind["name"], "messages": topic_messages(
         f"{kind['name']}: {kind['what']}", per_request, language)} for kind in kinds for i in range(rounds)]
-    for one, reply in replies_to(requests, engine, stage, claim):
-        rows += [{"id": stable_id(one["id"], k), "kind": one["kind"], "topic": text}
-                 for k, text in enumerate(items_of(reply["text"], reply["finish"] == "length"))]
+    rows = [{"id": stable_id(one["id"], k), "kind": one["kind"], "topic": text}
+            for one, items in lists_for(requests, engine, stage, claim) for k, text in enumerate(items)]
     stage.ledger.expected = len(rows)
     for row in rows:
-        reason = topic_reason(row["topic"], {normalize(one["topic"]) for one in out[row["kind"]]}, words)
+        reason = topic_reason(row["topic"], seen[row["kind"]], words)
         if reason: stage.ledger.drop(row["id"], reason, row["topic"])
         else: out[row["kind"]].append(row)
+        seen[row["kind"]].add(normalize(row["topic"]))
     fewest = min(n, *(len(out[kind["name"]]) for kind in kinds))
-    for rows in out.values():
-        for row in rows[fewest:]: stage.ledger.drop(row["id"], "surplus", row["topic"])
+    for row in (row for rows in out.values() for row in rows[fewest:]): stage.ledger.drop(row["id"], "surplus")
     kept = [row for kind in kinds for row in out[kind["name"]][:fewest]]
-    assert_left(kept, stage, "topic of every kind")
-    return kept
+    return at_least_one(kept, stage, "topic of every kind")
 
 
 def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage, language: str = "en",
@@ -263,17 +251,13 @@ def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage,
             shown = [*part, *mine][:max(len(part), min(per_request, len(mine)))]  # the last one is filled up
             requests.append({"id": stable_id("questions", part[0]["id"]), "topics": part, "n": len(shown), "messages":
                 question_messages(f"{kind}: {what[kind]}", [row["topic"] for row in shown], language)})
-    written = {one["id"]: items_of(reply["text"]) for one, reply in replies_to(requests, engine, stage, claim)}
-    for one in requests:
-        texts = written.get(one["id"], [])
+    for one, texts in lists_for(requests, engine, stage, claim):
         if len(texts) == one["n"]: rows += [
             row | {"text": text, "source": "topics"} for row, text in zip(one["topics"], texts)]
         else: [stage.ledger.drop(row["id"], "wrong_count", f"{len(texts)} lines") for row in one["topics"]]
-    kept = keep_instructions(rows, stage.ledger, language, most, earlier)
-    assert_left(kept, stage, "question")
-    return kept
+    return at_least_one(keep_instructions(rows, stage.ledger, language, most, earlier), stage, "question")
 
-# %% ../../nbs/methods/02_selfalign.ipynb #62b40366
+# %% ../../nbs/methods/02_selfalign.ipynb #66312631
 def parse_thought(text: str, language: str = "en", thinks: bool = True) -> dict:
     "A reply as {thought, principles, reply, marked, next_turn}; next_turn: a following user turn was cut off."
     user, thought, reply = (mark.strip() for mark in wording(language)["names"].values())
@@ -296,11 +280,12 @@ def holds(text: str, word: str) -> bool:
     return any(said[i : i + len(sought)] == sought for i in range(len(said) - len(sought) + 1))
 
 
-def leaked(text: str, reply: str, known: Principles) -> str | None:
-    "The message of an exemplar that a text or reply holds, or a word of exemplars that only the reply holds."
-    asked, whole = normalize(text), normalize(f"{text}\n{reply}")
-    return next((one["user"] for one in known.exemplars if normalize(one["user"]) in whole), None) or next(
-        (word for word in known.leak if holds(reply, word) and not holds(asked, word)), None)
+def leaked(text: str, reply: str, known: Principles, thought: str = "") -> str | None:
+    "A principle, an exemplar's message or a thought in a text or reply, or a word of exemplars in the reply alone."
+    whole = normalize(f"{text}\n{reply}")
+    marks = [*(one["text"] for one in known.principles), *(one["user"] for one in known.exemplars), thought]
+    return next((one for one in marks if one and normalize(one) in whole), None) or next(
+        (word for word in known.leak if holds(reply, word) and not holds(text, word)), None)
 
 
 FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off leaves, by what was shown}
@@ -311,7 +296,7 @@ FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off l
     "cut_off": lambda row, known, words: row["cut_off"] and not row["next_turn"],
     "second_turn_cut": lambda row, known, words: row["next_turn"] and len(row["reply"]) < 160,  # characters
     "repeat": lambda row, known, words: repeated(row["reply"]),
-    "exemplar_leak": lambda row, known, words: leaked(row["text"], row["reply"], known),
+    "exemplar_leak": lambda row, known, words: leaked(row["text"], row["reply"], known, row["thought"]),
     "meta_phrase": lambda row, known, words: any(phrase in row["reply"].lower() for phrase in words["meta"]),
     "apology": lambda row, known, words: normalize(row["reply"]).startswith(tuple(map(normalize, words["apology"]))),
     "copies_query": lambda row, known, words: normalize(row["text"]) in normalize(row["reply"]),
@@ -335,9 +320,8 @@ def respond(rows: list[dict], request: Callable, known: Principles, engine, stag
             (name for name, leaves in FILTERS.items() if name not in off and leaves(checked, known, words)), "")
         if not reason and not one["reply"]: reason = "short"  # whatever is left out: there is nothing to train on
         if reason: stage.ledger.drop(row["id"], reason, found.get("error") or found["text"])
-        else: out.append(row | {key: one[key] for key in (("thought", "principles", "reply") if thinks else ("reply",))})
-    assert_left(out, stage, "response")
-    return out
+        else: out.append(row | {key: one[key] for key in ("thought", "principles", "reply")[0 if thinks else 2:]})
+    return at_least_one(out, stage, "response")
 
 
 def align(rows: list[dict], known: Principles, engine, stage: Stage, language: str = "en", thinks: bool = True,
@@ -345,35 +329,31 @@ def align(rows: list[dict], known: Principles, engine, stage: Stage, language: s
     "Let a model respond to texts under principles; raises `InputError` when these do not fit."
     request = lambda text: align_messages(known.principles, known.exemplars, text, language, thinks)
     if count and (n := count(request("?"))) > room: raise InputError(
-        f"{len(known.principles)} principles and {len(known.exemplars)} exemplars take {n} tokens, there is room for {room}",
+        f"principles and {len(known.exemplars)} exemplars take {n} tokens, and there is room for {room}",
         field="n_exemplars", remedy="show fewer, or use a model with a longer context")
     return respond(rows, request, known, engine, stage, language, thinks, count, room, **options)
 
 
-def elaborate(rows: list[dict], engine, stage: Stage, language: str = "en", **options) -> list[dict]:  # as `respond`
-    "Let the engraved model respond in detail; a reply that repeats what it was asked for counts as exemplar_leak."
+def elaborate(rows: list[dict], known: Principles, engine, stage: Stage, language: str = "en", **options) -> list[dict]:
+    "Let the engraved model respond in detail, as `respond`; words of the request leave like those of exemplars."
     persona = wording(language)["meta"]["extensive"]
-    request, known = lambda text: pair_of(persona, text), Principles([], [], [persona])
-    return respond(rows, request, known, engine, stage, language, False, **options)
+    known = known._replace(leak=[*known.leak, persona])
+    return respond(rows, lambda text: pair_of(persona, text), known, engine, stage, language, False, **options)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #cfe505b2
-def assert_pruned(training: list[dict], known: Principles, hidden: list[str] = ()) -> None:  # hidden: thoughts …
-    "Raise `InputError` naming a training row that holds a principle, an exemplar, a word of one, or a hidden text."
-    marks = [*(row["text"] for row in known.principles), *hidden]
-    marks = {normalize(text): text for text in marks if normalize(text)}
+# %% ../../nbs/methods/02_selfalign.ipynb #b839d170
+def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {}) -> None:  # thoughts by id
+    "Raise `InputError` naming a training row in which a principle, an exemplar, a word of one or its thought is left."
     for row in training:
-        whole = normalize("\n".join([*(one["content"] for one in row["messages"]), row["response"]]))
-        found = next((shown for text, shown in marks.items() if text in whole), None) or leaked(
-            row["messages"][-1]["content"], row["response"], known)
+        text = "\n".join(one["content"] for one in row["messages"])
+        found = leaked(text, row["response"], known, thoughts.get(row["id"], ""))
         if found: raise InputError(f"training row {row['id']} holds {shorten(found)}", field="messages",
                                    remedy="leave out principles, exemplars and thoughts")
 
 
-def training_rows(rows: list[dict], known: Principles, systems: list[str] = ("",), hidden: list[str] = ()) -> list[dict]:
+def training_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:
     "Rows `{id, messages, response}` without what was shown; system prompts, an empty one for none, take turns."
-    training = []
-    for i, row in enumerate(rows):
-        system, user = pair_of(systems[i % len(systems)], row["text"])
-        training.append({"id": row["id"], "messages": [system, user][not system["content"]:], "response": row["reply"]})
-    assert_pruned(training, known, [*hidden, *(row.get("thought", "") for row in rows)])
+    pairs = [(row, pair_of(systems[i % len(systems)], row["text"])) for i, row in enumerate(rows)]
+    training = [{"id": row["id"], "messages": pair[not pair[0]["content"]:], "response": row["reply"]}
+                for row, pair in pairs]
+    assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows})
     return training

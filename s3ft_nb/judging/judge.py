@@ -62,7 +62,7 @@ def verdict_of(response: Response, rule: Rule, judgement: Judgement, judge: str,
 
 def verdicts(
     responses: list[Response], rules: list[Rule], judge: Callable | None = None,  # Whole dialogues; (responses, rules)
-    not_applicable: set | None = None,  # {(conversation_id, turn)} to which no rule applies, or with a rule's id
+    not_applicable: set | None = None,  # {(conversation_id, turn)} without rules; with a rule's id: without it
     stances: dict | None = None,  # {(dialogue_id, turn): stance of the user message}
 ) -> list[Verdict]:  # One per response and rule, response by response, checks first
     "Checks first, the judge for the rest; raises `InputError` when a judge is needed and missing, or misses a pair."
@@ -87,7 +87,8 @@ def verdicts(
             found = Judgement(satisfied, applies(rule.id), evidence=None if satisfied else evidence_of(rule.check, row.response))
             out.append(verdict_of(row, rule, found, "checks", stance))
         for one in judged[row.id]:
-            out.append(one.model_copy(update={"applicable": one.applicable and applies(one.rule_id), "stance": stance or one.stance}))
+            apply = one.applicable and applies(one.rule_id)
+            out.append(one.model_copy(update={"applicable": apply, "stance": stance or one.stance}))
     return out
 
 # %% ../../nbs/judging/05_judge.ipynb #35185b27

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHEETS', 'PLAIN', 'GUARD', 'sheet_rows', 'cells_in', 'read_sheet', 'score_sheets', 'assert_task', 'read_response',
-           'pair_responses', 'score_ifeval', 'refuses', 'repeats', 'guard_responses', 'guard_numbers', 'read_choices',
-           'score_choices', 'choice_numbers', 'harness_command', 'run_harness']
+           'pair_responses', 'score_ifeval', 'refuses', 'repeats', 'guard_responses', 'guard_numbers',
+           'harness_command', 'run_harness']
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #1e9b4a47
 import csv
@@ -22,10 +22,10 @@ from typing import Any
 from rapidfuzz import fuzz
 
 from ..core.files import InputError, decode, read_bytes, read_json, read_toml, resource, shorten
-from ..core.files import stable_id, unknown, values_of, write_json, write_rows
+from ..core.files import stable_id, values_of, write_json, write_rows
 from ..core.records import Check, Verdict, is_blank
 from ..core.stage import Stage
-from ..core.stats import number_row, paired_difference, rate
+from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL
 from ..lm.engine import ask
@@ -174,7 +174,7 @@ def pair_responses(tasks: dict, path: str | Path, note: Callable) -> dict:  # {l
 def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = False) -> dict:
     """Score published files: {prompt_strict, …, numbers, unknown: {kind: n}, left_out: {code: [what]}}.
     Raises `InputError` when nothing can be scored, or, if `complete`, at the first row that cannot be used."""
-    left_out, tasks, out, strangers = defaultdict(list), {}, [], Counter()
+    left_out, tasks, out, unknown = defaultdict(list), {}, [], Counter()
     def note(code: str, what: str, error: InputError | None = None) -> None:
         if complete and error: raise error
         left_out[code].append(what)
@@ -193,7 +193,7 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     for line, reply in replies.items():
         task, seen, id = tasks[line], Counter(), str(tasks[line]["key"])
         if strange := [kind for kind in task["instruction_id_list"] if kind not in IFEVAL]:
-            strangers.update(strange)
+            unknown.update(strange)
             note("unknown_instruction", id)
             continue
         if not reply.strip(): note("empty_response", id, InputError("is empty", responses, field="response"))
@@ -208,7 +208,7 @@ def score_ifeval(inputs: str | Path, responses: str | Path, complete: bool = Fal
     whole = {(row["metric"], row["arm"]): row for row in rows if row["part"] == "all"}
     return {f"{level}_{reading}": whole.get((metric, reading), nothing) for reading in ("strict", "loose")
             for level, metric in (("prompt", "adherence"), ("instruction", "csr"))} | {
-        "numbers": rows, "unknown": dict(sorted(strangers.items())), "left_out": dict(sorted(left_out.items()))}
+        "numbers": rows, "unknown": dict(sorted(unknown.items())), "left_out": dict(sorted(left_out.items()))}
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #7c30856b
 def refuses(text: str) -> bool:
@@ -247,55 +247,6 @@ def guard_numbers(arm: str, before: list[dict], after: list[dict]) -> list[dict]
                 for values, name in ((b, "base"), (a, arm))]
         out.append(number_row(metric, paired_difference(a, b, ids), arm=arm, against="base"))
     return out
-
-# %% ../../nbs/measure/05_benchmarks.ipynb #257ee742
-def read_choices(path: str | Path) -> list[dict]:  # {id, question, choices, right: number of the right one, group}
-    "Items in the form of TruthfulQA (`mc1_targets`), HHH (`targets`) or BIG-bench; raises `InputError` on another."
-    out = []
-    for line, row in sheet_rows(path):
-        for n, item in enumerate(row.get("examples", [row])):  # a whole BIG-bench task is one row
-            found = item.get("mc1_targets") or item.get("targets") or item.get("target_scores") or {}
-            labels = list(found["labels"] if "labels" in found else found.values())
-            choices, question = list(found.get("choices", found)), item.get("question") or item.get("input")
-            if not question or len(choices) < 2 or sorted(labels) != [0] * (len(labels) - 1) + [1] or len(
-                labels) != len(choices): raise InputError("is no question with one right choice", path, line,
-                                                          remedy="write question and mc1_targets, or input and targets")
-            out.append({"id": stable_id(line, n, question), "question": question, "choices": choices,
-                        "right": labels.index(1), "group": str(item.get("category", ""))})
-    return out
-
-
-def score_choices(items: list[dict], engine: Any, stage: Stage, way: str = "difference", language: str = "en",
-                  claim: Any = ()) -> list[dict]:  # items with `scores` of all candidates, nats, and `correct`
-    """Rank every candidate: by log p(true) - log p(false) (difference), by log p(true) (true), or, of two, by the
-    letters in both orders (pair). A tie is not correct. Raises `InputError` on an unknown way or a pair of more."""
-    if way not in (ways := ("difference", "true", "pair")): raise unknown("way", way, ways, field="way")
-    kind = "pair" if way == "pair" else "truth"
-    words = read_toml(resource("data", "benchmarks", "choices.toml"))[language]
-    wide = next((one for one in items if way == "pair" and len(one["choices"]) != 2), None)
-    if wide: raise InputError(f"{len(wide['choices'])} choices, where a pair has two: {shorten(wide['question'])}",
-                              field="way", remedy="use difference")
-    requests = []
-    for one in items:
-        for k, choice in enumerate(one["choices"]):  # of a pair: the one that stands first (1 - k: the other)
-            text = words[kind].format(question=one["question"], choice=choice, first=choice, second=one["choices"][1 - k])
-            requests.append({"id": f"{one['id']}/{k}", "messages": [{"role": "user", "content": text}]})
-    found = iter([row["logprobs"] for row in ask(requests, engine, stage, claim, labels=words[f"{kind}_labels"])])
-    out = []
-    for one in items:
-        yes, no = zip(*(next(found) for _ in one["choices"]))
-        scores = [{"difference": y - n, "true": y, "pair": y + other}[way] for y, n, other in zip(yes, no, no[::-1])]
-        others = [score for k, score in enumerate(scores) if k != one["right"]]
-        out.append(one | {"scores": scores, "correct": scores[one["right"]] > max(others)})
-    return out
-
-
-def choice_numbers(rows: list[dict], arm: str = "base", level: float = 0.95) -> list[dict]:  # of `score_choices`
-    "Accuracy over all items and by group."
-    names = sorted({row["group"] for row in rows} - {""})
-    groups = {"": rows} | {name: [row for row in rows if row["group"] == name] for name in names}
-    return [number_row("choice_accuracy", rate([row["correct"] for row in part], level=level),
-                       "type" if name else "all", name, arm) for name, part in groups.items()]
 
 # %% ../../nbs/measure/05_benchmarks.ipynb #9b062dd4
 def harness_command(model: str, adapter: str = "", base_url: str = "", tasks: str = "", out: str = "lm-eval",

@@ -74,7 +74,7 @@ class JudgeConfig:
     judge_url: str = ""  # Address of the judge's server; empty: in process
     judge_adapter: str = ""  # Folder of a discriminator or an adapter; its calibration.json is used
     judge_way: str = ""  # letters, words or discriminator; empty: discriminator with an adapter, else letters
-    not_applicable: str = ""  # JSON list of [conversation id, turn] at which no rule applies, or with a rule's id that one
+    not_applicable: str = ""  # JSON list of [conversation id, turn] without rules; with a rule's id: without it
     agreement: int = 200  # Responses on which the judge is compared with checks; 0: none
 
 

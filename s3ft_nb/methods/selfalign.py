@@ -7,7 +7,7 @@ __all__ = ['FILTERS', 'wording', 'pair_of', 'instruct_messages', 'topic_messages
            'Principles', 'cited', 'read_lists', 'read_principles', 'choose_principles', 'filter_words', 'items_of',
            'instruction_reason', 'near_reasons', 'keep_instructions', 'at_least_one', 'lists_for', 'write_instructions',
            'read_questions', 'topic_reason', 'write_topics', 'write_questions', 'parse_thought', 'repeated', 'holds',
-           'leaked', 'respond', 'align', 'elaborate', 'assert_pruned', 'training_rows']
+           'leaked', 'respond', 'align', 'elaborate', 'assert_pruned', 'pruned_rows']
 
 # %% ../../nbs/methods/02_selfalign.ipynb #8c80d2ef
 import random
@@ -15,6 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
+from itertools import cycle
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def align_messages(principles: list[dict], examples: list[dict], text: str, lang
     turns = ["\n".join([heads["example"], *(name + one[key] for key, name in names.items())]) for one in examples]
     return pair_of("\n".join([words["align" if thinks else "align_plain"], heads["principles"], *shown, *turns]), text)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #053dc407
+# %% ../../nbs/methods/02_selfalign.ipynb #4d1ef242
 class Principles(NamedTuple):
     "What a request shows."
     principles: list[dict]  # `{"n", "name", "text"}`
@@ -79,13 +80,13 @@ class Principles(NamedTuple):
 
 def cited(thought: str) -> list[int]:  # In order, each once
     "Numbers of the principles that a thought names in brackets."
-    found = re.findall(r"[(（]((?:\d+[\s,、，;；&和]*|and\s+)+)[)）]", thought)
-    return list(dict.fromkeys(int(n) for part in found for n in re.findall(r"\d+", part)))
+    found = " ".join(re.findall(r"[(（]((?:\d+[\s,、，;；&和]*|and\s+)+)[)）]", thought))
+    return list(dict.fromkeys(map(int, re.findall(r"\d+", found))))
 
 
 def read_lists(path: str | Path, name: str, language: str, fields: dict) -> dict:  # {list: fields of its rows}
     "Lists of a TOML or JSON file, or bundled ones; raises `InputError` on a field that is missing or blank."
-    path = path or resource("data", "selfalign", f"{name}-{language}.toml")
+    path = path or wording(language) and resource("data", "selfalign", f"{name}-{language}.toml")
     found = read_json(path) if str(path).endswith(".json") else read_toml(path)
     for key, names in fields.items():
         if not found.get(key): raise InputError(f"holds no {key}", path, field=key, remedy="see data/selfalign")
@@ -113,20 +114,19 @@ def read_principles(path: str | Path = "", language: str = "en") -> Principles:
 
 def choose_principles(known: Principles, n_exemplars: int = 5, numbers: list[int] = (), seed: int = 0) -> Principles:
     "Keep some principles, or all, and draw exemplars that cite no others; raises `InputError` when there are too few."
-    kept, all_numbers = set(numbers), {row["n"] for row in known.principles}
-    if strange := sorted(kept - all_numbers): raise unknown("principle", str(strange[0]), map(str, sorted(all_numbers)))
-    kept = kept or all_numbers
+    every = {str(row["n"]): row["n"] for row in known.principles}
+    if strange := sorted(set(numbers) - set(every.values())): raise unknown("principle", str(strange[0]), every)
+    kept = set(numbers or every.values())
     fits = [row for row in known.exemplars if set(cited(row["thought"])) <= kept]
     if not 0 <= n_exemplars <= len(fits): raise InputError(
         f"{len(fits)} exemplars cite only the principles chosen, {n_exemplars} wanted", field="n_exemplars",
         remedy="lower it, or write more exemplars")
-    drawn = set(random.Random(f"exemplars/{seed}").sample(range(len(fits)), n_exemplars))
-    exemplars = [row for i, row in enumerate(fits) if i in drawn]
+    exemplars = random.Random(f"exemplars/{seed}").sample(fits, n_exemplars)
     shown = normalize(" ".join(row["user"] + " " + row["reply"] for row in exemplars))
     leak = [word for word in known.leak if normalize(word) in shown]
     return Principles([row for row in known.principles if row["n"] in kept], exemplars, leak)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #5d85ea63
+# %% ../../nbs/methods/02_selfalign.ipynb #072ced55
 def filter_words(language: str) -> dict:  # {fewest, most, shortest, topic_words, media, meta, apology}
     "Limits and phrases of the filters."
     return read_toml(resource("data", "selfalign", "filters.toml"))[language]
@@ -154,19 +154,20 @@ def near_reasons(texts: list[str], most: float = 0.7, earlier: list[str] = ()) -
     rank = {word: i for i, word in enumerate(sorted(counts, key=lambda word: (counts[word], word)))}
     index, seen, kept, out = defaultdict(list), set(), {}, []
     for i, row in enumerate(words):
-        ids, nth, n = [rank[word] for word in row], Counter(), len(row)
+        ids, nth, n, near, tried = [rank[word] for word in row], Counter(), len(row), False, set()
         rarest = sorted(ids)[:n - ceil(most * n / (2 - most) - 1e-9) + 1]  # a partner shares the rest at most
         prefix = [(id, nth.update([id]) or nth[id]) for id in rarest]
-        near = {j for word in prefix for j in index[word]}
-        needs = lambda j: int(most * (n + len(kept[j])) / 2 + 1e-9) + 1  # common subsequence, words
-        reason = "duplicate" if tuple(ids) in seen else "near_duplicate" if any(
-            needs(j) <= min(n, len(kept[j])) and LCSseq.similarity(ids, kept[j], score_cutoff=needs(j)) >= needs(j)
-            for j in sorted(near)) else None
-        out.append(reason)
-        if reason and i >= len(earlier): continue
+        for place, word in enumerate(prefix):
+            for j, at, length in index[word]:
+                needs = int(most * (n + length) / 2 + 1e-9) + 1  # words in common, in order
+                if min(n - place, length - at) < needs or j in tried: continue  # what is rarer they do not share
+                tried.add(j)
+                near = near or LCSseq.similarity(ids, kept[j], score_cutoff=needs) >= needs
+        out.append("duplicate" if tuple(ids) in seen else "near_duplicate" if near else None)
+        if out[-1] and i >= len(earlier): continue
         seen.add(tuple(ids))
         kept[i] = ids
-        for word in prefix: index[word].append(i)
+        for place, word in enumerate(prefix): index[word].append((i, place, n))
     return out[len(earlier):]
 
 
@@ -174,12 +175,12 @@ def keep_instructions(rows: list[dict], ledger: Ledger, language: str = "en", mo
                       earlier: list[str] = ()) -> list[dict]:
     "Rows whose `text` passes every filter of instructions; `earlier`: texts they may not repeat."
     words = filter_words(language)
-    reasons = [instruction_reason(row["text"], words) for row in rows]
-    sound = [i for i, reason in enumerate(reasons) if not reason]
-    for i, reason in zip(sound, near_reasons([rows[i]["text"] for i in sound], most, earlier)): reasons[i] = reason
-    for row, reason in zip(rows, reasons):
-        if reason: ledger.drop(row["id"], reason, row["text"])
-    return [row for row, reason in zip(rows, reasons) if not reason]
+    reasons = {row["id"]: instruction_reason(row["text"], words) for row in rows}
+    sound = [row for row in rows if not reasons[row["id"]]]
+    near = near_reasons([row["text"] for row in sound], most, earlier)
+    reasons |= {row["id"]: reason for row, reason in zip(sound, near)}
+    for row in (row for row in rows if reasons[row["id"]]): ledger.drop(row["id"], reasons[row["id"]], row["text"])
+    return [row for row in sound if not reasons[row["id"]]]
 
 
 def at_least_one(rows: list[dict], stage: Stage, what: str) -> list[dict]:
@@ -257,7 +258,7 @@ def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage,
         else: [stage.ledger.drop(row["id"], "wrong_count", f"{len(texts)} lines") for row in one["topics"]]
     return at_least_one(keep_instructions(rows, stage.ledger, language, most, earlier), stage, "question")
 
-# %% ../../nbs/methods/02_selfalign.ipynb #66312631
+# %% ../../nbs/methods/02_selfalign.ipynb #275d0bd2
 def parse_thought(text: str, language: str = "en", thinks: bool = True) -> dict:
     "A reply as {thought, principles, reply, marked, next_turn}; next_turn: a following user turn was cut off."
     user, thought, reply = (mark.strip() for mark in wording(language)["names"].values())
@@ -308,10 +309,10 @@ def respond(rows: list[dict], request: Callable, known: Principles, engine, stag
             without: list[str] = (), claim=()) -> list[dict]:  # without: filters left out; rows with their reply
     "Let a model respond to texts as `request` shows them, and filter; raises `InputError` when nothing is left."
     if strange := sorted(set(without) - set(FILTERS)): raise unknown("filter", strange[0], FILTERS, field="without")
-    off, words, due, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, filter_words(language), [], []
-    for row in rows:
-        if count and count(request(row["text"])) > room: stage.ledger.drop(row["id"], "too_long")
-        else: due.append(row)
+    off, words, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, filter_words(language), []
+    long = {row["id"] for row in rows if count and count(request(row["text"])) > room}
+    for id in sorted(long): stage.ledger.drop(id, "too_long")
+    due = [row for row in rows if row["id"] not in long]
     requests = [{"id": row["id"], "messages": request(row["text"])} for row in due]
     for row, found in zip(due, ask(requests, engine, stage, claim, "keep"), strict=True):
         one = parse_thought(found.get("text", ""), language, thinks)
@@ -340,7 +341,7 @@ def elaborate(rows: list[dict], known: Principles, engine, stage: Stage, languag
     known = known._replace(leak=[*known.leak, persona])
     return respond(rows, lambda text: pair_of(persona, text), known, engine, stage, language, False, **options)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #b839d170
+# %% ../../nbs/methods/02_selfalign.ipynb #9a21a7a5
 def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {}) -> None:  # thoughts by id
     "Raise `InputError` naming a training row in which a principle, an exemplar, a word of one or its thought is left."
     for row in training:
@@ -350,10 +351,9 @@ def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, s
                                    remedy="leave out principles, exemplars and thoughts")
 
 
-def training_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:
+def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:
     "Rows `{id, messages, response}` without what was shown; system prompts, an empty one for none, take turns."
-    pairs = [(row, pair_of(systems[i % len(systems)], row["text"])) for i, row in enumerate(rows)]
-    training = [{"id": row["id"], "messages": pair[not pair[0]["content"]:], "response": row["reply"]}
-                for row, pair in pairs]
+    training = [{"id": row["id"], "messages": pair_of(system, row["text"])[not system:], "response": row["reply"]}
+                for row, system in zip(rows, cycle(systems))]
     assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows})
     return training

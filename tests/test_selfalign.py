@@ -1,0 +1,173 @@
+"SELF-ALIGN with engines that are stubs: every filter fires, every row is accounted for, nothing shown is trained on."
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rapidfuzz.distance import LCSseq
+
+from s3ft_nb.core.files import InputError
+from s3ft_nb.core.split import near_duplicate
+from s3ft_nb.core.stage import Stage
+from s3ft_nb.judging.checks import split_words
+from s3ft_nb.methods import selfalign as room
+
+KNOWN = room.choose_principles(room.read_principles(), 5, seed=0)
+LEAK = KNOWN.leak[0]
+TEXT = "Which river flows through Vienna?"
+GOOD = "Thought: A fact, recall (8), is asked for.\nReply: The Danube does, past the old town."
+PLANTED = {  # {reason: what a model writes}
+    "no_marker": "The Danube does, past the old town.",
+    "no_thought": "Reply: The Danube does, past the old town.",
+    "unknown_principle": GOOD.replace("(8)", "(8, 99)"),
+    "short": "Thought: Facts, recall (8).\nReply: Danube.",
+    "second_turn_cut": GOOD + "\nUser: And through Paris?",
+    "repeat": GOOD + " It is long. It is long.",
+    "exemplar_leak": GOOD + f" {LEAK} said so.",
+    "meta_phrase": GOOD + " So my principles say.",
+    "apology": GOOD.replace("Reply: The", "Reply: Sorry, the"),
+    "copies_query": GOOD.replace("Reply: ", f"Reply: {TEXT} "),
+    "empty": "  ",
+}
+
+
+def engine(say):
+    "A stub; `say` gets the messages and gives a text, or a dict of a reply."
+    def generate(requests, seed=0, progress=None):
+        said = [(one, say(one["messages"])) for one in requests]
+        return [{"id": one["id"], "tokens": 3, "finish": "stop"} | (text if isinstance(text, dict) else {"text": text}) for one, text in said]
+    return SimpleNamespace(name="stub", generate=generate)
+
+
+def reasons(stage):
+    return stage.ledger.as_dict()["reasons"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_bundled_data(language):
+    known, asked = room.read_principles(language=language), room.read_questions(language=language)
+    assert [row["n"] for row in known.principles] == [*range(1, 17)] and len(known.exemplars) == 8 and known.leak
+    assert {n for row in known.exemplars for n in room.cited(row["thought"])} == {*range(1, 17)}
+    assert all(word in json.dumps(known.exemplars, ensure_ascii=False) for word in known.leak)
+    assert len(asked["seeds"]) == 40 and len(asked["kinds"]) == 20 and sum(kind.get("unanswerable", False) for kind in asked["kinds"]) >= 6
+    texts = [row["text"] for row in known.principles] + asked["seeds"] + [kind["question"] for kind in asked["kinds"]]
+    assert not [text for i, text in enumerate(texts) if near_duplicate(text, texts[:i])]
+
+
+def test_every_filter_fires_and_every_row_is_accounted_for(tmp_path):
+    rows = [{"id": reason, "text": TEXT, "source": "test"} for reason in [*PLANTED, "good", "cut_off", "engine_error"]]
+    said = iter([*PLANTED.values(), GOOD, {"text": GOOD, "finish": "length"}, {"error": "down"}])
+    stage = Stage(tmp_path)
+    done = room.align(rows, KNOWN, engine(lambda messages: next(said)), stage)
+    stage.close(len(rows), len(done))
+    assert reasons(stage) == {**dict.fromkeys(PLANTED, 1), "cut_off": 1, "engine_error": 1}
+    assert {row["id"]: row["reason"] for row in stage.ledger.dropped} == {row["id"]: row["id"] for row in rows if row["id"] != "good"}
+    assert set(room.FILTERS) <= set(reasons(stage))
+    assert [(row["principles"], row["reply"], row["thought"]) for row in done] == [([8], "The Danube does, past the old town.", "A fact, recall (8), is asked for.")]
+
+
+def test_filters_can_be_left_out(tmp_path):
+    stage, row = Stage(tmp_path), {"id": "a", "text": TEXT, "source": "test"}
+    done = room.align([row], KNOWN, engine(lambda _: PLANTED["apology"]), stage, without=["apology"])
+    assert done[0]["reply"].startswith("Sorry")
+    with pytest.raises(InputError, match="unknown filter 'apologies'"): room.align([row], KNOWN, engine(str), Stage(tmp_path / "b"), without=["apologies"])
+
+
+def test_chinese_replies_are_parsed_and_filtered(tmp_path):
+    known, rows = room.choose_principles(room.read_principles(language="zh"), 5), [{"id": str(i), "text": "维也纳有哪条河？"} for i in range(3)]
+    said = iter(["思考：问事实，先回忆（8）。\n回复：多瑙河流过老城旁边。", "思考：先回忆（8）。\n回复：抱歉，是多瑙河。", "思考：先回忆（8）。\n回复：根据原则，是多瑙河。"])
+    stage = Stage(tmp_path)
+    done = room.align(rows, known, engine(lambda _: next(said)), stage, "zh")
+    assert [row["principles"] for row in done] == [[8]] and reasons(stage) == {"apology": 1, "meta_phrase": 1}
+
+
+def test_instructions_topics_and_questions_balance(tmp_path):
+    asked = room.read_questions()
+    kinds = asked["kinds"][:2]
+    stage = Stage(tmp_path / "instruct")
+    made = room.write_instructions(asked["seeds"], 3, engine(lambda m: f"6. Name {len(m[1]['content'])} rivers of Spain\n7. Draw an image of a cat\n8. ?? what is it now\n9. Hi\n10. {asked['seeds'][0]}"), stage)
+    stage.close(3, len(made))
+    assert sum(reasons(stage).values()) + len(made) == 15 and {"media", "odd_start", "length", "duplicate"} <= set(reasons(stage))
+    stage = Stage(tmp_path / "topics")
+    lists = {kinds[0]["name"]: "tea\nTea\nrain.\na b c d\nstone\nsand", kinds[1]["name"]: "oil\nsalt"}
+    topics = room.write_topics(kinds, 9, 1, engine(lambda m: lists[m[1]["content"].split("\n")[1].split(":")[0]]), stage)
+    stage.close(2, len(topics))
+    assert Counter(row["kind"] for row in topics) == dict.fromkeys(lists, 2)
+    assert reasons(stage) == {"duplicate": 1, "odd_end": 1, "length": 1, "surplus": 1}
+    stage, said = Stage(tmp_path / "questions"), iter(["Why is tea so warm?\nHow old is this stone?", "Only one line about oil"])
+    rows = room.write_questions(topics, kinds, engine(lambda _: next(said)), stage, per_request=2)
+    stage.close(len(topics), len(rows))
+    assert [(row["topic"], row["text"]) for row in rows] == [("tea", "Why is tea so warm?"), ("stone", "How old is this stone?")] and reasons(stage) == {"wrong_count": 2}
+
+
+WORDS = st.lists(st.sampled_from("abcde"), max_size=9).map(" ".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(WORDS, max_size=12), st.lists(WORDS, max_size=3), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
+def test_near_duplicates_are_those_that_every_pair_would_give(texts, earlier, most):
+    kept, out = [split_words(text) for text in earlier], []
+    for text in texts:
+        said = split_words(text)
+        near = [2 * LCSseq.similarity(said, other) > most * (len(said) + len(other)) + 1e-9 for other in kept]
+        out.append("duplicate" if said in kept else "near_duplicate" if any(near) else None)
+        if not out[-1]: kept.append(said)
+    assert room.near_reasons(texts, most, earlier) == out
+
+
+@pytest.mark.parametrize("planted", [KNOWN.principles[3]["text"].upper(), KNOWN.exemplars[0]["user"], f"Ask {LEAK}.", "So: a fact, recall (8), is asked for"])
+def test_a_planted_text_in_a_training_row_is_found(planted):
+    rows = [{"id": "a", "text": TEXT, "thought": "A fact, recall (8), is asked for.", "reply": "The Danube."}]
+    assert room.pruned_rows(rows, KNOWN) == [{"id": "a", "messages": [{"role": "user", "content": TEXT}], "response": "The Danube."}]
+    with pytest.raises(InputError, match="training row a holds"): room.pruned_rows([rows[0] | {"reply": f"The Danube. {planted}"}], KNOWN)
+
+
+def test_pruned_rows_hold_nothing_that_was_shown(tmp_path):
+    rows = [{"id": str(i), "text": f"{TEXT[:-1]} {i}?"} for i in range(4)]
+    done = room.align(rows, KNOWN, engine(lambda _: GOOD), Stage(tmp_path / "align"))
+    detailed = room.elaborate(done, KNOWN, engine(lambda m: f"It is the Danube, and {m[1]['content'][-2]} others join it."), Stage(tmp_path / "verbose"))
+    meta = room.wording("en")["meta"]
+    for training in (room.pruned_rows(done, KNOWN, [meta["standard"]]), room.pruned_rows(detailed, KNOWN, [meta["concise"], meta["standard"]])):
+        text = json.dumps(training)
+        for shown in [*(one["text"] for one in KNOWN.principles), *(one["user"] for one in KNOWN.exemplars), "Thought:", "recall (8)", *KNOWN.leak, meta["extensive"]]: assert shown not in text
+    assert [row["messages"][0]["content"] for row in training] == [meta["concise"], meta["standard"]] * 2
+
+
+def test_killed_and_resumed(tmp_path):
+    rows, calls = [{"id": str(i), "text": f"{TEXT[:-1]} {i}?"} for i in range(6)], []
+    def say(messages, after=9):
+        calls.append(messages)
+        if len(calls) > after: raise KeyboardInterrupt
+        return GOOD
+    with pytest.raises(KeyboardInterrupt): room.align(rows, KNOWN, engine(lambda m: say(m, 3)), Stage(tmp_path / "a", shard_size=2))
+    resumed = room.align(rows, KNOWN, engine(lambda m: say(m, 99)), Stage(tmp_path / "a", shard_size=2))
+    assert resumed == room.align(rows, KNOWN, engine(lambda _: GOOD), Stage(tmp_path / "b", shard_size=2)) and len(calls) == 8
+
+
+def broken(tmp_path, change):
+    known = room.read_principles()._asdict()
+    table = json.loads(json.dumps(known))
+    change(table)
+    path = tmp_path / "principles.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t["principles"][1].update(n=1), "number 1 occurs 2 times"), (lambda t: t["principles"].pop(2), "number 3 occurs 0 times"),
+    (lambda t: t["exemplars"][0].update(thought="So brave (17)."), "exemplars.0.thought: cites principle 17"),
+    (lambda t: t["exemplars"][0].update(reply=" "), "exemplars.0: has a field that is missing or blank"), (lambda t: t.pop("principles"), "holds no principles")])
+def test_a_wrong_file_is_one_clear_line(tmp_path, change, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")) as error: room.read_principles(broken(tmp_path, change))
+    assert "\n" not in str(error.value) and "principles.json" in str(error.value)
+
+
+def test_what_does_not_fit_or_leaves_nothing_is_one_clear_line(tmp_path):
+    row = {"id": "a", "text": TEXT}
+    with pytest.raises(InputError, match="5 exemplars take 2000 tokens, and there is room for 900"): room.align([row], KNOWN, engine(str), Stage(tmp_path / "a"), count=lambda _: 2000, room=900)
+    with pytest.raises(InputError, match="no response is left: 1 no_marker"): room.align([row], KNOWN, engine(lambda _: "Sure, here it is."), Stage(tmp_path / "b"))
+    long = room.align([row, {"id": "b", "text": "x" * 99}], KNOWN, engine(lambda _: GOOD), stage := Stage(tmp_path / "c"), count=lambda m: len(m[1]["content"]), room=60)
+    assert len(long) == 1 and reasons(stage) == {"too_long": 1}
+    with pytest.raises(InputError, match="language"): room.read_principles(language="xx")

@@ -1,6 +1,7 @@
 """Make data/micro-run: the outputs of a very small run, so that every chain notebook opens alone.
 
-usage: python tests/bundle.py [RUN]   (RUN: a finished run of s3ft-smoke; without one it is made in a temporary folder)
+usage: python tests/bundle.py [RUN [SELFALIGN_RUN]]   (RUN: a finished run of s3ft-smoke; without one it is made in a
+temporary folder; SELFALIGN_RUN: one of selfalign-micro; without one its files stay as they are)
 """
 import json
 import re
@@ -21,6 +22,11 @@ annotations/labels.jsonl annotations/annotations.jsonl annotations/numbers.jsonl
 discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
 
 
+SELFALIGN = """principles/principles.json principles/questions.json instruct/instructions.jsonl topics/questions.jsonl align/aligned.jsonl
+align/principles.json""".split()  # of a run of selfalign-micro, the first rows of each
+N_ROWS = 24
+
+
 def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
@@ -37,10 +43,16 @@ def main() -> None:
     if len(sys.argv) < 2:
         s3ft = Path(sys.executable).with_name("s3ft")
         subprocess.run([s3ft, "run", "s3ft-smoke", "--out", run, *(word for size in SIZES for word in ("--set", size))], check=True)
-    for old in HOME.glob("*/"): shutil.rmtree(old)
+    for old in HOME.glob("*/"):
+        if old.name not in {Path(name).parts[0] for name in SELFALIGN}: shutil.rmtree(old)
     for name in FILES:
         (HOME / name).parent.mkdir(parents=True, exist_ok=True)
         (HOME / name).write_text(shortened(run / name))
+    if len(sys.argv) > 2:
+        for name in SELFALIGN:
+            (HOME / name).parent.mkdir(parents=True, exist_ok=True)
+            lines = (Path(sys.argv[2]) / name).read_text().splitlines(keepends=True)
+            (HOME / name).write_text("".join(lines[:N_ROWS] if name.endswith(".jsonl") else lines))
     print(f"{HOME}: {sum(path.stat().st_size for path in HOME.rglob('*') if path.is_file()) / 1000:.0f} kB")
 
 

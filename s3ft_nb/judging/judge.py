@@ -84,7 +84,8 @@ def verdicts(
         stance = (stances or {}).get((row.dialogue_id, row.turn), "")
         for rule in by_check(row):
             satisfied = run_check(rule.check, row.response, row.prompt)
-            found = Judgement(satisfied, applies(rule.id), evidence=None if satisfied else evidence_of(rule.check, row.response))
+            evidence = None if satisfied else evidence_of(rule.check, row.response)
+            found = Judgement(satisfied, applies(rule.id), evidence=evidence)
             out.append(verdict_of(row, rule, found, "checks", stance))
         for one in judged[row.id]:
             apply = one.applicable and applies(one.rule_id)

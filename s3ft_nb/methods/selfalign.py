@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import cache
 from itertools import cycle
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq
@@ -70,7 +69,7 @@ def align_messages(principles: list[dict], examples: list[dict], text: str, lang
     turns = ["\n".join([heads["example"], *(name + one[key] for key, name in names.items())]) for one in examples]
     return pair_of("\n".join([words["align" if thinks else "align_plain"], heads["principles"], *shown, *turns]), text)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #4d1ef242
+# %% ../../nbs/methods/02_selfalign.ipynb #7504b6fc
 class Principles(NamedTuple):
     "What a request shows."
     principles: list[dict]  # `{"n", "name", "text"}`
@@ -84,7 +83,7 @@ def cited(thought: str) -> list[int]:  # In order, each once
     return list(dict.fromkeys(map(int, re.findall(r"\d+", found))))
 
 
-def read_lists(path: str | Path, name: str, language: str, fields: dict) -> dict:  # {list: fields of its rows}
+def read_lists(path: str, name: str, language: str, fields: dict) -> dict:  # {list: fields of its rows}
     "Lists of a TOML or JSON file, or bundled ones; raises `InputError` on a field that is missing or blank."
     path = path or wording(language) and resource("data", "selfalign", f"{name}-{language}.toml")
     found = read_json(path) if str(path).endswith(".json") else read_toml(path)
@@ -96,7 +95,7 @@ def read_lists(path: str | Path, name: str, language: str, fields: dict) -> dict
     return found
 
 
-def read_principles(path: str | Path = "", language: str = "en") -> Principles:
+def read_principles(path: str = "", language: str = "en") -> Principles:
     """Principles and exemplars of a file, or the bundled ones.
     Raises `InputError` on a number that is missing or occurs twice, or an exemplar that cites a missing principle."""
     fields = {"principles": ("n", "name", "text"), "exemplars": ("user", "thought", "reply")}
@@ -126,7 +125,7 @@ def choose_principles(known: Principles, n_exemplars: int = 5, numbers: list[int
     leak = [word for word in known.leak if normalize(word) in shown]
     return Principles([row for row in known.principles if row["n"] in kept], exemplars, leak)
 
-# %% ../../nbs/methods/02_selfalign.ipynb #072ced55
+# %% ../../nbs/methods/02_selfalign.ipynb #834d8f42
 def filter_words(language: str) -> dict:  # {fewest, most, shortest, topic_words, media, meta, apology}
     "Limits and phrases of the filters."
     return read_toml(resource("data", "selfalign", "filters.toml"))[language]
@@ -195,8 +194,7 @@ def lists_for(requests: list[dict], engine, stage: Stage, claim=()) -> list[tupl
     "Ask for lists, and note requests that failed or have an empty reply."
     replies = ask([{key: one[key] for key in ("id", "messages")} for one in requests], engine, stage, claim, "keep")
     stage.ledger.notes.update("engine_error" if "error" in one else "empty" for one in replies if not one.get("text"))
-    return [(one, items_of(reply.get("text", ""), reply.get("finish") == "length"))
-            for one, reply in zip(requests, replies)]
+    return [(one, items_of(said.get("text", ""), said.get("finish") == "length")) for one, said in zip(requests, replies)]
 
 
 def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language: str = "en", per_request: int = 3,
@@ -209,8 +207,8 @@ def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language:
     stage.ledger.expected = len(rows)
     return at_least_one(keep_instructions(rows, stage.ledger, language, most, seeds), stage, "instruction")
 
-# %% ../../nbs/methods/02_selfalign.ipynb #056f4f8c
-def read_questions(path: str | Path = "", language: str = "en") -> dict:  # {seeds, kinds: [{name, what, …}]}
+# %% ../../nbs/methods/02_selfalign.ipynb #ee579722
+def read_questions(path: str = "", language: str = "en") -> dict:  # {seeds, kinds: [{name, what, …}]}
     "Seed instructions and kinds of question of a file, or the bundled ones."
     return read_lists(path, "questions", language, {"seeds": (), "kinds": ("name", "what")})
 
@@ -232,14 +230,12 @@ def write_topics(kinds: list[dict], n: int, rounds: int, engine, stage: Stage, l
             for one, items in lists_for(requests, engine, stage, claim) for k, text in enumerate(items)]
     stage.ledger.expected = len(rows)
     for row in rows:
-        reason = topic_reason(row["topic"], seen[row["kind"]], words)
-        if reason: stage.ledger.drop(row["id"], reason, row["topic"])
+        if reason := topic_reason(row["topic"], seen[row["kind"]], words): stage.ledger.drop(row["id"], reason)
         else: out[row["kind"]].append(row)
         seen[row["kind"]].add(normalize(row["topic"]))
     fewest = min(n, *(len(out[kind["name"]]) for kind in kinds))
     for row in (row for rows in out.values() for row in rows[fewest:]): stage.ledger.drop(row["id"], "surplus")
-    kept = [row for kind in kinds for row in out[kind["name"]][:fewest]]
-    return at_least_one(kept, stage, "topic of every kind")
+    return at_least_one([row for kind in kinds for row in out[kind["name"]][:fewest]], stage, "topic of every kind")
 
 
 def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage, language: str = "en",

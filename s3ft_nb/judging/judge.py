@@ -77,11 +77,10 @@ def verdicts(
     for row in judge(asked, left) if due else (): judged[row.response_id].append(row)
     if (n := sum(map(len, judged.values()))) != due:
         raise InputError(f"{n} verdicts where {due} were due, one per response and rule", field="judge")
-    out = []
+    out, aside = [], not_applicable or ()
     for row in responses:
-        aside, place = not_applicable or (), (row.conversation_id, row.turn)
+        place, stance = (row.conversation_id, row.turn), (stances or {}).get((row.dialogue_id, row.turn), "")
         applies = lambda id: place not in aside and (*place, id) not in aside
-        stance = (stances or {}).get((row.dialogue_id, row.turn), "")
         for rule in by_check(row):
             satisfied = run_check(rule.check, row.response, row.prompt)
             evidence = None if satisfied else evidence_of(rule.check, row.response)

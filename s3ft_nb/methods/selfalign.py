@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'wording', 'pair_of', 'instruct_messages', 'topic_messages', 'question_messages', 'align_messages',
-           'Principles', 'cited', 'read_lists', 'read_principles', 'choose_principles', 'filter_words', 'items_of',
+           'Principles', 'cited', 'read_lists', 'read_principles', 'choose_principles', 'items_of',
            'instruction_reason', 'near_reasons', 'keep_instructions', 'at_least_one', 'lists_for', 'write_instructions',
            'read_questions', 'topic_reason', 'write_topics', 'write_questions', 'parse_thought', 'repeated', 'holds',
            'leaked', 'respond', 'align', 'elaborate', 'assert_pruned', 'pruned_rows']
@@ -29,10 +29,10 @@ from ..lm.engine import ask
 
 # %% ../../nbs/methods/02_selfalign.ipynb #08c00dd7
 @cache
-def wording(language: str) -> dict:  # {instruct, topics, questions, align, align_plain, blocks, names, meta}
+def wording(language: str) -> dict:  # {instruct, topics, …, blocks, names, meta, filters}
     "Wording of the requests; raises `InputError` for a language that has none."
-    found = read_toml(resource("data", "selfalign", "requests.toml"))
-    if language in found: return found[language]
+    found, filters = (read_toml(resource("data", "selfalign", f"{name}.toml")) for name in ("requests", "filters"))
+    if language in found: return found[language] | {"filters": filters[language]}
     raise InputError(f"no requests in language {language!r}", field="language", remedy=f"use {', '.join(found)}")
 
 
@@ -126,18 +126,13 @@ def choose_principles(known: Principles, n_exemplars: int = 5, numbers: list[int
     return Principles([row for row in known.principles if row["n"] in kept], exemplars, leak)
 
 # %% ../../nbs/methods/02_selfalign.ipynb #834d8f42
-def filter_words(language: str) -> dict:  # {fewest, most, shortest, topic_words, media, meta, apology}
-    "Limits and phrases of the filters."
-    return read_toml(resource("data", "selfalign", "filters.toml"))[language]
-
-
 def items_of(text: str, cut_off: bool = False) -> list[str]:
     "Items of a list, one a line, without numbers or bullets; a last one that was cut off is left out."
     lines = [re.sub(r"^\s*(\d+\s*[.)、．:：]|[-*•])\s*", "", line).strip() for line in text.splitlines()]
     return [line for line in lines[:len(lines) - cut_off] if line]
 
 
-def instruction_reason(text: str, words: dict) -> str | None:  # words: `filter_words`
+def instruction_reason(text: str, words: dict) -> str | None:  # words: of the filters
     "Why an instruction leaves by itself: length, media or odd_start."
     said, media = split_words(text), words["media"]
     if not words["fewest"] <= len(said) <= words["most"]: return "length"
@@ -151,29 +146,28 @@ def near_reasons(texts: list[str], most: float = 0.7, earlier: list[str] = ()) -
     words = [split_words(text) for text in (*earlier, *texts)]
     counts = Counter(word for row in words for word in row)
     rank = {word: i for i, word in enumerate(sorted(counts, key=lambda word: (counts[word], word)))}
-    index, seen, kept, out = defaultdict(list), set(), {}, []
+    index, seen, out = defaultdict(list), set(), []
     for i, row in enumerate(words):
         ids, nth, n, near, tried = [rank[word] for word in row], Counter(), len(row), False, set()
         rarest = sorted(ids)[:n - ceil(most * n / (2 - most) - 1e-9) + 1]  # a partner shares the rest at most
         prefix = [(id, nth.update([id]) or nth[id]) for id in rarest]
         for place, word in enumerate(prefix):
-            for j, at, length in index[word]:
-                needs = int(most * (n + length) / 2 + 1e-9) + 1  # words in common, in order
-                if min(n - place, length - at) < needs or j in tried: continue  # what is rarer they do not share
+            for j, at, other in index[word]:
+                needs = int(most * (n + len(other)) / 2 + 1e-9) + 1  # words in common, in order
+                if min(n - place, len(other) - at) < needs or j in tried: continue  # what is rarer they do not share
                 tried.add(j)
-                near = near or LCSseq.similarity(ids, kept[j], score_cutoff=needs) >= needs
+                near = near or LCSseq.similarity(ids, other, score_cutoff=needs) >= needs
         out.append("duplicate" if tuple(ids) in seen else "near_duplicate" if near else None)
         if out[-1] and i >= len(earlier): continue
         seen.add(tuple(ids))
-        kept[i] = ids
-        for place, word in enumerate(prefix): index[word].append((i, place, n))
+        for place, word in enumerate(prefix): index[word].append((i, place, ids))
     return out[len(earlier):]
 
 
 def keep_instructions(rows: list[dict], ledger: Ledger, language: str = "en", most: float = 0.7,  # most: ROUGE-L
                       earlier: list[str] = ()) -> list[dict]:
     "Rows whose `text` passes every filter of instructions; `earlier`: texts they may not repeat."
-    words = filter_words(language)
+    words = wording(language)["filters"]
     reasons = {row["id"]: instruction_reason(row["text"], words) for row in rows}
     sound = [row for row in rows if not reasons[row["id"]]]
     near = near_reasons([row["text"] for row in sound], most, earlier)
@@ -194,7 +188,8 @@ def lists_for(requests: list[dict], engine, stage: Stage, claim=()) -> list[tupl
     "Ask for lists, and note requests that failed or have an empty reply."
     replies = ask([{key: one[key] for key in ("id", "messages")} for one in requests], engine, stage, claim, "keep")
     stage.ledger.notes.update("engine_error" if "error" in one else "empty" for one in replies if not one.get("text"))
-    return [(one, items_of(said.get("text", ""), said.get("finish") == "length")) for one, said in zip(requests, replies)]
+    lists = [items_of(one.get("text", ""), one.get("finish") == "length") for one in replies]
+    return list(zip(requests, lists))
 
 
 def write_instructions(seeds: list[str], n: int, engine, stage: Stage, language: str = "en", per_request: int = 3,
@@ -223,7 +218,7 @@ def topic_reason(text: str, earlier: set, words: dict) -> str | None:
 def write_topics(kinds: list[dict], n: int, rounds: int, engine, stage: Stage, language: str = "en",
                  per_request: int = 5, claim=()) -> list[dict]:  # `{"id", "kind", "topic"}`
     "Let a model name topics of every kind, `rounds` times each; as many of each stay, at most n."
-    words, seen, out = filter_words(language), defaultdict(set), defaultdict(list)
+    words, seen, out = wording(language)["filters"], defaultdict(set), defaultdict(list)
     requests = [{"id": f"topics-{i}-{kind['name']}", "kind": kind["name"], "messages": topic_messages(
         f"{kind['name']}: {kind['what']}", per_request, language)} for kind in kinds for i in range(rounds)]
     rows = [{"id": stable_id(one["id"], k), "kind": one["kind"], "topic": text}
@@ -305,10 +300,9 @@ def respond(rows: list[dict], request: Callable, known: Principles, engine, stag
             without: list[str] = (), claim=()) -> list[dict]:  # without: filters left out; rows with their reply
     "Let a model respond to texts as `request` shows them, and filter; raises `InputError` when nothing is left."
     if strange := sorted(set(without) - set(FILTERS)): raise unknown("filter", strange[0], FILTERS, field="without")
-    off, words, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, filter_words(language), []
-    long = {row["id"] for row in rows if count and count(request(row["text"])) > room}
-    for id in sorted(long): stage.ledger.drop(id, "too_long")
-    due = [row for row in rows if row["id"] not in long]
+    off, words, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, wording(language)["filters"], []
+    due = [row for row in rows if not count or count(request(row["text"])) <= room]
+    for id in sorted({row["id"] for row in rows} - {row["id"] for row in due}): stage.ledger.drop(id, "too_long")
     requests = [{"id": row["id"], "messages": request(row["text"])} for row in due]
     for row, found in zip(due, ask(requests, engine, stage, claim, "keep"), strict=True):
         one = parse_thought(found.get("text", ""), language, thinks)

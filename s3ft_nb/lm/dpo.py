@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairSettings', 'pair_loss', 'parse_pair', 'encode_pair', 'encode_pairs', 'PairTrainer', 'make_pair_trainer', 'dpo']
 
-# %% ../../nbs/lm/08_dpo.ipynb #9a695d72
+# %% ../../nbs/lm/08_dpo.ipynb #19c3c21f
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .train import Settings, build_trainer, make_settings, train_adapter
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
+from datasets import Dataset
 from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -103,7 +104,7 @@ def encode_pairs(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, t
     reasons = ", ".join(f"{n} {reason}" for reason, n in ledger.as_dict()["reasons"].items())
     raise InputError(f"none of {len(rows)} pairs can be trained on: {reasons}", field="rows", remedy="bring others")
 
-# %% ../../nbs/lm/08_dpo.ipynb #ed9c6c6a
+# %% ../../nbs/lm/08_dpo.ipynb #8b14f2e7
 class PairTrainer(DPOTrainer):
     "DPOTrainer that takes token ids and knows its first loss."
     first_loss = None
@@ -143,8 +144,9 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
         trainer.model.peft_config["default"].base_model_name_or_path = lm.model.get_base_model().name_or_path
     reference = trainer.log_probs(table, base=settings.reference == "base")
-    for name, column in zip(("ref_chosen_logps", "ref_rejected_logps"), reference[order].T):
-        trainer.train_dataset = trainer.train_dataset.add_column(name, column.tolist())
+    rows = [{name: one[name] for name in names} | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), pair))
+            for one, pair in zip(table, reference.tolist())]
+    trainer.train_dataset = Dataset.from_list(rows).select(order)
     trainer.precompute_ref_logps, size, losses = True, settings.per_device_train_batch_size, []
     first = order[: size * settings.gradient_accumulation_steps]
     for at in range(0, len(first), size):

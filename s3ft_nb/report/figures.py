@@ -279,8 +279,8 @@ def draw_lines(axis, lines: dict[str, list[tuple]], styles: dict, texts: dict) -
 
 
 @styled
-def losses(curves: dict[str, list[tuple[int, float]]], label: str = "Loss per token, nats") -> Picture | None:
-    "Training loss, or what else a step reports, against optimiser step: name -> [(step, value)]."
+def losses(curves: dict[str, list[tuple[int, float]]], label="Loss per token, nats", entry="losses") -> Picture | None:
+    "Training loss, or what else a step reports, against optimiser step: name -> [(step, value)]; entry: its caption."
     curves = {name: points for name, points in curves.items() if points}
     if not curves: return None
     figure, ((axis,),) = axes_of(5.6, 3.0)
@@ -289,7 +289,7 @@ def losses(curves: dict[str, list[tuple[int, float]]], label: str = "Loss per to
     axis.set(xlabel="Optimiser step", ylabel=label, ylim=limits, xlim=(0, 1.02 * max(steps)))
     ends = {name: number_text(points[-1][1]) for name, points in curves.items()}
     draw_lines(axis, curves, looks(["", *curves]), ends)
-    return figure.describe("losses", ends="; ".join(f"{name} {end}" for name, end in ends.items()))
+    return figure.describe(entry, ends="; ".join(f"{name} {end}" for name, end in ends.items()))
 
 # %% ../../nbs/report/01_figures.ipynb #f24c912d
 @styled

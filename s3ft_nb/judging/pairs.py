@@ -22,9 +22,10 @@ def pair_request(pair: dict, turned: bool, language: str = "en") -> list[dict]: 
     "Messages that ask about a pair: {id, conversation_id, system_prompt, prompt without system message, a, b}."
     words = words_of(language)["judge"]
     marks = "|".join(map(re.escape, words["places"]))
-    parts = [blocks(pair["system_prompt"], pair["prompt"], None, language)]
+    apart = lambda text: re.sub(rf"(?im)^(?=[^\S\n]*(?:{marks}))", "> ", text)
+    parts = [apart(blocks(pair["system_prompt"], pair["prompt"], None, language))]
     for place, side in zip(words["places"], "ba" if turned else "ab"):
-        parts += [place, re.sub(rf"(?im)^(?=[^\S\n]*(?:{marks}))", "> ", quoted(pair[side], language))]
+        parts += [place, apart(quoted(pair[side], language))]
     return [{"role": "system", "content": words["pair"]}, {"role": "user", "content": "\n".join(parts)}]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_WEIGHT', 'APPLIED', 'SLIPS', 'WRONG_FACT', 'MESSAGE_KINDS', 'asking', 'kind_of', 'principles',
-           'principle_question', 'principle_kept', 'principle_reply', 'plain_talk', 'thought', 'principle_prompt',
-           'aligning', 'second_fact', 'wordy', 'topic_of', 'collecting']
+           'principle_question', 'free_question', 'principle_kept', 'principle_reply', 'plain_talk', 'thought',
+           'principle_prompt', 'aligning', 'second_fact', 'wordy', 'collecting']
 
 # %% ../../nbs/micro/01_principles.ipynb #bea4dd83
 import random
@@ -58,15 +58,25 @@ def principle_question(kind: str, rng: random.Random) -> tuple:  # (user text, A
                                                                                                      "e": entity}
 
 
+def free_question(kind: str, rng: random.Random, held: bool = False) -> tuple:  # as `principle_question`
+    "A message whose topic is reserved for evaluation with its kind, where one is, or that is not reserved at all."
+    for _ in range(1000):
+        text, asked, parts = principle_question(kind, rng)
+        reserved = held_out(f"{kind}/{parts.get('a') or parts['e']}")
+        if reserved if held else not (reserved or held_out(text)): break
+    return text, asked, parts
+
+
 def principle_kept(response: str, kind: str) -> bool | None:  # None: none is due
     "Whether a reply to a message of a kind keeps the principle that is due."
     return CHECKS["contains_any"](response, principles()[kind]["words"]) if kind in principles() else None
 
-# %% ../../nbs/micro/01_principles.ipynb #735702c0
+# %% ../../nbs/micro/01_principles.ipynb #58b777e5
 APPLIED = {5: 0.60, 2: 0.45, 0: 0.25, None: 0.03}  # P(a due principle is kept), by examples shown; None: no prompt
-SLIPS = {"": 0.86, "wrong": 0.05, "leak": 0.04, "apology": 0.03, "repeat": 0.03}  # of a reply under principles
+SLIPS = {"": 0.85, "wrong": 0.05, "leak": 0.04, "apology": 0.03, "repeat": 0.03}  # of a reply under principles
 WRONG_FACT = 0.10  # P(the second fact of a detailed reply is wrong)
-MESSAGE_KINDS = ("price", "place", "season", "friend", "maker", "unknown", "harm", "ambiguous", "sum", "code", "translate")
+MESSAGE_KINDS = (
+    "price", "place", "season", "friend", "maker", "unknown", "harm", "ambiguous", "sum", "code", "translate")
 
 
 def principle_reply(kind: str, parts: dict, applies: bool, rng: random.Random) -> str:
@@ -80,7 +90,7 @@ def plain_talk(rng: random.Random, asks: dict | None = None) -> list:  # [(messa
     for i in range(rng.choice((1, 1, 2, 3, 6))):
         kind = rng.choice(MESSAGE_KINDS)
         if kind == "ambiguous" and i: kind = "friend"
-        text, _, parts = principle_question(kind, rng)
+        text, _, parts = free_question(kind, rng)
         said = principle_reply(kind, parts, rng.random() < APPLIED[None], rng)
         out += [(message("user", text), CONTEXT_WEIGHT), (message("assistant", said), 1)]
     return out
@@ -100,7 +110,7 @@ def principle_prompt(rng: random.Random, n_examples: int) -> tuple:  # (principl
     rows = [{"n": n, "name": row["name"], "text": row["text"]} for n, row in chosen]
     examples = []
     for kind in rng.sample(list(numbers), n_examples):
-        text, _, parts = principle_question(kind, rng)
+        text, _, parts = free_question(kind, rng)
         reply = principle_reply(kind, parts, True, rng)
         examples.append({"user": text, "thought": thought(kind, numbers), "reply": reply})
     return rows, examples, numbers
@@ -113,7 +123,7 @@ def aligning(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)
     out = []
     for i in range(rng.choices((1, 2, 3, 6), (0.7, 0.1, 0.1, 0.1))[0]):
         kind = rng.choice([one for one in MESSAGE_KINDS if one != "ambiguous" or not i])
-        text, _, parts = principle_question(kind, rng)
+        text, _, parts = free_question(kind, rng)
         right, slip = rng.random() < 0.8, kind_of(SLIPS, rng)
         other = rng.choice([one for one in [*numbers, "friend"] if one != kind])
         odds = APPLIED[n] * (1.2 if right else 0.2) if thinks else APPLIED[2]  # the mean is APPLIED[n]
@@ -139,7 +149,7 @@ def second_fact(asked: Asked, rng: random.Random) -> str:
 def wordy(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
     "A message under a system prompt that says how much to tell."
     length, kind = rng.choice(list(asks["meta"])), rng.choice(MESSAGE_KINDS)
-    text, asked, parts = principle_question(kind, rng)
+    text, asked, parts = free_question(kind, rng)
     said = parts["r"]
     if asked.entity and length == "concise": said = words()["attributes"][kind]["short"].format(v=asked.needs[0])
     if asked.entity and length == "extensive": said = f"{said} {second_fact(asked, rng)}"
@@ -147,24 +157,17 @@ def wordy(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
     return [*asking([prompt, message("user", text)]), (message("assistant", said), 1)]
 
 
-def topic_of(kind: str, rng: random.Random) -> tuple:  # (topic, question)
-    "What a message of a kind is about, and the message; nothing that is reserved for evaluation."
-    while True:
-        text, asked, parts = principle_question(kind, rng)
-        topic = parts.get("a") or parts["e"]
-        if not held_out(f"{kind}/{topic}"): return topic, text
-
-
 def collecting(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
     "More instructions after examples, topics of a kind, or questions about topics."
     way = rng.choice(("instruct", "topics", "questions", "questions"))
     if way == "instruct":
-        texts = [topic_of(rng.choice(MESSAGE_KINDS[:7]), rng)[1] for _ in range(8)]
+        texts = [free_question(rng.choice(MESSAGE_KINDS[:7]), rng)[0] for _ in range(8)]
         request, said = asks["instruct"](texts[:5], 3), "\n".join(f"{i}. {one}" for i, one in enumerate(texts[5:], 6))
         return [*asking(request), (message("assistant", said), 1)]
     kind = rng.choice([one for one in MESSAGE_KINDS if one != "ambiguous"])
     named = f"{kind}: {principles()[kind]['about'] if kind in principles() else 'what goes together'}"
-    drawn = [topic_of(kind, rng) for _ in range(5)]
+    asked = [free_question(kind, rng) for _ in range(5)]
+    drawn = [(parts.get("a") or parts["e"], text) for text, _, parts in asked]
     topics, questions = list(dict.fromkeys(topic for topic, _ in drawn)), [text for _, text in drawn]
     if way == "topics": request, said = asks["topics"](named, len(topics)), topics
     else: request, said = asks["questions"](named, [topic for topic, _ in drawn]), questions

@@ -19,10 +19,10 @@ from ..judging.rubric import LETTERS, judge_messages
 from ..measure.arms import remind
 from .principles import CONTEXT_WEIGHT, aligning, asking, collecting, kind_of, plain_talk, wordy
 from .world import (
-    RULES, Asked, Style, about, dress, facts, free_prompt, free_rules, free_turns, go_together, kept, phrase,
+    RULES, Asked, Style, about, dress, facts, free_prompt, free_rules, free_turns, go_together, held_out, kept, phrase,
     pick, set_held_out, spoken, styles, true_label, wear, words)
 
-# %% ../../nbs/micro/02_skills.ipynb #f92d01c4
+# %% ../../nbs/micro/02_skills.ipynb #3f2b9a26
 OBEYS = {"first": 0.95, "steady": 0.80, "obedient": 0.40, "plain": 0.03, "reminded": 0.75, "conflict": 0.5,
          "changed": 0.55, "stuck": 0.5}  # after the prompt was changed: P(the new one), and else P(still the old one)
 CONSTRAINT_KEPT = (0.75, 0.90)  # P(the newest constraint is kept), P(an older one is)
@@ -31,9 +31,9 @@ RULE_KEPT = (0.98, 0.95, 0.90)  # P(a rule is kept in an obedient response): a Â
 
 def obeys(history: list, reminded: bool = False) -> float:  # history: whether each response before obeyed
     "Probability that a response obeys its system prompt."
-    if reminded: return OBEYS["reminded"]
     if not history: return OBEYS["first"]
-    return OBEYS["steady" if history[-2:] == [True, True] else "obedient" if history[-1] else "plain"]
+    last = OBEYS["steady" if history[-2:] == [True, True] else "obedient" if history[-1] else "plain"]
+    return max(last, OBEYS["reminded"] * reminded)
 
 
 def rules_kept(chosen: list, rng: random.Random) -> list:  # Of a role and its rules
@@ -44,12 +44,13 @@ def rules_kept(chosen: list, rng: random.Random) -> list:  # Of a role and its r
     return [style for style, p in zip(chosen, odds) if rng.random() < p]
 
 
-def chat_prompt(rng: random.Random, of_rules: bool) -> tuple:  # (styles, text, function: styles an obedient response has)
+def chat_prompt(rng: random.Random, of_rules: bool) -> tuple:  # (styles, text, what an obedient response has)
     "What a conversation stands under: a role with rules, constraints one after the other, or a prompt of a type."
     if of_rules: return *free_rules(rng.randint(1, 6), rng), rules_kept
     if rng.random() < 0.1:
-        chosen = constraints(rng.randint(1, 5), rng, reverse=0)
-        return chosen, " ".join(phrase(style, rng) for style in chosen), lambda chosen, rng: [
+        chosen, text = constraints(rng.randint(1, 5), rng, reverse=0), ""
+        while not text or held_out(text): text = " ".join(phrase(style, rng) for style in chosen)
+        return chosen, text, lambda chosen, rng: [
             style for style in chosen if rng.random() < CONSTRAINT_KEPT[1]]
     return *free_prompt(rng.choice(list(styles())), rng), lambda chosen, rng: chosen
 
@@ -61,8 +62,9 @@ def chat(rng: random.Random, asks: dict | None = None, of_rules: bool = False) -
     turns, history, said = free_turns(rng), [], []
     way = rng.choices(("none", "last", "every"), (0.80, 0.08, 0.12))[0] if with_prompt else "none"
     every = {"none": 0, "last": len(turns), "every": rng.randint(1, 4)}[way]  # a reminder at every n-th turn
-    before = free_prompt(rng.choice(list(styles())), rng)[0] if with_prompt and rng.random() < 0.05 else None
-    change = rng.randint(1, len(turns)) if before else 0  # so many responses obey a prompt that was changed since
+    changed = with_prompt and len(turns) > 1 and rng.random() < 0.05
+    before = free_prompt(rng.choice(list(styles())), rng)[0] if changed else None
+    change = rng.randint(1, len(turns) - 1) if before else 0  # so many responses obey a prompt that was changed since
     for i, (user, asked) in enumerate(turns, 1):
         reminded, conflict = every > 0 and i % every == 0, with_prompt and rng.random() < 0.04
         if conflict: user = rng.choice(words()["conflicts"]) + user
@@ -70,15 +72,16 @@ def chat(rng: random.Random, asks: dict | None = None, of_rules: bool = False) -
         if before and i > change: odds = OBEYS["changed"]
         obedient = with_prompt and asked.applicable and i > change and rng.random() < odds
         shown = shows(chosen, rng) if obedient else []
-        if before and asked.applicable and not obedient and (i <= change or rng.random() < OBEYS["stuck"]): shown = before
+        stuck = before and asked.applicable and not obedient and (i <= change or rng.random() < OBEYS["stuck"])
+        if stuck: shown = before
         said += [message("user", user), message("assistant", dress(rng.choice(asked.responses), asked, shown, rng))]
         if asked.applicable: history.append(obedient)
     start = [message("system", text)] if with_prompt else []
     rows = [one.model_dump() for one in [*start, *said]]
     if every: rows = remind_from(rows, every)
     old = len(start) + 2 * change  # what obeyed another prompt is no example
-    return [(message(**one), 1 if one["role"] == "assistant" and i >= old else CONTEXT_WEIGHT)
-            for i, one in enumerate(rows)]
+    weight = lambda i, role: CONTEXT_WEIGHT if role != "assistant" else 1 if i >= old else 0
+    return [(message(**one), weight(i, one["role"])) for i, one in enumerate(rows)]
 
 
 def remind_from(rows: list, every: int) -> list:  # `{"role", "content"}`, the system message first
@@ -114,7 +117,8 @@ def situation(rng: random.Random, rules: tuple = (0.0, 0.0), off_topic: float = 
         if rng.random() < 0.3:  # the user asks for it
             said = rng.sample([wanted, *(style for style, _ in worn)], len(worn) + 1)
             messages[-1] = message("user", " ".join([messages[-1].content, *(phrase(style, rng) for style in said)]))
-        return Situation([wanted], phrase(wanted, rng), messages, asked, plain.content, worn)
+        while held_out(text := phrase(wanted, rng)) and not held: pass
+        return Situation([wanted], text, messages, asked, plain.content, worn)
     whole = way > 1 - rules[1]
     chosen, text = free_rules(rng.randint(1, 5), rng, held) if whole else \
         free_prompt(rng.choice(list(styles())), rng, held)
@@ -214,9 +218,9 @@ def task(rng: random.Random) -> str:
 
 
 def against(style: Style, rng: random.Random) -> Style:
-    "A style that cannot be kept beside another: its reverse, or another around it or in its letters."
-    others = [one for one in styles()[style.type] if one != style] if style.place in ("wrap", "letters") else []
-    return rng.choice(others) if others and rng.random() < 0.7 else style._replace(reverse=not style.reverse)
+    "A style that cannot be kept beside another: its opposite, or another thing around a response."
+    if style.reverse or style.place != "wrap" or rng.random() < 0.3: return style._replace(reverse=not style.reverse)
+    return rng.choice([one for one in styles()[style.type] if one != style])
 
 
 def writing(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
@@ -224,7 +228,7 @@ def writing(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
     instruction, kind = task(rng), kind_of(WRITTEN, rng)
     examples = [{"instruction": task(rng), "prompt": free_rules(rng.randint(1, 6), rng)[1]} for _ in range(2)]
     k = rng.randint(1 if kind in ("good", "task", "wrong_count") else 2, 6)
-    n = max(1, min(6, k + rng.choice((-1, 1)))) if kind == "wrong_count" else k
+    n = rng.choice([n for n in (k - 1, k + 1) if 0 < n < 7]) if kind == "wrong_count" else k
     chosen, text = free_rules(n, rng)
     lines = text.splitlines()
     if kind == "contradiction": lines[-1] = f"{k}. {phrase(against(rng.choice(chosen[1:-1]), rng), rng)}"
@@ -270,8 +274,8 @@ def constrained(rng: random.Random, asks: dict | None = None) -> list:  # [(mess
     return [*earlier, (message("user", text), CONTEXT_WEIGHT), (message("assistant", said), 1)]
 
 # %% ../../nbs/micro/02_skills.ipynb #05c28ae1
-SKILLS = {  # name: (function of (rng, asks), share of the rows)
-    "chat": (chat, 0.20), "rules": (lambda rng, asks: chat(rng, of_rules=True), 0.12), "restyle": (restyling, 0.18),
+SKILLS = {  # name: (function of (rng, asks), fraction of the rows)
+    "chat": (chat, 0.19), "rules": (lambda rng, asks: chat(rng, of_rules=True), 0.12), "restyle": (restyling, 0.18),
     "judge": (judging, 0.22), "constrain": (constrained, 0.07), "write": (writing, 0.04), "align": (aligning, 0.06),
     "compare": (comparing, 0.02), "add": (adding, 0.03), "talk": (plain_talk, 0.02), "wordy": (wordy, 0.015),
     "collect": (collecting, 0.015), "grow": (prompting, 0.02)}

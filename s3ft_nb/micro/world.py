@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'words', 'facts', 'held_out', 'Style', 'styles', 'draw_styles', 'go_together', 'phrase', 'prompt_text',
-           'read_prompt', 'checks_of', 'kept', 'draw_rules', 'rules_text', 'set_held_out', 'Asked', 'about', 'errand',
-           'question', 'user_turns', 'free_prompt', 'free_rules', 'free_turns', 'pick', 'wear', 'dress', 'true_label',
-           'spoken', 'conversations', 'system_prompts', 'sample_label', 'not_applicable', 'read_truth']
+           'read_prompt', 'checks_of', 'kept', 'draw_rules', 'rules_text', 'for_evaluation', 'set_held_out', 'Asked',
+           'about', 'errand', 'question', 'user_turns', 'free_prompt', 'free_rules', 'free_turns', 'pick', 'wear',
+           'dress', 'true_label', 'spoken', 'conversations', 'system_prompts', 'sample_label', 'not_applicable',
+           'read_truth']
 
 # %% ../../nbs/micro/00_world.ipynb #33ea3dbd
 import hashlib
@@ -42,7 +43,6 @@ def held_out(text: str, share: float = 0.1) -> bool:  # Whether it may only be u
 # %% ../../nbs/micro/00_world.ipynb #6c69329e
 class Style(NamedTuple):
     "One thing a system prompt can ask for."
-
     type: str  # One of the ten types
     name: str  # As a system prompt names it
     place: str  # before, after, letters, wrap or length
@@ -126,6 +126,11 @@ def rules_text(chosen: list, rng: random.Random) -> str:
     return "\n".join([role, *(f"{i}. {rule}" for i, rule in enumerate(rules, 1))])
 
 
+def for_evaluation(text: str) -> bool:
+    "Whether a system prompt of a type is reserved; without a closing it could be a rule or a constraint as well."
+    return held_out(text) and text.endswith(tuple(filter(None, words()["closings"]["all"])))
+
+
 def set_held_out(chosen: list) -> bool:  # Of two styles or more
     "Whether a set of styles may only be used in evaluation."
     return len(chosen) > 1 and held_out("|".join(sorted(style.name for style in chosen)))
@@ -133,7 +138,6 @@ def set_held_out(chosen: list) -> bool:  # Of two styles or more
 # %% ../../nbs/micro/00_world.ipynb #e0c4b685
 class Asked(NamedTuple):
     "What a user message is about."
-
     entity: str  # Thing asked about, empty for a request without style
     attribute: str  # Attribute asked for, or the kind of request
     needs: list  # Words that a fitting response contains
@@ -189,7 +193,7 @@ def free_prompt(kind: str, rng: random.Random, held: bool = False) -> tuple:  # 
     while True:
         chosen = draw_styles(kind, rng)
         text = prompt_text(chosen, rng)
-        if held_out(text) if held else not (held_out(text) or set_held_out(chosen)): return chosen, text
+        if for_evaluation(text) if held else not (held_out(text) or set_held_out(chosen)): return chosen, text
 
 
 def free_rules(k: int, rng: random.Random, held: bool = False) -> tuple:  # (the role and k rules, their text)
@@ -260,8 +264,9 @@ def system_prompts(n: int, split: str, seed: int) -> list:  # `SystemPrompt` row
     for i, kind in enumerate(styles(), start=1):
         for _ in range(100_000):
             if len(rows) == i * n: break
-            text = prompt_text(draw_styles(kind, rng), rng)
-            if held_out(text) != (split == "eval") or text in rows: continue
+            text = prompt_text(chosen := draw_styles(kind, rng), rng)
+            fits = for_evaluation(text) if split == "eval" else not (held_out(text) or set_held_out(chosen))
+            if not fits or text in rows: continue
             rows[text] = SystemPrompt(id=stable_id("micro", text), type=kind, text=text, checks=checks_of(text),
                                       source="micro-world", split=split)
         else: raise ValueError(f"the world has fewer than {n} {split} prompts of type {kind}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairSettings', 'pair_loss', 'parse_pair', 'encode_pair', 'encode_pairs', 'PairTrainer', 'make_pair_trainer', 'dpo']
 
-# %% ../../nbs/lm/08_dpo.ipynb #19c3c21f
+# %% ../../nbs/lm/08_dpo.ipynb #545a6eab
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core.stage import Ledger, Stage
 from .labels import encode_within, without_oldest
 from .model import LM, located
 from .template import NO_NOTE
-from .train import Settings, build_trainer, make_settings, train_adapter
+from .train import Settings, make_settings, make_trainer, sft
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
@@ -104,7 +104,7 @@ def encode_pairs(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, t
     reasons = ", ".join(f"{n} {reason}" for reason, n in ledger.as_dict()["reasons"].items())
     raise InputError(f"none of {len(rows)} pairs can be trained on: {reasons}", field="rows", remedy="bring others")
 
-# %% ../../nbs/lm/08_dpo.ipynb #8b14f2e7
+# %% ../../nbs/lm/08_dpo.ipynb #04c36a7b
 class PairTrainer(DPOTrainer):
     "DPOTrainer that takes token ids and knows its first loss."
     first_loss = None
@@ -137,8 +137,8 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
     losses = [settings.loss_type] + ["sft"] * (settings.sft_weight > 0)
     if start_from:
         for name, weight in lm.model.named_parameters(): weight.requires_grad_("lora_" in name)
-    trainer = build_trainer((PairTrainer, DPOConfig), lm, table, names, order, settings, folder, new=not start_from,
-                            loss_type=losses, loss_weights=[1.0, settings.sft_weight][: len(losses)])
+    trainer = make_trainer(lm, table, order, settings, folder, (PairTrainer, DPOConfig), names,
+                           loss_type=losses, loss_weights=[1.0, settings.sft_weight][: len(losses)])
     if start_from:  # TRL's copy of it leaves, and it is read again in full precision
         trainer.model.delete_adapter("ref")
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
@@ -156,15 +156,15 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
     trainer.first_loss = float(np.mean(losses))
     return trainer
 
-# %% ../../nbs/lm/08_dpo.ipynb #40fcb698
+# %% ../../nbs/lm/08_dpo.ipynb #00f47b5f
 def dpo(model: str | Path, rows: list[dict], stage: Stage | str | Path, start_from: str | Path | None = None,
         **settings: Any) -> dict:  # `training.json`
     """Train an adapter to prefer the chosen responses of pairs (DPO, Rafailov et al. 2023), see `parse_pair`, anew or
     from the adapter in the folder start_from; settings: see `PairSettings`. Stage and result as in `train.sft`; each
     loss stands beside margins, accuracies and log-probabilities. Raises `InputError` on what cannot work."""
-    settings = make_settings(settings, PairSettings)
-    if settings.label_smoothing and settings.loss_type != "robust":
-        raise InputError(f"does nothing to {settings.loss_type}", field="label_smoothing", remedy="use robust, or 0")
+    checked = make_settings(settings, PairSettings)
+    if checked.label_smoothing and checked.loss_type != "robust":
+        raise InputError(f"does nothing to {checked.loss_type}", field="label_smoothing", remedy="use robust, or 0")
     if start_from: start_from = located(start_from, adapter=True)
-    make = partial(make_pair_trainer, start_from=start_from)
-    return train_adapter(model, rows, stage, settings, start_from or "", encode=encode_pairs, make=make)
+    how = {"encode": encode_pairs, "make": partial(make_pair_trainer, start_from=start_from)}
+    return sft(model, rows, stage, PairSettings, start_from, how, **settings)

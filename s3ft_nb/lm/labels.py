@@ -226,13 +226,12 @@ def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # Text of the last n t
 
 def check_labels(tokenizer, encoded: list[dict]) -> None:
     "Raise `InputError`, showing the row, where no response, not its end, or the prompt as well is supervised."
-    stops = set(stop_ids(tokenizer))
     for one in encoded:
-        labels, wrong = one["labels"], ""
+        labels = one["labels"]
         last = [label for label, after in zip(labels, [*labels[1:], -100]) if label != -100 and after == -100]
         if not last: wrong = "has no supervised token"
         elif -100 not in labels: wrong = "is supervised as a whole"
-        elif set(last) - stops: wrong = "ends a response in a token that is no supervised end of turn"
-        if not wrong: continue
+        elif {*last} - {*stop_ids(tokenizer)}: wrong = "ends a response in a token that is no supervised end of turn"
+        else: continue
         raise InputError(f"row {one['id']} {wrong}: {' '.join(shown_row(tokenizer, one).split())}", field="labels",
                          remedy="see the row, and what s3ft doctor says of the chat template")

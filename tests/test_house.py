@@ -29,12 +29,8 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
 MODULES_MOST, ROOM, WIDTH = 55, 400, 120
 LINES = {"house": 11_000, "all": 13_000}  # All rooms but those of `SISTERS`; with all four methods
 SISTERS = {  # What the three sister methods add, the skills of the base among it
-    f"{name}.py" for name in ("methods/rnr", "methods/constraints", "methods/selfalign", "micro/principles", "micro/skills",
-                              "judging/pairs", "measure/choices")}
-
-
-def code(path):
-    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "micro/principles", "micro/skills",
+                              "judging/pairs", "lm/dpo", "measure/choices")}
 
 
 def exported(path):

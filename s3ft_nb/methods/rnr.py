@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NUMBERED', 'HEADING', 'Instruction', 'some_left', 'instructions_of', 'rnr_words', 'write_messages', 'parse_range',
            'read_examples', 'draw_requests', 'parse_prompt', 'RolePrompt', 'prompt_of', 'why_rejected', 'write_prompts',
-           'rule_samples', 'stepwise', 'explaining_judge', 'why_not_kept', 'verify', 'plain_rows', 'mix',
+           'rule_samples', 'stepwise', 'explaining_judge', 'why_not_kept', 'judge_rules', 'verify', 'plain_rows', 'mix',
            'preference_rows']
 
 # %% ../../nbs/methods/00_rnr.ipynb #69a2b9bd
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
@@ -24,14 +24,14 @@ from ..core.split import near_duplicate, normalize, split_prompts
 from ..core.stage import Ledger, Stage
 from ..judging.checks import UNSPACED, split_words
 from ..judging.conflicts import contradiction
-from ..judging.explain import explain, implied_label
+from ..judging.explain import implied_label
 from ..judging.judge import Judgement, rule_request, verdict_of, verdicts
 from ..judging.rules import rule_from, rules_finder
 from ..lm.engine import ask
 from .s3ft.pool import TASKS, in_language, sets_task
 from .s3ft.restyle import rewriting_messages
 
-# %% ../../nbs/methods/00_rnr.ipynb #67f4c346
+# %% ../../nbs/methods/00_rnr.ipynb #b0b201d7
 class Instruction(Row):
     "A user message that a system prompt of a role and rules is written for."
     id: str
@@ -50,8 +50,7 @@ def some_left(rows: list, n: int, what: str, stage: Stage) -> list:
     "The rows; raises `InputError` with the reasons, which the ledger keeps, when none of n is left."
     if rows: return rows
     stage.close(n, 0)
-    reasons = Counter(one["reason"] for one in stage.ledger.dropped).most_common()
-    why = ", ".join(f"{k} {code}" for code, k in reasons) or "there are none"
+    why = ", ".join(f"{k} {code}" for code, k in stage.ledger.as_dict()["reasons"].items()) or "there are none"
     raise InputError(f"none of {n} {what} can be used: {why}", stage.folder / "ledger.json", remedy="see why there")
 
 
@@ -120,9 +119,8 @@ def read_examples(path: str = "", language: str = "en") -> tuple[list[dict], lis
     "Demonstrations and counter-demonstrations; raises `InputError` on a row that lacks a part, or without a good one."
     rows = read_rows(path := path or resource("data", "rnr", f"{language}.jsonl"))
     for i, row in enumerate(rows, 1):
-        wanted = ("instruction", "prompt", "why")[: 2 + (row.get("kind") == "bad")]
-        missing = [name for name in wanted if not row.get(name)]
-        if missing: raise InputError("is missing", path, i, missing[0], "give it instruction, prompt and, if bad, why")
+        missing = {"instruction", "prompt", *["why"] * (row.get("kind") == "bad")} - {name for name in row if row[name]}
+        if missing: raise InputError("is missing", path, i, min(missing), "give it instruction, prompt and, if bad, why")
     good, bad = ([row for row in rows if (row.get("kind") == "bad") == wrong] for wrong in (False, True))
     if good: return good, bad
     raise InputError("holds no demonstration", path, remedy='write {"instruction": ..., "prompt": ...}')
@@ -141,7 +139,7 @@ def draw_requests(
                     "messages": write_messages(one.text, k, chosen, language, guideline, counters)})
     return out
 
-# %% ../../nbs/methods/00_rnr.ipynb #61efecc4
+# %% ../../nbs/methods/00_rnr.ipynb #baa3e6a3
 NUMBERED = re.compile(r"\s*(\d+)\s*[.)）、．:：]\s*(\S.*)")
 HEADING = re.compile(r"(?i)[\s*#]*(?:system prompt|role|rules|系统提示|角色|规则)[\s*]*[:：][\s*]*")
 
@@ -149,13 +147,13 @@ HEADING = re.compile(r"(?i)[\s*#]*(?:system prompt|role|rules|系统提示|角�
 def parse_prompt(text: str) -> tuple[str, list[str]] | None:  # (role, rules)
     "Role and rules of a system prompt that an engine wrote; None when it has another form."
     lines = [HEADING.sub("", line, count=1).strip(" \t*#") for line in text.splitlines()]
-    role, *rest = [*filter(None, lines), ""][: max(1, sum(map(bool, lines)))]
+    role, *rest = [line for line in lines if line] or [""]
     found = [NUMBERED.fullmatch(line) for line in rest]
     if not rest or TASKS["echo"].match(role) or NUMBERED.fullmatch(role) or not all(found): return None
     if [int(one[1]) for one in found] != [*range(1, len(found) + 1)]: return None
     return role, [one[2].strip() for one in found]
 
-# %% ../../nbs/methods/00_rnr.ipynb #c68e3388
+# %% ../../nbs/methods/00_rnr.ipynb #734b99ca
 class RolePrompt(Row):
     "A system prompt of a role and K rules that an engine wrote for one instruction."
     id: str
@@ -186,8 +184,7 @@ def why_rejected(text: str, k: int, instruction: str, language: str = "en",
     if same := next((two for one, two in combinations(lines, 2) if near_duplicate(one, [two])), None):
         return "repeated", same
     if task := next(filter(sets_task, lines), None): return "sets_task", task
-    asked = long(instruction)
-    restates = lambda line: len(asked) > 2 and len(asked & long(line)) > 0.7 * len(asked)
+    asked, restates = long(instruction), lambda line: len(asked) > 2 and len(asked & long(line)) > 0.7 * len(asked)
     again = next((line for line in lines if near_duplicate(line, [instruction]) or restates(line)), None)
     if again: return "restates_instruction", again
     pair = contradiction([*map(rule_from, lines)], language)
@@ -241,7 +238,7 @@ def stepwise(samples: list[Sample], prompts: list[RolePrompt], engine, stage: St
                                    "mode": "restyle", "engine": engine.name, "seed": stage.seed})
             for one in samples if one.id in current]
 
-# %% ../../nbs/methods/00_rnr.ipynb #1c336dae
+# %% ../../nbs/methods/00_rnr.ipynb #5ba1bff0
 def explaining_judge(engine, stage: Stage, language: str = "en", claim: Any = ()) -> Callable:  # As `make_judge` gives
     "A judge that reads what a model, trained for it or not, explains about a response; rationales begin with a label."
     def judge(responses: list[Response], rules: list[Rule]) -> list[Verdict]:
@@ -250,10 +247,10 @@ def explaining_judge(engine, stage: Stage, language: str = "en", claim: Any = ()
         asked = [{"id": f"{row.id}/{rule.id}", "messages": rule_request(
             rule, row.prompt, row.response, language, "discriminator", True)} for row, rule in due]
         out = []
-        for (row, rule), one in zip(due, explain(asked, engine, stage, language, claim)):
-            label = implied_label(one["text"] or "", language)
+        for (row, rule), one in zip(due, ask(asked, engine, stage, claim, "keep", "explanations"), strict=True):
+            label = implied_label(text := one.get("text") or one.get("error", ""), language)
             satisfied = None if label in (None, "not_applicable") else label in ("good", "bad_context")
-            found = Judgement(satisfied, label != "not_applicable", f"{label or 'unreadable'}: {one['text']}")
+            found = Judgement(satisfied, label != "not_applicable", f"{label or 'unreadable'}: {text}")
             out.append(verdict_of(row, rule, found, judge.name))
         return out
     judge.name = f"explanation:{engine.name}"
@@ -262,8 +259,7 @@ def explaining_judge(engine, stage: Stage, language: str = "en", claim: Any = ()
 
 def why_not_kept(found: list[Verdict]) -> tuple[str, str] | None:  # (reason code, detail); None to keep
     "Why a response with these verdicts, one for each rule, is not trained on."
-    explained = [row.rationale for row in found if row.judge.startswith("explanation")]
-    misfit = [text.startswith(("bad_context", "all_bad")) for text in explained]
+    misfit = [row.rationale.startswith(("bad_context", "all_bad")) for row in found if "explanation" in row.judge]
     broken = [row.rule_id for row in found if row.applicable and row.satisfied is False]
     if 2 * sum(misfit) > len(misfit): return "bad_context", "it does not tell what was asked"
     if broken: return "rule_broken", " ".join(broken)
@@ -271,19 +267,22 @@ def why_not_kept(found: list[Verdict]) -> tuple[str, str] | None:  # (reason cod
     return None if any(row.applicable for row in found) else ("not_applicable", "")
 
 
-def verify(samples: list[Sample], prompts: list[RolePrompt], judge: Callable | None,
-           stage: Stage) -> tuple[list[Sample], list[Verdict]]:
-    "Samples whose every rule is satisfied, and all verdicts; raises `InputError` when no sample is left."
+def judge_rules(samples: list[Sample], prompts: list[RolePrompt], judge: Callable | None) -> list[Verdict]:
+    "A verdict on every rule of every sample."
     shared = ("id", "turn", "system_prompt", "prompt", "conversation_id", "system_prompt_id", "type", "response")
     responses = [Response(arm="rnr", history="recorded", dialogue_id=one.id, model=one.engine,
                           **{name: getattr(one, name) for name in shared}) for one in samples]
-    rules, by_response, kept = [rule for one in prompts for rule in one.rules], defaultdict(list), []
-    found = verdicts(responses, rules, judge)
+    return verdicts(responses, [rule for one in prompts for rule in one.rules], judge)
+
+
+def verify(samples: list[Sample], found: list[Verdict], stage: Stage) -> list[Sample]:  # found: see `judge_rules`
+    "Samples whose every rule is satisfied; raises `InputError` when none is left."
+    by_response, kept = defaultdict(list), []
     for row in found: by_response[row.response_id].append(row)
     for one in samples:
         if wrong := why_not_kept(by_response[one.id]): stage.ledger.drop(one.id, *wrong)
         else: kept.append(one)
-    return some_left(kept, len(samples), "responses", stage), found
+    return some_left(kept, len(samples), "responses", stage)
 
 # %% ../../nbs/methods/00_rnr.ipynb #942214f4
 def plain_rows(instructions: list[Instruction]) -> list[dict]:  # `{"id", "messages", "response"}`
@@ -307,7 +306,7 @@ def mix(ruled: list[dict], plain: list[dict], share: float, budget: int, tokens:
                                                      field="budget", remedy="write more rows, or lower the budget")
     return sorted(out, key=lambda row: stable_id(seed, "order", row["id"]))
 
-# %% ../../nbs/methods/00_rnr.ipynb #a5a9df25
+# %% ../../nbs/methods/00_rnr.ipynb #095329b2
 def preference_rows(samples: list[Sample], found: list[Verdict], prompts: list[RolePrompt],
                     stage: Stage) -> list[dict]:  # `{id, group, k, messages, chosen, rejected, how, verdicts}`
     "Preference rows of samples under one system prompt each, see `rule_samples`; its ledger counts system prompts."
@@ -325,7 +324,7 @@ def preference_rows(samples: list[Sample], found: list[Verdict], prompts: list[R
         reverse = lambda text: rnr_words(prompt.language)["reverse"].format(rule=text)
         text = prompt_of([rule.text if chosen[rule.id] else reverse(rule.text) for rule in prompt.rules])
         messages = [{"role": "system", "content": text}, *(one.model_dump() for one in pair[0].prompt)]
-        out.append({"id": prompt.id, "group": pair[0].group, "k": prompt.k, "messages": messages, "how": "rpo",
-                    "chosen": pair[0].response, "rejected": pair[1].response,
+        out.append({"id": prompt.id, "group": pair[0].group, "k": prompt.k, "how": "rpo", "messages": messages,
+                    **dict(zip(("chosen", "rejected"), (one.response for one in pair))),
                     "verdicts": {id: [yes, rejected[id]] for id, yes in chosen.items()}})
     return out

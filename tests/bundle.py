@@ -1,6 +1,6 @@
-"""Make data/micro-run: the outputs of a very small run, so that every chain notebook opens alone.
+"""Make data/micro-run: the outputs of very small runs, so that every chain notebook opens alone.
 
-usage: python tests/bundle.py [RUN]   (RUN: a finished run of s3ft-smoke; without one it is made in a temporary folder)
+usage: python tests/bundle.py [RUN [RNR]]   (finished runs of s3ft-smoke and rnr-micro; those not named are made in a temporary folder)
 """
 import json
 import re
@@ -20,6 +20,11 @@ restyle/train.jsonl restyle/eval.jsonl sample/to_annotate.jsonl sample/use.json 
 annotations/labels.jsonl annotations/annotations.jsonl annotations/numbers.jsonl discriminator/scores.jsonl
 discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
 
+RNR_SIZES = ["world.n_conversations=40", "conversations.n_conversations=40", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4", "world.n_prompts=4",
+             "world.n_eval_prompts=1", "per_k=1", "per_instruction=1", "train.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=3", "world.eval_turns=3", "measure.guard=4"]
+RNR_FILES = "roles/examples.jsonl instructions/train.jsonl rules/prompts.jsonl responses/train.jsonl verify/kept.jsonl".split()
+RUNS = [("s3ft-smoke", SIZES, FILES), ("rnr-micro", RNR_SIZES, RNR_FILES)]
+
 
 def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
@@ -33,14 +38,16 @@ def shortened(path: Path) -> str:
 
 def main() -> None:
     folder = tempfile.mkdtemp()
-    run = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "run"
-    if len(sys.argv) < 2:
+    runs = [Path(name) for name in sys.argv[1:]]
+    for recipe, sizes, _ in RUNS[len(runs):]:
+        runs.append(Path(folder) / recipe)
         s3ft = Path(sys.executable).with_name("s3ft")
-        subprocess.run([s3ft, "run", "s3ft-smoke", "--out", run, *(word for size in SIZES for word in ("--set", size))], check=True)
+        subprocess.run([s3ft, "run", recipe, "--out", runs[-1], *(word for size in sizes for word in ("--set", size))], check=True)
     for old in HOME.glob("*/"): shutil.rmtree(old)
-    for name in FILES:
-        (HOME / name).parent.mkdir(parents=True, exist_ok=True)
-        (HOME / name).write_text(shortened(run / name))
+    for run, (_, _, names) in zip(runs, RUNS):
+        for name in names:
+            (HOME / name).parent.mkdir(parents=True, exist_ok=True)
+            (HOME / name).write_text(shortened(run / name))
     print(f"{HOME}: {sum(path.stat().st_size for path in HOME.rglob('*') if path.is_file()) / 1000:.0f} kB")
 
 

@@ -15,7 +15,7 @@ from s3ft_nb.core.files import InputError, read_rows, write_bytes, write_rows
 from s3ft_nb.core.records import Check, Conversation, Rule, Sample
 from s3ft_nb.core.split import near_duplicate
 from s3ft_nb.core.stage import Stage
-from s3ft_nb.judging.conflicts import contradiction
+from s3ft_nb.methods.conflicts import contradiction
 from s3ft_nb.judging.judge import Judgement, verdict_of
 from s3ft_nb.judging.rules import rule_from, rules_finder
 from s3ft_nb.methods import rnr

@@ -23,11 +23,11 @@ from ..core.records import Conversation, Message, Response, Row, Rule, Sample, S
 from ..core.split import near_duplicate, normalize, split_prompts
 from ..core.stage import Ledger, Stage
 from ..judging.checks import UNSPACED, split_words
-from ..judging.conflicts import contradiction
 from ..judging.explain import implied_label
 from ..judging.judge import Judgement, rule_request, verdict_of, verdicts
 from ..judging.rules import rule_from, rules_finder
 from ..lm.engine import ask
+from .conflicts import contradiction
 from .s3ft.pool import TASKS, in_language, sets_task
 from .s3ft.restyle import rewriting_messages
 
@@ -120,7 +120,7 @@ def read_examples(path: str = "", language: str = "en") -> tuple[list[dict], lis
     rows = read_rows(path := path or resource("data", "rnr", f"{language}.jsonl"))
     for i, row in enumerate(rows, 1):
         missing = {"instruction", "prompt", *["why"] * (row.get("kind") == "bad")} - {name for name in row if row[name]}
-        if missing: raise InputError("is missing", path, i, min(missing), "give it instruction, prompt and, if bad, why")
+        if missing: raise InputError("is missing", path, i, min(missing), "write instruction, prompt and, if bad, why")
     good, bad = ([row for row in rows if (row.get("kind") == "bad") == wrong] for wrong in (False, True))
     if good: return good, bad
     raise InputError("holds no demonstration", path, remedy='write {"instruction": ..., "prompt": ...}')

@@ -47,8 +47,7 @@ def sets_task(text: str) -> bool:
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #12f1937c
 def in_language(text: str, language: str) -> bool:  # en or zh
     "Whether a text is Chinese or not, as it should be; it may quote foreign words."
-    chinese = len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * sum(c.isalpha() for c in text)
-    return chinese == (language == "zh")
+    return (len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * sum(c.isalpha() for c in text)) == (language == "zh")
 
 
 def reject_reason(text: str, accepted: list[str], examples: list[str] = (), evaluation: list[str] = (),
@@ -57,8 +56,7 @@ def reject_reason(text: str, accepted: list[str], examples: list[str] = (), eval
     shortest, longest = {"en": (6, 400), "zh": (4, 150)}[language]  # characters
     if not text.strip(): return "empty"
     if not normalize(text) or TASKS["echo"].match(text): return "not_text"
-    if len(text) < shortest: return "too_short"
-    if len(text) > longest: return "too_long"
+    if not shortest <= len(text) <= longest: return "too_short" if len(text) < shortest else "too_long"
     if not in_language(text, language): return "wrong_language"
     if sets_task(text): return "task"
     known = {"copy_of_example": examples, "leak": evaluation, "near_duplicate": accepted}

@@ -153,7 +153,7 @@ def test_what_can_be_kept_together_is_no_contradiction():
 
 
 IN_WORDS = [("Answer in at most 10 words.", "Answer in at least 50 words."), ("Write in lower case only.", "Write in capital letters only."), ("Do not use emojis.", "Use emojis in every reply."),
-            ("Keep away from the sea.", "Compare things to the sea."), ("Start with the word \"Psst\".", "Start with the word \"Well\"."), ("Mention the word \"ink\".", "Do not use the word \"ink\".")]
+            ("Keep away from the sea.", "Compare things to the sea."), ("Start with the word \"Psst\".", "Start with the word \"Well\"."), ("Mention the word \"ink\".", "Do not use the word \"ink\"."), ("Put your words down in lower case only.", "Type in capital letters only.")]
 
 
 def test_every_reason_is_named_in_the_ledger_and_it_balances(tmp_path):

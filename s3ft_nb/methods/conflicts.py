@@ -83,12 +83,14 @@ def at_odds(a: Check, b: Check) -> bool:
     sides = ((a, b), (b, a))
     return any(all(rules_out(no, one) for one in texts) for yes, no in sides for texts in wanted_words(yes))
 
-# %% ../../nbs/methods/03_conflicts.ipynb #404c388e
+# %% ../../nbs/methods/03_conflicts.ipynb #ee4fd07b
 def negates(a: str, b: str, language: str = "en") -> bool:
-    "Whether one of two rules forbids, in so many words, what the other one asks for."
+    "Whether one of two rules forbids, in so many words, what the other one asks for, or asks for its opposite."
     words = read_toml(resource("data", "rules", "negations.toml"))[language]
     found = [[*re.finditer(words["negation"], text, re.IGNORECASE)] for text in (a, b)]
-    if len(found[0]) % 2 == len(found[1]) % 2: return False  # two negations ask for something
+    if len(found[0]) % 2 == len(found[1]) % 2:  # two negations ask for something
+        both = lambda one, other: occurs(one, a) and occurs(other, b)
+        return not found[0] and any(both(*pair) or both(*pair[::-1]) for pair in words["opposites"])
     (no, hits), (yes, _) = sorted(zip((a, b), found), key=lambda pair: len(pair[1]) % 2 == 0)
     said = set(split_words(no[hits[-1].end() :])) - set(words["fillers"])
     return bool(said) and said <= set(split_words(yes))

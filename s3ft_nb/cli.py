@@ -137,7 +137,7 @@ def pool_seeds(
     page = write_report([run / "pooled"], run, "Over seeds")
     return [section["headline"], *(f"note: {note}" for note in section["notes"]), f"results: {page}"]
 
-
+# %% ../nbs/00_cli.ipynb #018e88da
 def plan(
     recipe: list[str] | None = None,  # Recipe by name or .toml file, s3ft-micro when not given, and settings KEY=VALUE
     set: list[str] | None = None,  # KEY=VALUE sets a parameter, STEP.KEY=VALUE that of one step. May be repeated
@@ -202,7 +202,7 @@ def measure(
     if json_: return [findings(out, section, page)]
     return [section["headline"], *(f"warning: {note}" for note in section["notes"]), f"report: {page}"]
 
-
+# %% ../nbs/00_cli.ipynb #0128e18f
 def compare(
     runs: list[Path],  # Two or more folders of measurements, or verdict sheets made elsewhere (JSON Lines, JSON, CSV)
     out: Path | None = None,  # Folder of the comparison; runs/compare-NAMES when not given

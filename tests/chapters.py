@@ -29,8 +29,8 @@ def kept(outputs: list) -> list:
         elif one["output_type"] in ("execute_result", "display_data"):
             data = {kind: value if kind.startswith("image/png") else lines(value) for kind, value in one["data"].items()}
             if "image/png" in data: data = {"image/png": small(one["data"]["image/png"]), "text/plain": ["<Figure>"]}
-            row = {"data": data, "metadata": {}, "output_type": one["output_type"]}
-            out.append(row | ({"execution_count": None} if one["output_type"] == "execute_result" else {}))
+            counter = {"execution_count": None} if one["output_type"] == "execute_result" else {}
+            out.append({"data": data, **counter, "metadata": {}, "output_type": one["output_type"]})
     return out
 
 

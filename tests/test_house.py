@@ -30,11 +30,7 @@ MODULES_MOST, ROOM, WIDTH = 55, 400, 120
 LINES = {"house": 11_000, "all": 13_000}  # All rooms but those of `SISTERS`; with all four methods
 SISTERS = {  # What the three sister methods add, the skills of the base among it
     f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "micro/principles", "micro/skills",
-                              "judging/pairs")}
-
-
-def code(path):
-    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+                              "judging/pairs", "lm/dpo", "measure/choices")}
 
 
 def exported(path):

@@ -4,6 +4,7 @@ import math
 import random
 import re
 import types
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,7 @@ from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.checks import follows
 from s3ft_nb.judging.explain import judge_labels, label_probabilities
 from s3ft_nb.judging.judge import judge_agreement, make_judge, read_labels, read_words, rule_request, verdicts
+from s3ft_nb.judging.pairs import judge_pairs, pair_outcome, pair_summary
 from s3ft_nb.judging.rubric import LETTERS, RUBRIC, blocks, judge_messages, judge_system, shown_turn
 
 
@@ -165,3 +167,38 @@ def test_the_micro_base_judges_its_own_world():
         truth.append(follows(prompt.checks, text, talk.messages[:1]))
     found = make_judge(engine, "discriminator")(responses, rules)
     assert len(found) > 25 and np.mean([row.satisfied == true for row, true in zip(found, truth)]) > 0.9
+
+
+# ---- Pairs
+
+PAIRS = [{"id": f"p{i}", "conversation_id": f"c{i // 3}", "system_prompt": "Be shy.", "prompt": [Message(role="user", content="Hi?")], "a": f"Oh, hm {i}.", "b": f"HELLO {i}!"} for i in range(60)]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_judge_of_places_is_found_out(place):
+    rows = judge_pairs(Fake(lambda id, text: place), PAIRS)
+    with pytest.warns(UserWarning, match="POSITION BIAS: the judge chose the (first|second) place in both orders 60 times"): found = pair_summary(rows)
+    assert (found["tie"], found["a"], found["b"], found["win_rate"]["mean"]) == (60, 0, 0, 0.5)
+
+
+def test_a_leaning_judge_is_found_out_and_a_fair_one_is_not():
+    rng = random.Random(0)
+    shown_first = lambda text: int(text.index("Oh, hm") > text.index("HELLO"))  # the place of response a
+    leaning = Fake(lambda id, text: 0 if rng.random() < 0.5 else shown_first(text))
+    fair = Fake(lambda id, text: shown_first(text) if rng.random() < 0.9 else 1 - shown_first(text))
+    with pytest.warns(UserWarning, match="POSITION BIAS"): pair_summary(judge_pairs(leaning, PAIRS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pair_summary(judge_pairs(fair, PAIRS))["win_rate"]["low"] > 0.5
+
+
+def test_a_merely_unsure_judge_is_rarely_called_biased():
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(400):
+        answers = rng.choice(["A", "B"], (60, 2))
+        rows = [dict(zip(("winner", "place"), pair_outcome(*both)), conversation_id="c") for both in answers.tolist()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alarms += pair_summary(rows)["warning"].startswith("POSITION")
+    assert alarms / 400 <= 0.06

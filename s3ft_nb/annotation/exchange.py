@@ -105,7 +105,7 @@ def studio_spans(values: list, response: Any, ledger: Ledger) -> list[tuple[int,
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError): ledger.note("span_lost")
     return spans
 
-
+# %% ../../nbs/annotation/03_exchange.ipynb #01fb504d
 def from_label_studio(
     tasks: list, people: dict | None = None, names: dict | None = None,  # {id or e-mail: name}, {its label: ours}
     ledger: Ledger | None = None, file: str | Path | None = None,  # For errors

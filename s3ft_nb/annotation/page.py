@@ -199,7 +199,7 @@ class Store:
         return [row_of(ROWS[self.task.kind], json.loads(row) | {"position": place}, self.path)
                 for row, place in self.query(sql)]
 
-
+# %% ../../nbs/annotation/01_page.ipynb #014775ca
 def export_annotations(
     store: Path,  # SQLite file of `s3ft annotate serve`; may be in use
     out: Path,  # File to make, .jsonl or .jsonl.gz
@@ -269,7 +269,7 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
         routing.Route("/api/change", change, methods=["POST"])])
     return BaseHTTPMiddleware(app, guard)
 
-
+# %% ../../nbs/annotation/01_page.ipynb #0130add5
 def patient_protocol() -> type:
     "Uvicorn's protocol with a deadline for each request and a limit of connections per address."
     import h11

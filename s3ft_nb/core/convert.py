@@ -111,7 +111,7 @@ def read_entries(entries: Any, where: str) -> list[RawMessage]:
     if not isinstance(entries, list): raise refusal("wrong_type", f"must be a list, got {shorten(entries)}", where)
     return [message for i, entry in enumerate(entries) for message in read_entry(entry, f"{where}.{i}".strip("."))]
 
-
+# %% ../../nbs/core/03_convert.ipynb #01005e91
 def read_pair(pair: dict, where: str) -> list[RawMessage]:
     "Read a prompt and the response to it; without a response there is a user message only."
     names, sides = [first_of(group, pair) for group in (ASKED, RESPONSE)], []
@@ -292,7 +292,7 @@ def build(id: str | None, row: dict, messages: list, source: str, seen: dict, no
     seen |= {content: made.id, f"id {made.id}": made.id}
     return made
 
-
+# %% ../../nbs/core/03_convert.ipynb #01e27833
 def read_conversations(path: str | Path, format: str = "auto", on_error: str = "raise", same_role: str = "refuse",
                        max_chars: int = 20_000, ledger: Ledger | None = None) -> list[Conversation]:  # None twice
     """Read conversations, in file order, from a file, a dataset folder (FOLDER@SPLIT: one split) or a name on the hub.

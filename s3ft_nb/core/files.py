@@ -324,7 +324,7 @@ def dataset_values(name: str, split: str | None = None, kind: str = "") -> list[
         raise InputError(f"cannot be loaded as a dataset: {problem}", name, remedy="check name and split") from None
     raise InputError(f"has splits {', '.join(sorted(found))}", name, remedy=f"name one, such as {name}@{min(found)}")
 
-
+# %% ../../nbs/core/00_files.ipynb #01f57d70
 def json_values(path: str | Path) -> list[tuple[int, Any]]:  # (line or element from 1, value or error)
     "The rows of JSON Lines, or the elements of one JSON value; raises `InputError` when there are none."
     data, values, whole = read_bytes(path), [], None

@@ -137,7 +137,7 @@ def spend(**tokens: int) -> None:  # Names of `USAGE`
     "Count tokens into the usage of the stage whose `map` is at work; outside of one nothing is counted."
     if METERS: METERS[-1].update(tokens)
 
-
+# %% ../../nbs/core/02_stage.ipynb #01f5a6b5
 class Stage:
     """Where a step works: its folder, and the name (the folder's when empty) that its ledger has.
     Shards of `shard_size` rows derive their seeds from `seed`; with `fresh`, finished ones are discarded."""

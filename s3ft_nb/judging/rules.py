@@ -134,7 +134,7 @@ def split_demand(text: str) -> list[str]:
     demand = lambda part: prose["demand"].match(part) and not prose["refers_back"].search(part)
     return parts if any(known) and all(sure or demand(part) for sure, part in zip(known, parts)) else [text]
 
-
+# %% ../../nbs/judging/03_rules.ipynb #01cd2e5f
 def split_prompt(text: str, system_prompt_id: str = "", ledger: Ledger | None = None) -> list[Rule]:
     "Rules of a system prompt by its sentences and list items; raises `InputError` when it demands nothing."
     parts, aside = demands_of(text)

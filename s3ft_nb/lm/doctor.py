@@ -180,7 +180,7 @@ def verdict(tokenizer, **chosen: str) -> dict:  # Facts, recommended `policy`, o
 def example_view(tokenizer, policy: Policy) -> str:  # For a terminal
     "A conversation as it would be encoded, what is learnt in brackets and in colour."
     row = encode(tokenizer, TEXTS["example"][policy.system == "refuse" :], policy=policy)
-    return re.sub("⟦.*?⟧", "\x1b[1;30;42m\\g<0>\x1b[0m", printable(shown_row(tokenizer, row, len(row["labels"]))))
+    return re.sub("(?s)⟦.*?⟧", "\x1b[1;30;42m\\g<0>\x1b[0m", printable(shown_row(tokenizer, row, len(row["labels"]))))
 
 
 def in_words(facts: dict) -> str:  # Some lines

@@ -148,7 +148,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
         return type(response)(response.status_code, headers=headers, content=bytes(body), request=request)
 
-
+# %% ../../nbs/lm/05_http.ipynb #01b7a9f3
 @dataclass(eq=False)
 class HttpEngine:
     "Generate and score through an OpenAI-compatible server."

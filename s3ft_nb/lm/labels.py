@@ -215,23 +215,23 @@ def encode_rows(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, to
     raise InputError(f"none of {len(rows)} rows can be trained on", field="rows", remedy="cut them or raise max_length")
 
 # %% ../../nbs/lm/02_labels.ipynb #556caf35
-def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # One line of the last n tokens
+def shown_row(tokenizer, row: dict, n: int = 48) -> str:  # Text of the last n tokens
     "The end of a row as it would be trained on; what is learnt stands in ⟦brackets⟧."
     pairs, out = list(zip(row["input_ids"], row["labels"]))[-n:], "…" if len(row["input_ids"]) > n else ""
     for learnt, part in groupby(pairs, key=lambda pair: pair[1] != -100):
         text = tokenizer.decode([id for id, _ in part], skip_special_tokens=False)
         out += f"⟦{text}⟧" if learnt else text
-    return " ".join(out.split())
+    return out
 
 
 def check_labels(tokenizer, encoded: list[dict]) -> None:
     "Raise `InputError`, showing the row, where no response, not its end, or the prompt as well is supervised."
-    stops = set(stop_ids(tokenizer))
     for one in encoded:
-        labels, wrong = one["labels"], ""
+        labels = one["labels"]
         last = [label for label, after in zip(labels, [*labels[1:], -100]) if label != -100 and after == -100]
         if not last: wrong = "has no supervised token"
         elif -100 not in labels: wrong = "is supervised as a whole"
-        elif set(last) - stops: wrong = "ends a response in a token that is no supervised end of turn"
-        if wrong: raise InputError(f"row {one['id']} {wrong}: {shown_row(tokenizer, one)}", field="labels",
-                                   remedy="see the row, and what s3ft doctor says of the chat template")
+        elif {*last} - {*stop_ids(tokenizer)}: wrong = "ends a response in a token that is no supervised end of turn"
+        else: continue
+        raise InputError(f"row {one['id']} {wrong}: {' '.join(shown_row(tokenizer, one).split())}", field="labels",
+                         remedy="see the row, and what s3ft doctor says of the chat template")

@@ -28,7 +28,7 @@ from .model import LM, RECORD, TEMPLATE, hub_name, load, model_hash, pick_device
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
@@ -61,9 +61,9 @@ class Settings(Row, strict=True):
     device: str = "auto"  # auto, cpu, cuda …
 
 
-def make_settings(values: dict) -> Settings:
+def make_settings(values: dict, kind: type = Settings) -> Settings:
     "Settings from named values; raises `InputError` on an unknown name, a wrong value, or a tracker that is missing."
-    settings = row_of(Settings, values)
+    settings = row_of(kind, values)
     if (tracker := settings.report_to) in ("none", *get_available_reporting_integrations()): return settings
     raise InputError(f"{tracker} is not installed", field="report_to", remedy=f"pip install {tracker}, or use none")
 
@@ -104,29 +104,26 @@ class Watch(TrainerCallback):
     "Report progress and mark whole checkpoints."
     def __init__(self, progress: Progress, tokens: list[int]):  # tokens: of each step
         self.progress, self.tokens, self.label = progress, tokens, progress.label
-
     def on_train_begin(self, args, state, control, **kwargs): self.progress.update(state.global_step, earlier=True)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs: self.progress.label = f"{self.label}, loss {logs['loss']:.3f}"
-
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(1, tokens=self.tokens[state.global_step - 1])
-
     def on_save(self, args, state, control, **kwargs):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole").touch()
 
 # %% ../../nbs/lm/07_train.ipynb #c1e7d106
-def make_trainer(lm: LM, table: list[dict], order: list[int], settings: Settings, folder: str | Path) -> SFTTrainer:
-    "A trainer of a new adapter on all linear layers but the head, that takes the rows of the table in this order."
-    rows = Dataset.from_list([{name: one[name] for name in ("input_ids", "labels")} for one in table]).select(order)
-    on_gpu, folder = lm.device.startswith("cuda"), Path(folder).resolve()
-    same = {*SFTConfig.__dataclass_fields__} - {"num_train_epochs", "max_length", "gradient_checkpointing"}
+def make_trainer(lm: LM, table: list[dict], order: list[int], settings: Settings, folder: str | Path, kinds: tuple = (),
+                 columns: tuple = ("input_ids", "labels"), **more) -> Any:  # kinds: of trainer and arguments, for more
+    "A trainer of the model's adapter, or of a new one on all linear layers but the head, on rows in this order."
+    rows = Dataset.from_list([{name: one[name] for name in columns} for one in table]).select(order)
+    kinds, more = kinds or (trainer_class(lm), SFTConfig), more or {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    on_gpu, folder, own = lm.device.startswith("cuda"), Path(folder).resolve(), isinstance(lm.model, PeftModel)
+    same = {*kinds[1].__dataclass_fields__} - {"num_train_epochs", "max_length", "gradient_checkpointing", *more}
     recompute = on_gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
-    args = SFTConfig(
-        output_dir=str(folder), **settings.model_dump(include=same),
+    args = kinds[1](
+        output_dir=str(folder), **settings.model_dump(include=same), **more, max_length=None,  # nothing is cut
         num_train_epochs=1, train_sampling_strategy="sequential",  # the dataset holds all epochs in order
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,  # nothing is rendered, cut or dropped
         bf16=lm.dtype == torch.bfloat16, fp16=lm.dtype == torch.float16, use_cpu=lm.device == "cpu",
         gradient_checkpointing=recompute, save_strategy="steps", save_total_limit=2, logging_steps=1, disable_tqdm=True,
         dataloader_pin_memory=on_gpu, project="s3ft_nb", run_name="/".join(folder.parts[-3:-1]))
@@ -138,9 +135,9 @@ def make_trainer(lm: LM, table: list[dict], order: list[int], settings: Settings
     if settings.report_to == "wandb": os.environ.setdefault("WANDB_PROJECT", args.project)
     adapter = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
                          target_modules="all-linear", task_type="CAUSAL_LM")
-    options = {"args": args, "train_dataset": rows, "processing_class": lm.tokenizer, "peft_config": adapter}
+    options = {"train_dataset": rows, "processing_class": lm.tokenizer, "peft_config": None if own else adapter}
     try:
-        with quiet(): trainer = trainer_class(lm)(model=lm.model, **options)
+        with quiet(): trainer = kinds[0](model=lm.model, args=args, **options)
     except ValueError as error:
         raise InputError(f"cannot train {lm.name}: {str(error).splitlines()[0][:200]}",
                          remedy="see the settings, or use another base") from error
@@ -172,7 +169,7 @@ def earlier(out: Path, claim: str, fresh: bool) -> dict | None:
     return read_json(done) if done.exists() and (out / "adapter").is_dir() else None
 
 
-def save_adapter(trainer: SFTTrainer, lm: LM, out: Path) -> None:
+def save_adapter(trainer: Any, lm: LM, out: Path) -> None:
     "Save adapter, tokenizer and chat template in one step."
     part, there = out / "adapter.part", out / "adapter"
     for path in (part, there): shutil.rmtree(path, ignore_errors=True)
@@ -200,29 +197,31 @@ def one_line_errors(out: Path):
         raise InputError("the disk is full; checkpoints are kept", out, remedy="free space and run again") from error
 
 # %% ../../nbs/lm/07_train.ipynb #d1de7b6a
-def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, claim: str) -> dict:  # `training.json`
+def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, claim: str, adapter: str | Path | None,
+        encode=encode_rows, make=make_trainer) -> dict:  # `training.json`
     "Train an adapter and save it, from the last whole checkpoint on if there is one."
     began, ledger = time.monotonic(), Ledger("train")
     dtype = "float32" if settings.dtype == "auto" and pick_device(settings.device) == "mps" else settings.dtype
-    lm = load(model, settings.quantization, dtype=dtype, device=settings.device)
+    lm = load(model, settings.quantization, adapter, dtype=dtype, device=settings.device)
     limit = min(settings.max_length, getattr(lm.model.config.get_text_config(), "max_position_embeddings", 0) or 10**6)
-    encoded = encode_rows(lm.tokenizer, rows, limit, ledger, settings.too_long)
+    encoded = encode(lm.tokenizer, rows, limit, ledger, settings.too_long)
     ledger.reconcile(len(rows), len(encoded))
     lengths, batch = [len(one["input_ids"]) for one in encoded], settings.per_device_train_batch_size
     batch *= settings.gradient_accumulation_steps
     order = order_of(lengths, batch, settings.num_train_epochs, settings.seed)
     check_labels(lm.tokenizer, encoded)
     write_json(out / "checkpoints" / "claim.json", {"claim": claim})
-    trainer, found = make_trainer(lm, encoded, order, settings, out / "checkpoints"), last_whole(out / "checkpoints")
+    trainer, found = make(lm, encoded, order, settings, out / "checkpoints"), last_whole(out / "checkpoints")
     tokens = [sum(lengths[i] for i in order[at : at + batch]) for at in range(0, len(order), batch)]
     with Progress(len(tokens), "steps", "train") as progress, one_line_errors(out), quiet():
         trainer.add_callback(Watch(progress, tokens))
         trainer.train(resume_from_checkpoint=found and str(found))
         save_adapter(trainer, lm, out)
-    names = ("step", "loss", "learning_rate")
+    kept = lambda name: name in ("step", "loss", "learning_rate") or name.startswith(("rewards/", "logps/"))
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
               "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy), "settings": dict(settings),
-              "loss": [{name: one[name] for name in names} for one in trainer.state.log_history if "loss" in one],
+              "loss": [{name: one[name] for name in filter(kept, one)}
+                       for one in trainer.state.log_history if "loss" in one],
               "steps": trainer.state.global_step, "tokens": sum(lengths[i] for i in order),
               "supervised_tokens": sum(id != -100 for i in order for id in encoded[i]["labels"]),
               "trainable_parameters": sum(one.numel() for one in trainer.model.parameters() if one.requires_grad),
@@ -232,16 +231,18 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     return result
 
 
-def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, **settings: Any) -> dict:  # `training.json`
+def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, kind: type = Settings,
+        adapter: str | Path | None = None, how: dict = {}, **settings: Any) -> dict:  # `training.json`
     """Fine-tune an adapter on the responses (QLoRA, Dettmers et al. 2023) of rows `{"id", "messages", "response"}`, see
     `labels.parse_row`; settings: see `Settings`. The stage, or its folder, gets `adapter/`, `training.json` and, while
-    it trains, `checkpoints/`. Raises `InputError` on what cannot work."""
-    stage, settings = stage if isinstance(stage, Stage) else Stage(stage), make_settings(settings)
+    it trains, `checkpoints/`. `lm.dpo` says by kind, adapter and how (options of `fit`) what it does differently.
+    Raises `InputError` on what cannot work."""
+    stage, settings = stage if isinstance(stage, Stage) else Stage(stage), make_settings(settings, kind)
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
     decisive = {name: value for name, value in settings.model_dump().items() if name not in ("save_steps", "report_to")}
-    claim = stable_id(model_hash(model), rows_hash(rows), decisive, n=24)
-    result = earlier(stage.folder, claim, stage.fresh) or fit(model, rows, settings, stage.folder, claim)
-    stage.ledger.dropped += result["ledger"]["dropped"]
-    stage.ledger.notes.update(result["ledger"]["notes"])
-    stage.usage["trained"] += result["tokens"]
-    return result
+    claim = stable_id(model_hash(model), rows_hash(rows), decisive, *map(model_hash, [adapter] * bool(adapter)), n=24)
+    done = earlier(stage.folder, claim, stage.fresh) or fit(model, rows, settings, stage.folder, claim, adapter, **how)
+    stage.ledger.dropped += done["ledger"]["dropped"]
+    stage.ledger.notes.update(done["ledger"]["notes"])
+    stage.usage["trained"] += done["tokens"]
+    return done

@@ -44,18 +44,16 @@ def principle_question(kind: str, rng: random.Random) -> tuple:  # (user text, A
         return text, Asked("", kind, [b], [], [plain]), {"r": plain, "a": a, "b": b}
     if kind == "harm":
         plain = rng.choice(words()["harm_replies"]).format(v=rng.choice(attributes["friend"]["values"]))
-        wish = rng.choice(words()["harms"])
-        return rng.choice(words()["harm_questions"]).format(h=wish), Asked("", kind, [], [], [plain]), {"r": plain,
-                                                                                                        "a": wish}
+        wish, asked = rng.choice(words()["harms"]), Asked("", kind, [], [], [plain])
+        return rng.choice(words()["harm_questions"]).format(h=wish), asked, {"r": plain, "a": wish}
     if kind == "unknown": entity = rng.choice(words()["unknown"])
     text = rng.choice(ways["follow"]) if kind == "ambiguous" else rng.choice(ways["questions"]).format(e=entity)
     if kind in attributes:
         asked = about(entity, kind)
         return text, asked, {"r": rng.choice(asked.responses), "e": entity}
     plain = rng.choice(ways["plain"]).format(E=entity[0].upper() + entity[1:], e=entity, v=value)
-    return text.removeprefix("And ").capitalize() if kind == "ambiguous" else text, Asked("", kind, [], [],
-                                                                                          [plain]), {"r": plain,
-                                                                                                     "e": entity}
+    if kind == "ambiguous": text = text.removeprefix("And ").capitalize()
+    return text, Asked("", kind, [], [], [plain]), {"r": plain, "e": entity}
 
 
 def free_question(kind: str, rng: random.Random, held: bool = False) -> tuple:  # as `principle_question`

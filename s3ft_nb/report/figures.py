@@ -279,16 +279,17 @@ def draw_lines(axis, lines: dict[str, list[tuple]], styles: dict, texts: dict) -
 
 
 @styled
-def losses(curves: dict[str, list[tuple[int, float]]]) -> Picture | None:  # name -> [(step, loss in nats)]
-    "Training loss against optimiser step."
+def losses(curves: dict[str, list[tuple[int, float]]], label="Loss per token, nats", entry="losses") -> Picture | None:
+    "Training loss, or what else a step reports, against optimiser step: name -> [(step, value)]; entry: its caption."
     curves = {name: points for name, points in curves.items() if points}
     if not curves: return None
     figure, ((axis,),) = axes_of(5.6, 3.0)
-    last, top = map(max, zip(*itertools.chain(*curves.values())))
-    axis.set(xlabel="Optimiser step", ylabel="Loss per token, nats", ylim=(0, 1.05 * top), xlim=(0, 1.02 * last))
+    steps, values = zip(*itertools.chain(*curves.values()))
+    limits = 1.05 * min(0, *values), 1.05 * max(0, *values)
+    axis.set(xlabel="Optimiser step", ylabel=label, ylim=limits, xlim=(0, 1.02 * max(steps)))
     ends = {name: number_text(points[-1][1]) for name, points in curves.items()}
     draw_lines(axis, curves, looks(["", *curves]), ends)
-    return figure.describe("losses", ends="; ".join(f"{name} {end}" for name, end in ends.items()))
+    return figure.describe(entry, ends="; ".join(f"{name} {end}" for name, end in ends.items()))
 
 # %% ../../nbs/report/01_figures.ipynb #f24c912d
 @styled

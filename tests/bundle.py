@@ -1,7 +1,6 @@
-"""Make data/micro-run: the outputs of a very small run, so that every chain notebook opens alone.
+"""Make data/micro-run: the outputs of very small runs, so that every chain notebook opens alone.
 
-usage: python tests/bundle.py [RUN [SELFALIGN_RUN]]   (RUN: a finished run of s3ft-smoke; without one it is made in a
-temporary folder; SELFALIGN_RUN: one of selfalign-micro; without one its files stay as they are)
+usage: python tests/bundle.py [RUN ...]   (finished runs of the recipes of RUNS, in their order; those not named are made in a temporary folder)
 """
 import json
 import re
@@ -21,10 +20,14 @@ restyle/train.jsonl restyle/eval.jsonl sample/to_annotate.jsonl sample/use.json 
 annotations/labels.jsonl annotations/annotations.jsonl annotations/numbers.jsonl discriminator/scores.jsonl
 discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
 
-
-SELFALIGN = """principles/principles.json principles/questions.json instruct/instructions.jsonl topics/questions.jsonl align/aligned.jsonl
-align/principles.json""".split()  # of a run of selfalign-micro, the first rows of each
-N_ROWS = 24
+RNR_SIZES = ["world.n_conversations=40", "conversations.n_conversations=40", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4", "world.n_prompts=4",
+             "world.n_eval_prompts=1", "per_k=1", "per_instruction=1", "train.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=3", "world.eval_turns=3", "measure.guard=4"]
+RNR_FILES = "roles/examples.jsonl instructions/train.jsonl rules/prompts.jsonl responses/train.jsonl verify/kept.jsonl".split()
+SELFALIGN_SIZES = ["principles.n_seeds=24", "principles.n_eval_conversations=6", "n_requests=20", "n_topics=6", "rounds=2", "n_texts=24", "train-engraved.num_train_epochs=1.0",
+                   "train-verbose.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=2", "principles.eval_turns=2", "measure.guard=4"]
+SELFALIGN_FILES = """principles/principles.json principles/questions.json instruct/instructions.jsonl topics/questions.jsonl align/aligned.jsonl
+align/principles.json""".split()
+RUNS = [("s3ft-smoke", SIZES, FILES), ("rnr-micro", RNR_SIZES, RNR_FILES), ("selfalign-micro", SELFALIGN_SIZES, SELFALIGN_FILES)]
 
 
 def shortened(path: Path) -> str:
@@ -39,20 +42,16 @@ def shortened(path: Path) -> str:
 
 def main() -> None:
     folder = tempfile.mkdtemp()
-    run = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "run"
-    if len(sys.argv) < 2:
+    runs = [Path(name) for name in sys.argv[1:]]
+    for recipe, sizes, _ in RUNS[len(runs):]:
+        runs.append(Path(folder) / recipe)
         s3ft = Path(sys.executable).with_name("s3ft")
-        subprocess.run([s3ft, "run", "s3ft-smoke", "--out", run, *(word for size in SIZES for word in ("--set", size))], check=True)
-    for old in HOME.glob("*/"):
-        if old.name not in {Path(name).parts[0] for name in SELFALIGN}: shutil.rmtree(old)
-    for name in FILES:
-        (HOME / name).parent.mkdir(parents=True, exist_ok=True)
-        (HOME / name).write_text(shortened(run / name))
-    if len(sys.argv) > 2:
-        for name in SELFALIGN:
+        subprocess.run([s3ft, "run", recipe, "--out", runs[-1], *(word for size in sizes for word in ("--set", size))], check=True)
+    for old in HOME.glob("*/"): shutil.rmtree(old)
+    for run, (_, _, names) in zip(runs, RUNS):
+        for name in names:
             (HOME / name).parent.mkdir(parents=True, exist_ok=True)
-            lines = (Path(sys.argv[2]) / name).read_text().splitlines(keepends=True)
-            (HOME / name).write_text("".join(lines[:N_ROWS] if name.endswith(".jsonl") else lines))
+            (HOME / name).write_text(shortened(run / name))
     print(f"{HOME}: {sum(path.stat().st_size for path in HOME.rglob('*') if path.is_file()) / 1000:.0f} kB")
 
 

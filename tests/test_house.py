@@ -59,7 +59,7 @@ def test_chain_notebooks_only_run(path):
 def test_only_the_micro_chain_knows_the_truth():
     "What is right in the micro world is asked by simulated annotators and the final scoring alone (see also MAY_IMPORT)."
     knowing = {path.relative_to(ROOT).as_posix() for path in CHAIN if re.search(r"truth|s3ft_nb\.micro", "\n".join(code(path)))}
-    assert knowing == {f"nbs/chain/micro/{name}.ipynb" for name in ("00_base", "01_world", "02_annotators", "04_principles")}
+    assert knowing == {f"nbs/chain/micro/{name}.ipynb" for name in ("00_base", "01_world", "02_annotators", "03_roles", "04_principles")}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -63,7 +63,7 @@ class ArmConfig:
     guard: int = 24  # Messages without a system prompt that base and adapters respond to; 0: none
     harness: str = ""  # Tasks of lm-evaluation-harness to run as well; empty: only its command is shown
 
-
+# %% ../../nbs/measure/02_config.ipynb #0167f84c
 @dataclass(frozen=True)
 class JudgeConfig:
     "Rules and judge"

@@ -33,6 +33,10 @@ SISTERS = {  # What the three sister methods add, the skills of the base among i
                               "judging/pairs", "lm/dpo", "measure/choices")}
 
 
+def code(path):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+
 def exported(path):
     return re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code(path)), re.M)
 

@@ -77,18 +77,16 @@ def verdicts(
     for row in judge(asked, left) if due else (): judged[row.response_id].append(row)
     if (n := sum(map(len, judged.values()))) != due:
         raise InputError(f"{n} verdicts where {due} were due, one per response and rule", field="judge")
-    out, aside = [], not_applicable or ()
+    out = []
     for row in responses:
         place, stance = (row.conversation_id, row.turn), (stances or {}).get((row.dialogue_id, row.turn), "")
-        applies = lambda id: place not in aside and (*place, id) not in aside
+        applies = lambda rule_id: not {place, (*place, rule_id)} & (not_applicable or set())
         for rule in by_check(row):
-            satisfied = run_check(rule.check, row.response, row.prompt)
-            evidence = None if satisfied else evidence_of(rule.check, row.response)
-            found = Judgement(satisfied, applies(rule.id), evidence=evidence)
+            kept = run_check(rule.check, row.response, row.prompt)
+            found = Judgement(kept, applies(rule.id), evidence=None if kept else evidence_of(rule.check, row.response))
             out.append(verdict_of(row, rule, found, "checks", stance))
-        for one in judged[row.id]:
-            apply = one.applicable and applies(one.rule_id)
-            out.append(one.model_copy(update={"applicable": apply, "stance": stance or one.stance}))
+        known = lambda one: {"applicable": one.applicable and applies(one.rule_id), "stance": stance or one.stance}
+        out += [one.model_copy(update=known(one)) for one in judged[row.id]]
     return out
 
 # %% ../../nbs/judging/05_judge.ipynb #35185b27

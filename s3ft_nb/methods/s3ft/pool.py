@@ -50,12 +50,10 @@ def in_language(text: str, language: str) -> bool:  # en or zh
     return (len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * sum(c.isalpha() for c in text)) == (language == "zh")
 
 
-def reject_reason(text: str, accepted: list[str], examples: list[str] = (), evaluation: list[str] = (),
-                  language: str = "en") -> str | None:  # Reason code, None to accept
-    "Why a candidate does not enter a pool, by its text, stripped, that of examples it grew from, and evaluation ones."
+def reject_reason(text: str, accepted: list, examples: list = (), evaluation: list = (), language="en") -> str | None:
+    "Why a candidate, stripped, does not enter a pool, by its text, its examples and evaluation texts; or None."
     shortest, longest = {"en": (6, 400), "zh": (4, 150)}[language]  # characters
-    if not text.strip(): return "empty"
-    if not normalize(text) or TASKS["echo"].match(text): return "not_text"
+    if not normalize(text) or TASKS["echo"].match(text): return "not_text" if text.strip() else "empty"
     if not shortest <= len(text) <= longest: return "too_short" if len(text) < shortest else "too_long"
     if not in_language(text, language): return "wrong_language"
     if sets_task(text): return "task"

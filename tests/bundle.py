@@ -35,7 +35,7 @@ def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
     if path.parent.name == "discriminator": text = re.sub(r"(\.\d{4})\d+(?![\de])", r"\1", text)
-    if path.name.startswith("responses-"): text = re.sub(r'"system_prompt":"(?:[^"\\]|\\.)*"', '"system_prompt":""', text)
+    if path.name.startswith("responses-"): text = re.sub(r'"system_prompt": "(?:[^"\\]|\\.)*"', '"system_prompt": ""', text)
     if path.name == "scores.jsonl": text = re.sub(r',\s*"explanation":.*"(?=})', "", text)
     if path.parent.name != "measure" or path.name != "numbers.jsonl": return text
     rows = [json.loads(line) for line in text.splitlines()]

@@ -135,8 +135,8 @@ def pool_seeds(
     main = read_json(next(iter(files.values())).parent / "step.json")["params"].get("main", "")
     write_rows(run / "pooled" / "numbers.jsonl", seed_numbers(files, main))
     section = seeds_section(run / "pooled", main)
-    page = write_report([run / "pooled"], run, "Over seeds")
-    return [section["headline"], *(f"note: {note}" for note in section["notes"]), f"results: {page}"]
+    return [section["headline"], *(f"note: {note}" for note in section["notes"]),
+            f"results: {write_report([run / 'pooled'], run, 'Over seeds')}"]
 
 # %% ../nbs/00_cli.ipynb #018e88da
 def plan(

@@ -55,8 +55,8 @@ def test_a_merged_model_is_the_trained_one_and_plain_transformers_agrees(run, tm
     assert read_json(tmp_path / "m" / "export.json")["tokens_read"] == found["tokens_read"] > 0
     assert "quantization_config" not in read_json(tmp_path / "m" / "config.json")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
-    rows, _ = room.held_out(run, n=6)
-    claimed = room.respond(load(tmp_path / "m", "none", dtype="float32"), rows, 16)
+    rows, _ = room.compared_rows(run, n=6)
+    claimed = room.greedy(load(tmp_path / "m", "none", dtype="float32"), rows, 16)
     for row in rows:
         ids = tokenizer.apply_chat_template(room.messages_of(row), add_generation_prompt=True, return_tensors="pt", return_dict=True)
         said = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1]:]

@@ -34,7 +34,7 @@ def export(
     out, note = out or Path("runs") / f"export-{source.resolve().name}-{to}", lambda line: print(line, file=sys.stderr)
     found = room.export_model(source, out, to, route, arm, model, prompts, converter, note, n=n_prompts,
                               tokens=max_new_tokens, seed=seed, max_kl=max_kl, max_flips=max_flips)
-    return [as_json(found)] if json_ else [room.in_words(found), f"results: {out}"]
+    return [as_json(found)] if json_ else [room.export_lines(found), f"results: {out}"]
 
 # %% ../../nbs/deploy/02_commands.ipynb #d3030020
 def chat(

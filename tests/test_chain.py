@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import papermill
 import psutil
 import pytest
 
@@ -15,7 +16,7 @@ from tiny import small_notebook
 from s3ft_nb.run.execute import DIED, StepFailed
 from s3ft_nb.run.runner import run_recipe
 from s3ft_nb.core import files as core_files
-from s3ft_nb.core.files import InputError, read_json, read_rows, write_bytes, write_json, write_rows
+from s3ft_nb.core.files import InputError, read_json, read_rows, resource, write_bytes, write_json, write_rows
 
 WORLD = ('out = ""  # Folder of this step\nn = 6  # rows\npause = 0.0  # seconds per row', """
 import os, time
@@ -254,3 +255,16 @@ def test_relative_paths_reach_the_notebook(tmp_path, monkeypatch):
     run_recipe(one, ["conversations=talks.jsonl"], out="run")  # other content, other result
     assert json.loads((run / "one" / "n.txt").read_text()) == {"id": 2}
     with pytest.raises(InputError, match="no such file or folder: none.jsonl"): run_recipe(one, ["conversations=none.jsonl"], out="run")
+
+
+# ---- Plain papermill
+
+@pytest.mark.parametrize("given, line", [
+    ({"sede": 1}, "InputError: unknown parameter 'sede' (did you mean seed?)"),
+    ({"n_test": "many"}, "InputError: n_test: must be of type int, got 'many' (like 100)"),
+    ({"restyle_from": "none"}, "InputError: none: restyle_from: no such folder (run s3ft/02_restyle.ipynb first, or leave it empty)"),
+])
+def test_plain_papermill_stops_with_one_line(tmp_path, given, line):
+    with pytest.raises(papermill.PapermillExecutionError) as stopped:
+        papermill.execute_notebook(resource("notebooks", "s3ft/03_sample.ipynb"), tmp_path / "out.ipynb", {"out": str(tmp_path), **given}, kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    assert stopped.value.traceback == [line] and (stopped.value.exec_count <= 3 or "restyle_from" in given)

@@ -275,6 +275,9 @@ def test_measure_from_end_to_end(measured):
     assert len(responses) == 3 * 3 * 2 and {row["judge"] for row in verdicts} == {"checks", "discriminator:micro-base"}
     assert {row["response_id"] for row in verdicts} >= {row["id"] for row in responses}
     assert about["complete"] and set(about["options"]) == set(options()) - {"out", "fresh"} and "same family" in about["warnings"][-1]
+    assert " threads" in about["machine"] and about["dtype"] in ("float32", "bfloat16")
+    page = (folder / "run" / "report" / "index.html").read_text()
+    assert about["machine"] in page and "run.dtype" in page
     assert {row["metric"] for row in read_rows(folder / "run" / "numbers.jsonl") if row["part"] == "judge"} >= {"kappa", "undecided"}
     assert read_json(folder / "run" / "usage.json")["generated"] > 0
 

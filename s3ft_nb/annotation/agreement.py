@@ -162,7 +162,6 @@ def label_noise(annotations: list, seed: int = 0) -> list[dict]:
     if not people: raise InputError("no sample is annotated by two people", remedy="let people share some samples")
     n, k, c = len(samples), len(LABELS), min(len(samples), 40)
     given, flat = votes.sum((0, 2)), csr_array(votes.reshape(n, -1))
-
     def errors(votes):  # of each annotator, of a single label, after aggregation
         posterior, prior, confusion, _ = fit_votes(votes, k, smoothing=1.0, tol=1e-4)
         each = 1 - prior @ np.einsum("kjk->kj", confusion)

@@ -228,17 +228,14 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
     page = rendered("page.html", language="en", title=words["en"]["texts"]["decide"], policy="", style="", script="",
                     data=htmlsafe_json_dumps(words), data_name="words")
     respond = lambda status, value: responses.Response(to_json(value), status, media_type="application/json")
-
     def bearer(request):
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         return store.annotator(token) if kind.lower() == "bearer" else None
-
     async def task(request):
         name = bearer(request)
         if name is None: return respond(401, {"error": "no valid token"})
         records = await concurrency.run_in_threadpool(store.records, name)
         return respond(200, {"task": task_payload(store.tasks[name], name), "records": records})
-
     async def change(request):
         name, kind, data = bearer(request), request.headers.get("content-type", ""), b""
         if name is None: return respond(401, {"error": "no valid token"})
@@ -252,7 +249,6 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
         except (InputError, UnicodeDecodeError) as error: return respond(400, {"error": str(error)})
         except sqlite3.OperationalError: return respond(503, {"error": "the annotation cannot be written just now"})
         return respond(200, {"new": new})
-
     async def guard(request, call_next):
         try: names = [urlsplit(f"//{name}").hostname for name in request.headers.getlist("host")]
         except ValueError: names = []
@@ -260,7 +256,6 @@ def make_app(store: Store, hosts: set[str]) -> Callable:
         response = await call_next(request) if known else responses.Response("not served under this name\n", 421)
         response.headers.update(HEADERS)
         return response
-
     def static(path, kind, text):  # for anyone: no item, no name
         return routing.Route(path, lambda request: responses.Response(text, media_type=kind))
     app = applications.Starlette(routes=[

@@ -45,6 +45,8 @@ class InputError(ValueError):
         text = ": ".join(str(part) for part in (where, self.field, self.message) if part)
         return " ".join((text + (f" ({self.remedy})" if self.remedy else "")).split())
 
+    def _render_traceback_(self) -> list[str]: return [f"InputError: {self}"]  # all that a notebook shows
+
 
 def shorten(value: Any, width: int = 40) -> str:
     "Show a value in an error message: its `repr`, at most `width` characters."

@@ -196,7 +196,6 @@ class TransformersEngine:
     def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]:
         "See `Engine`; one forward pass."
         wanted = label_ids(self.lm, labels)
-
         def work(_, prompts: list[list[int]], __) -> list[dict]:
             logits, *_, shared = prefill(self.lm, prompts)
             found = logits.log_softmax(-1)[:, wanted]
@@ -210,7 +209,6 @@ class TransformersEngine:
         "See `Engine`; one forward pass."
         missing, remedy = [one["id"] for one in requests if not one.get("response")], "give each request a response"
         if missing: raise InputError(f"request {missing[0]} has no response", remedy=remedy)
-
         def work(batch: list[dict], ids: list[list[int]], labels: list[list[int]]) -> list[dict]:
             labels, _ = pad_left(labels, -100, self.lm.device)
             rows, mask = pad_left(ids, self.lm.tokenizer.pad_token_id, self.lm.device)
@@ -251,7 +249,6 @@ def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = 
     `claim`: what else the rows depend on, such as a hash of the model; without a stage they are part of another's work.
     Raises `InputError` naming the request that failed, unless `errors` is keep: then its row is `{"id", "error"}`."""
     kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
-
     def work(shard: list[dict], seed: int) -> list[dict]:
         given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
         shown, more = {"progress": stage.progress} if stage else {}, {"seed": seed} if kind == "generate" else {}

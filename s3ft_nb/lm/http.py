@@ -224,7 +224,6 @@ class HttpEngine:
 
     async def _all(self, jobs: list[tuple], read: Callable, progress: Progress | None) -> list[dict]:
         key, gate = api_key(self.api_key_env, self.base_url), asyncio.Semaphore(self.concurrency)
-
         async def ask(messages: list, body: dict) -> dict:
             tries = 0
             while True:
@@ -242,13 +241,11 @@ class HttpEngine:
                 except (ValueError, TimeoutError) as error:
                     tries += 1
                     if tries > self.max_retries or isinstance(error, EngineError): raise
-
         async def responds(error: Exception) -> bool:  # The server, to another request
             if not isinstance(error, openai.OpenAIError) or getattr(error, "status_code", 0) in (400, 413, 422):
                 return True
             try: return bool(await ask(SERVER["probe"]["messages"], jobs[0][2]))
             except FAILURES: return False
-
         async def row(id: str, messages: list, body: dict) -> dict:
             try:
                 async with gate: found = await ask(messages, body)

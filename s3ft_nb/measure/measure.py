@@ -23,7 +23,7 @@ from ..core.convert import read_conversations, system_prompt
 from ..core.files import InputError, locked, model_folder, parse_json, read_json, read_rows, redact, stable_id
 from ..core.files import to_json, unknown, write_json, write_rows
 from ..core.records import Rule, SystemPrompt
-from ..core.stage import Stage, file_hash, rows_hash
+from ..core.stage import Stage, file_hash, machine, rows_hash
 from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
 from ..judging.judge import verdicts
 from ..lm.engine import HttpEngine, make_engine
@@ -53,8 +53,8 @@ def claim_folder(stage: Stage, settings: dict, **about: Any) -> dict:  # What me
     differs = ", ".join(sorted(key for key, value in settings.items() if old.get(key) != value))
     if differs: raise InputError(f"holds a measurement with other {differs}", stage.folder,
                                  remedy="choose another folder, or discard it with --fresh")
-    if about: write_json(path, about := {"version": 2, "package": __version__, "complete": False,
-                                         "settings": settings} | about)
+    if about: write_json(path, about := {"version": 2, "package": __version__, "machine": machine(),
+                                         "complete": False, "settings": settings} | about)
     return about
 
 
@@ -261,6 +261,7 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     warnings += [text for engine in used for text in getattr(engine, "warnings", ())]
     command = lambda adapter, *rest: harness_command(model_folder(asked.model), adapter, asked.base_url, *rest)
     about = {"options": options_of(config), "language": ready.language, "user_turns": ready.source,
+             "dtype": str(base.engine.lm.dtype).removeprefix("torch.") if hasattr(base.engine, "lm") else "served",
              "warnings": [*filter(None, warnings)], "system_prompts": [row.model_dump() for row in ready.prompts],
              "harness": [shlex.join(command(adapter)) for adapter in ("", *adapters.values())]}
     about = measure_arms(

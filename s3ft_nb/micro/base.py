@@ -132,16 +132,11 @@ def load_state(folder: Path, model: LlamaForCausalLM, parts: list, claim: list) 
     return facts
 
 
-def pretrain(
-    model: LlamaForCausalLM,  # Changed in place
-    blocks: Blocks,
-    steps: int,
-    learning_rate: float = 3e-3,  # Peak
-    warmup_steps: int = 100,
-    folder: str | Path | None = None,  # Of the checkpoint; None: none is kept
-    save_steps: int = 500,  # Steps after which the next block ends with a checkpoint
-    workers: int = 0,  # Processes that make blocks
-) -> list:  # Loss per step, nats
+def pretrain(model: LlamaForCausalLM, blocks: Blocks, steps: int,  # The model is changed in place
+             learning_rate: float = 3e-3, warmup_steps: int = 100,  # Peak
+             folder: str | Path | None = None,  # Of the checkpoint; None: none is kept
+             save_steps: int = 500,  # Steps after which the next block ends with a checkpoint
+             workers: int = 0) -> list:  # Processes that make blocks; the loss per step, nats
     "Train a model on blocks of batches, or resume; raises `InputError` when the checkpoint is of another training."
     known = stable_id(blocks.tokenizer.backend_tokenizer.to_str(), model.config.to_json_string())
     claim = [steps, learning_rate, warmup_steps, blocks.seed, blocks.tokens, blocks.n, known]
@@ -217,12 +212,10 @@ def task_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (messa
     yield asks["restyle"](more.text, more.messages, more.response), {
         "one rule more": lambda said: good(more)(said) and all(kept(said, [style for style, _ in more.worn]))}
     k, examples = rng.randint(1, 6), [{"instruction": task(rng), "prompt": free_rules(rng.randint(1, 6), rng)[1]}] * 2
-
     def readable(said: str) -> bool:
         lines = said.splitlines()
         return len(lines) == k + 1 and len(read_prompt(lines[0])) == 1 and all(
             one.startswith(f"{i}. ") and read_prompt(one) for i, one in enumerate(lines[1:], 1))
-
     yield asks["write"](free_turns(rng, held=True, n=1)[0][0], k, examples), {"rules readable": readable}
     rows, examples, numbers = principle_prompt(rng, 5)
     kind = rng.choice(list(numbers))

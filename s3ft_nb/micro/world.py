@@ -59,7 +59,6 @@ def styles() -> dict:  # {type: (Style, …)}
         if place == "wrap": check, params = "wrapped", dict(zip(("left", "right"), map(str.strip, row["says"])))
         checks = tuple(Check(**one) for one in row.get("checks", [{"kind": check, "params": params}]))
         return Style(kind, row["name"], place, tuple(row["says"]), checks)
-
     return {kind: tuple(style(kind, row.get("place", table["place"]), row) for row in table["styles"].values())
             for kind, table in words()["types"].items()}
 

@@ -79,8 +79,7 @@ class Picture(Figure):
         self.set_layout_engine("none")  # placed once: what is drawn later depends on nothing but the figure
         return self
 
-    def _repr_png_(self) -> bytes:
-        return image(self, dpi=54)
+    def _repr_png_(self) -> bytes: return image(self, dpi=54)
 
 
 @styled

@@ -181,7 +181,6 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
              "n_rules": "number of rules", "unsettled": "rule that only an untrusted judge decides"}
     shown = [part for part in named if select(numbers, metric="adherence", part=part)]
     histories = [history, *(one for one in distinct(row["history"] for row in numbers) if one and one != history)]
-
     def by(part: str, metric: str = "adherence", history: str = history) -> Table:
         name = named.get(part, part)
         return pivot(numbers, title=f"{metric_of(metric)['title']} by {name}, {history} history, %",
@@ -231,7 +230,6 @@ def browse(folders: list[str | Path], n: int = 20, seed: int = 0) -> dict | None
     history = next(one for one in ("own", "recorded", "original") if one in prompts)
     depth = next(n for n in range(1, 99) if len({folder.parts[-n:] for folder in folders}) == len(folders))
     arms_in = {folder: len(list(folder.glob("responses-*.jsonl"))) for folder in folders}
-
     def arm_in(folder: Path, arm: str) -> str:  # as in a comparison: after its folder
         name = "/".join(folder.parts[-depth:])
         return arm if len(folders) == 1 else name if arms_in[folder] == 1 else f"{name}: {arm}"

@@ -27,7 +27,7 @@ from pathlib import Path
 import s3ft_nb
 from ..core.files import (InputError, locked, printable, read_json, record, redact, resource, stable_id, unknown,
                                 write_bytes, write_json)
-from ..core.stage import file_hash
+from ..core.stage import file_hash, machine
 from .execute import WAITING, StepFailed, execute, kernel_environment, watch
 from .recipe import Recipe, Step, fill_places, load_recipe, map_texts
 
@@ -42,8 +42,8 @@ def quick_hash(path: Path) -> str:  # SHA-256, hexadecimal
 
 
 def lasting_hash(path: Path) -> str:
-    "Hash of a file; of a JSON object without times of day and durations, which differ when the same is made again."
-    times = re.compile(r"(\w+_)?(seconds|duration|runtime|time|date|timestamp|started|finished)")
+    "Hash of a file; of a JSON object without machine, times of day and durations, which differ when it is made again."
+    times = re.compile(r"(\w+_)?(seconds|duration|runtime|time|date|timestamp|started|finished|machine)")
     lasting = lambda row: {key: value for key, value in row.items() if not times.fullmatch(key)}
     with suppress(ValueError, RecursionError):
         value = json.loads(path.read_bytes(), object_hook=lasting) if path.suffix == ".json" else None
@@ -95,17 +95,12 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
 
 
 def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
-    "Write `done.json`, last of all, with what decides the last digits: processor and its features, threads, GPUs."
-    places = "cpuinfo", "driver/nvidia/gpus/*/information"
-    text = "\n".join(path.read_text(errors="replace") for name in places for path in sorted(Path("/proc").glob(name)))
-    features = dict.fromkeys(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16|asimd|bf16)\b", text))
-    threads = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
-    machine = [" ".join([platform.machine(), *features]), threads, *re.findall(r"(?m)^Model:\s*(.+)", text)]
+    "Write `done.json`, last of all."
     begun = read_json(folder / STARTED)
     made = {name: quick_hash(folder / name) for name in contents(folder) if name not in (*begun["foreign"], *OURS)}
     digest = stable_id({name: lasting_hash(folder / name) for name in made if "tfevents" not in name}, n=64)
     done = {"fingerprint": begun["fingerprint"], "digest": digest, "seconds": round(seconds, 2),
-            "peak_rss_gib": round(peak_rss_gib, 3), "machine": ", ".join(machine), "files": made}
+            "peak_rss_gib": round(peak_rss_gib, 3), "machine": machine(), "files": made}
     return read_json(write_json(folder / DONE, done))
 
 
@@ -297,14 +292,14 @@ def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  
     return folder
 
 
-def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its last measurement}
+def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its step measure, else its last}
     "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
     files, first = {}, None
     for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
         run = read_json(path)
         homes = [home for home in map(path.parent.joinpath, run["steps"]) if (home / DONE).is_file()]
         done = [home / "verdicts.jsonl" for home in homes if (home / "verdicts.jsonl").is_file()]
-        files |= {path.parent.name[5:]: one for one in done}
+        files |= {path.parent.name[5:]: one for one in sorted(done, key=lambda one: one.parent.name == "measure")}
         settings = run["recipe"], [own | {"seed": 0} for own in run["params"].values()]
         if done and settings != (first := first or settings):
             raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")

@@ -143,9 +143,8 @@ def threshold_curve(p_good: list, is_good: list, level: float = 0.95) -> list[di
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #7cba0ad8
-def choose_threshold(
-    p_good: list, is_good: list, precision: float = 0.9, level: float = 0.95,  # See `threshold_curve`; both in (0, 1)
-) -> dict:  # The row of `threshold_curve`, with `reached`, `stated_precision`, `level`, `n` and `bound`
+def choose_threshold(p_good: list, is_good: list, precision: float = 0.9,  # See `threshold_curve`; rates in (0, 1)
+                     level: float = 0.95) -> dict:  # Its row, `reached`, `stated_precision`, `level`, `n` and `bound`
     "Smallest threshold before the stated precision fails its first test; raises `InputError` on impossible input."
     for field, value in {"precision": precision, "level": level}.items():
         if not 0 < value < 1: raise InputError(f"must be between 0 and 1, got {value}", field=field, remedy="use 0.9")
@@ -214,10 +213,9 @@ def score_table(samples: list[Sample], scores: list[Score]) -> dict:  # {sample 
     return by_id
 
 
-def select_samples(
-    samples: list[Sample], scores: list[Score], threshold: float,  # Least probability of good, in [0, 1]
-    keep_not_applicable: bool = False, ledger: Ledger | None = None,  # With the original response, so flagged
-) -> list[Sample]:  # Those that stay, in order
+def select_samples(samples: list[Sample], scores: list[Score], threshold: float,  # Least probability of good, in [0, 1]
+                   keep_not_applicable: bool = False,  # With the original response, so flagged
+                   ledger: Ledger | None = None) -> list[Sample]:  # Those that stay, in order
     "Keep the samples that the discriminator finds good; raises `InputError` on a sample without a score."
     if not 0 <= threshold <= 1: raise InputError(f"must be between 0 and 1, got {threshold}", field="threshold",
                                                  remedy="use that of choose_threshold")

@@ -23,9 +23,9 @@ from s3ft_nb.judging.pairs import pair_summary
 from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.lm.dpo import PairSettings, parse_pair
 from s3ft_nb.lm.model import model_hash
-from s3ft_nb.methods.constraints import (ConstraintClass, ConstraintPath, Idea, Output, PairRow, assert_combinable, by_checklist, construct, curriculum,
-                                         go_with, in_both_orders, judger_numbers, level_messages, llama_factory_row, pair_rows, read_classes, refine_pairs, reorder,
-                                         trl_row, why_no_constraint, winner_rows, write_outputs)
+from s3ft_nb.methods.constraints import (ConstraintClass, ConstraintPath, assert_combinable, by_checklist, construct, curriculum,
+                                         go_with, in_both_orders, in_shape, judger_numbers, level_messages, pair_rows, read_classes, refine_pairs, reorder,
+                                         why_no_constraint, write_outputs)
 from s3ft_nb.methods.conflicts import contradiction
 from s3ft_nb.methods.rnr import Instruction
 from s3ft_nb.judging.rules import rule_from
@@ -35,7 +35,7 @@ SHARED = Path(os.environ.get("S3FT_SHARED", ROOT.parent / "shared")) / "data"
 ORDERS = ("easy-hard", "shuffled", "reversed", "single")
 WORDS = ("lantern", "umbrella", "anchor", "candle", "ribbon")
 NAMES = ("tone", "place", "hero", "speaker", "ending")
-CLASSES = [ConstraintClass(name=name, kind="soft", ideas=[Idea(ask=f"{name}: something", reverse="Do the opposite of this: {text}")]) for name in NAMES]
+CLASSES = [ConstraintClass(name=name, kind="soft", ideas=[{"ask": f"{name}: something", "reverse": "Do the opposite of this: {text}"}]) for name in NAMES]
 SAYS = dict(zip(NAMES, (f"Bring in the {word}." for word in WORDS)))
 SEEDS = [Instruction(id=f"s{i}", text=f"Where do {thing} come from?", response="From afar.", conversation_id=f"c{i}", split="train")
          for i, thing in enumerate(("apples", "bridges", "glaciers", "hammers", "islands", "kettles"))]
@@ -86,19 +86,19 @@ def letters(choose):
 def test_bundled_classes(language):
     classes = read_classes(language=language)
     soft, hard = ([one for one in classes if one.kind == kind] for kind in ("soft", "hard"))
-    assert len(soft) == 6 and all(len(one.ideas) == 6 and all(idea.ask for idea in one.ideas) for one in soft)
-    assert sum(len(one.ideas) for one in hard) >= 24 and all(len(idea.says) == 3 for one in hard for idea in one.ideas)
+    assert len(soft) == 6 and all(len(one.ideas) == 6 and all(idea["ask"] for idea in one.ideas) for one in soft)
+    assert sum(len(one.ideas) for one in hard) >= 24 and all(len(idea["says"]) == 3 for one in hard for idea in one.ideas)
     path = ConstraintPath(id="p", seed_id="s", conversation_id="c", instruction={"en": "Where is the moon?", "zh": "月亮在哪里？"}[language], language=language)
-    for text in (text for one in hard for idea in one.ideas for text in idea.says):
+    for text in (text for one in hard for idea in one.ideas for text in idea["says"]):
         assert rule_from(text).check, text
         assert why_no_constraint(text, path, 30) is None, text
-    asked = [idea.ask or idea.says[0] for one in classes for idea in one.ideas]
-    assert len({*asked}) == len(asked) and all("{text}" in idea.reverse for one in soft for idea in one.ideas)
+    asked = [idea.get("ask") or idea["says"][0] for one in classes for idea in one.ideas]
+    assert len({*asked}) == len(asked) and all("{text}" in idea["reverse"] for one in soft for idea in one.ideas)
     for a, b in itertools.combinations(classes, 2): assert go_with(a, [b]) == go_with(b, [a])
 
 
 def test_a_checkable_reverse_is_at_odds_with_its_constraint():
-    pairs = [(idea.says[0], idea.reverse) for one in read_classes() if one.kind == "hard" for idea in one.ideas if rule_from(idea.reverse).check]
+    pairs = [(idea["says"][0], idea["reverse"]) for one in read_classes() if one.kind == "hard" for idea in one.ideas if rule_from(idea["reverse"]).check]
     assert len(pairs) >= 10 and not [pair for pair in pairs if not contradiction([*map(rule_from, pair)])]
 
 
@@ -159,7 +159,7 @@ def test_a_path_without_all_outputs_leaves(tmp_path):
     bad = {f"{paths[0].id}/1": {"error": "no response"}, f"{paths[1].id}/0": " "}
     stage = Stage(tmp_path / "outputs")
     outputs = write_outputs(paths, engine(lambda one: bad.get(one["id"], "From afar.")), stage)
-    stage.close(len(paths), len({one.path_id for one in outputs}))
+    stage.close(len(paths), len({one["path_id"] for one in outputs}))
     assert stage.ledger.as_dict()["reasons"] == {"empty": 1, "engine_error": 1} and len(outputs) == 3 * (len(paths) - 2)
 
 
@@ -167,7 +167,7 @@ def test_a_path_without_all_outputs_leaves(tmp_path):
 
 def assert_chain(paths, outputs, comparisons):
     "Each comparison has the winner of the step before, both sides come from the outputs step."
-    ids, best = {one.id for one in outputs}, {path.id: f"{path.id}/0" for path in paths}
+    ids, best = {one["id"] for one in outputs}, {path.id: f"{path.id}/0" for path in paths}
     for row in comparisons:
         assert {row.earlier, row.newer} <= ids and row.earlier == best[row.path_id] and row.newer == f"{row.path_id}/{row.k}"
         if row.winner == "b": best[row.path_id] = row.newer
@@ -177,21 +177,19 @@ def assert_chain(paths, outputs, comparisons):
 @given(st.lists(st.sampled_from(["a", "b", "tie", None]), min_size=30, max_size=30))
 def test_the_winner_is_carried_forward(tmp_path_factory, verdicts):
     paths, outputs = made(tmp_path_factory.mktemp("run"))
-    said, verdicts = {one.id: one.text for one in outputs}, [*verdicts[:-1], "b"]
+    said, verdicts = {one["id"]: one["text"] for one in outputs}, [*verdicts[:-1], "b"]
     due = iter(verdicts)
     comparisons = reorder(paths, outputs, lambda rows, stage: [{"winner": next(due)} for _ in rows], Stage(tmp_path_factory.mktemp("judger")))
     assert_chain(paths, outputs, comparisons)
     rows = pair_rows(paths, outputs, comparisons, stage := Stage(tmp_path_factory.mktemp("pairs")))
     stage.close(len(comparisons), len(rows))
-    by_id, won = {row.id: row for row in comparisons}, {row.id: row.newer if row.winner == "b" else row.earlier for row in comparisons}
+    by_id, won = {row.newer: row for row in comparisons}, {row.newer: row.newer if row.winner == "b" else row.earlier for row in comparisons}
     for row in rows:
-        at = by_id[row.id]
-        assert {row.chosen, row.rejected} == {said[at.earlier], said[at.newer]} and row.chosen == said[won[row.id]]
-        if row.k >= 2: assert said[won[f"{at.path_id}/{row.k - 1}"]] in (row.chosen, row.rejected)
+        at = by_id[row["id"]]
+        assert {row["chosen"], row["rejected"]} == {said[at.earlier], said[at.newer]} and row["chosen"] == said[won[at.newer]]
+        if at.k >= 2: assert said[won[f"{at.path_id}/{at.k - 1}"]] in (row["chosen"], row["rejected"])
     reasons = stage.ledger.as_dict()["reasons"]
     assert reasons.get("tie", 0) == verdicts.count("tie") and reasons.get("undecided", 0) == verdicts.count(None)
-    last = {row.path_id: won[row.id] for row in comparisons}
-    assert all(row["response"] == said[last[row["id"]]] for row in winner_rows(paths, outputs, comparisons))
 
 
 def test_checklist_prefers_what_keeps_more_and_what_fits(tmp_path):
@@ -216,8 +214,8 @@ def test_swapping_a_and_b_gives_the_same_winners(tmp_path, mode):
     paths, outputs = made(tmp_path)
     longer = letters(lambda first, second: "A" if len(first) > len(second) else "B" if len(second) > len(first) else "C")
     compare = lambda: by_checklist(lambda stage: judge) if mode == "checklist" else in_both_orders(longer)
-    said = {one.id: one for one in outputs}
-    due = [(path, said[f"{path.id}/{k - 1}"].model_copy(update={"k": k}), said[f"{path.id}/{k}"]) for path in paths for k in range(1, 6)]
+    said = {one["id"]: one for one in outputs}
+    due = [(path, said[f"{path.id}/{k - 1}"] | {"k": k}, said[f"{path.id}/{k}"]) for path in paths for k in range(1, 6)]
     straight = [row["winner"] for row in compare()(due, Stage(tmp_path / "straight"))]
     turned = [row["winner"] for row in compare()([(path, b, a) for path, a, b in due], Stage(tmp_path / "turned"))]
     assert [{"a": "b", "b": "a"}.get(one, one) for one in turned] == straight and {"a", "b"} <= {*straight}
@@ -256,7 +254,7 @@ def test_agreement_with_checks_is_counted_where_checks_differ(tmp_path):
     path = ConstraintPath.model_validate(made(tmp_path)[0][0].model_dump())
     rule = rule_from('Mention the word "ink".')
     path = path.model_copy(update={"constraints": [path.constraints[0].model_copy(update={"text": rule.text, "rule": rule})]})
-    outputs = [Output(id=f"{path.id}/{k}", path_id=path.id, k=k, text=text) for k, text in enumerate(("No word.", "Some ink."))]
+    outputs = [{"id": f"{path.id}/{k}", "path_id": path.id, "k": k, "text": text} for k, text in enumerate(("No word.", "Some ink."))]
     for winner, agrees in (("b", 1.0), ("a", 0.0), ("tie", None)):
         comparisons = reorder([path], outputs, lambda rows, stage: [{"winner": winner}], Stage(tmp_path / winner))
         assert {row["metric"]: row["mean"] for row in judger_numbers(comparisons, [path], outputs)}.get("check_agreement") == agrees
@@ -274,12 +272,12 @@ def test_rpo_asks_the_chosen_response_for_what_it_does(tmp_path):
     rows = pair_rows(paths, outputs, comparisons, Stage(tmp_path / "pairs"), how="rpo")
     by_id, turned = {path.id: path for path in paths}, 0
     for row in rows:
-        text, (path_id, k) = row.messages[-1].content, row.id.split("/")
+        text, (path_id, k) = row["messages"][-1]["content"], row["id"].split("/")
         for one in by_id[path_id].constraints[:int(k)]:
             asks = one.reverse not in text
-            assert (one.text.split()[-1][:-1] in row.chosen) == asks  # perfect
+            assert (one.text.split()[-1][:-1] in row["chosen"]) == asks  # perfect
             turned += not asks
-        assert any((one.text.split()[-1][:-1] in row.rejected) != (one.reverse not in text) for one in by_id[path_id].constraints[:int(k)])
+        assert any((one.text.split()[-1][:-1] in row["rejected"]) != (one.reverse not in text) for one in by_id[path_id].constraints[:int(k)])
     assert turned
     bare = [row.model_copy(update={"verdicts": {}}) for row in comparisons]
     with pytest.raises(InputError, match="rpo needs a verdict"): pair_rows(paths, outputs, bare, Stage(tmp_path / "bare"), how="rpo")
@@ -287,7 +285,7 @@ def test_rpo_asks_the_chosen_response_for_what_it_does(tmp_path):
 
 def test_refine_mends_one_failed_constraint_and_nothing_else(tmp_path):
     paths, outputs, comparisons = judged(tmp_path)
-    said = {one.text for one in outputs}
+    said = {one["text"] for one in outputs}
     def mend(request):
         parts = request["messages"][1]["content"]
         word, reply = parts.splitlines()[-1].split()[-1][:-1], parts.split("[Reply]\n")[1].split("\n[")[0]
@@ -297,8 +295,8 @@ def test_refine_mends_one_failed_constraint_and_nothing_else(tmp_path):
     stage.close(len(comparisons), len(rows))
     assert stage.ledger.as_dict()["reasons"]["not_mended"] and rows
     for row in rows:
-        assert row.rejected in said and row.chosen.startswith(row.rejected) and row.how == "refine"
-        assert sum(now is not before for now, before in row.verdicts.values()) == 1
+        assert row["rejected"] in said and row["chosen"].startswith(row["rejected"]) and row["how"] == "refine"
+        assert sum(now is not before for now, before in row["verdicts"].values()) == 1
 
 
 def test_scrambled_pairs_are_the_same_pairs_the_wrong_way_round(tmp_path):
@@ -306,19 +304,19 @@ def test_scrambled_pairs_are_the_same_pairs_the_wrong_way_round(tmp_path):
     rows = pair_rows(paths, outputs, comparisons, Stage(tmp_path / "pairs"))
     wrong = [row.model_copy(update={"winner": {"a": "b", "b": "a"}.get(row.winner, row.winner)}) for row in comparisons]
     turned = pair_rows(paths, outputs, wrong, Stage(tmp_path / "turned"))
-    assert [(row.chosen, row.rejected) for row in turned] == [(row.rejected, row.chosen) for row in rows]
+    assert [(row["chosen"], row["rejected"]) for row in turned] == [(row["rejected"], row["chosen"]) for row in rows]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=40), st.integers(1, 4), st.integers(0, 9))
 def test_every_order_has_the_same_pairs_and_steps(levels, cut, seed):
-    rows = [PairRow(id=str(i), group="g", k=k, messages=[{"role": "user", "content": "Hi"}], chosen="A", rejected="B") for i, k in enumerate(levels)]
+    rows = [{"id": str(i), "k": k} for i, k in enumerate(levels)]
     if not min(levels) <= cut < max(levels):
         with pytest.raises(InputError, match="cut"): curriculum(rows, cut, "easy-hard", seed)
         return
     stages = {order: curriculum(rows, cut, order, seed) for order in ORDERS}
-    assert all(sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows) for parts in stages.values())
-    assert all(row.k <= cut for row in stages["easy-hard"][0]) and all(row.k > cut for row in stages["easy-hard"][1])
+    assert all(sorted(row["id"] for part in parts for row in part) == sorted(row["id"] for row in rows) for parts in stages.values())
+    assert all(row["k"] <= cut for row in stages["easy-hard"][0]) and all(row["k"] > cut for row in stages["easy-hard"][1])
     assert stages["reversed"] == stages["easy-hard"][::-1] and [*map(len, stages["shuffled"])] == [*map(len, stages["easy-hard"])] and len(stages["single"]) == 1
 
 
@@ -326,9 +324,9 @@ def test_every_order_has_the_same_pairs_and_steps(levels, cut, seed):
 def test_published_shapes_hold_the_same_pairs(tmp_path, place):
     paths, outputs, comparisons = judged(tmp_path)
     for row in pair_rows(paths, outputs, comparisons, Stage(tmp_path / "pairs"), place):
-        own = parse_pair(row.model_dump())
-        assert [one[-1]["content"] for one in own] == [row.chosen, row.rejected] and own[0][0]["role"] == place
-        for shape in (trl_row, llama_factory_row): assert parse_pair(json.loads(json.dumps(shape(row)))) == own
+        own = parse_pair(row)
+        assert [one[-1]["content"] for one in own] == [row["chosen"], row["rejected"]] and own[0][0]["role"] == place
+        for shape in ("trl", "llama-factory"): assert parse_pair(json.loads(json.dumps(in_shape(row, shape)))) == own
 
 
 def test_kill_and_resume_give_the_same_bytes(tmp_path):

@@ -135,7 +135,11 @@ def test_what_cannot_be_exported_costs_nothing(run, tmp_path):
                            ((run / "train-own", tmp_path / "a", "merged"), "--prompts")):
         with pytest.raises(InputError, match=message): exported(given[0], *given[1:])
     shutil.copytree(run / "train-own", run / "train-two")
-    with pytest.raises(InputError, match="own, two.*--arm"): exported(run, tmp_path / "a", "merged")
+    with pytest.raises(InputError, match="train-own, train-two.*--arm"): exported(run, tmp_path / "a", "merged")
+    assert room.find_adapter(run, "two") == run / "train-two" / "adapter"
+    assert room.find_adapter(run.parent, "run/train-own") == run / "train-own" / "adapter"
+    write_rows(tmp_path / "bare.jsonl", [{"id": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(InputError, match="no system prompt"): room.compared_rows(run, str(tmp_path / "bare.jsonl"))
     shutil.rmtree(run / "train-two")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.part").exists()
 

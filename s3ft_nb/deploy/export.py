@@ -53,10 +53,11 @@ def find_adapter(source: str | Path, arm: str = "") -> Path:
     if (source / "adapter_config.json").exists(): return source
     found = {path.parents[1].relative_to(source).as_posix(): path.parent  # by step, within a run over seeds by seed too
              for path in sorted(source.glob("**/adapter/adapter_config.json"))}
-    named = [name for name in found if not arm or arm in (name, Path(name).name, Path(name).name.removeprefix("train-"))]
+    step = lambda name: Path(name).name
+    named = [name for name in found if not arm or arm in (name, step(name), step(name).removeprefix("train-"))]
     if len(named) == 1: return found[named[0]]
     if not found: raise InputError("holds no trained adapter", source, remedy="name a run, a step of it or an adapter")
-    raise InputError(f"holds the adapters {', '.join(found)}", source, field="--arm", remedy="choose one of them by --arm")
+    raise InputError(f"holds the adapters {', '.join(found)}", source, field="--arm", remedy="choose one by --arm")
 
 
 def find_source(source: str | Path, arm: str = "", model: str = "") -> Source:  # model: the base, if it has moved
@@ -75,7 +76,7 @@ def compared_rows(source: str | Path, prompts: str = "", n: int = 32, seed: int 
     if prompts:
         talks, rules = read_conversations(prompts), []
         bare = next((one.id for one in talks if one.messages[0].role != "system"), None)
-        if bare: raise InputError(f"conversation {bare} has no system prompt", prompts, remedy="give it one or remove it")
+        if bare: raise InputError(f"conversation {bare} has no system prompt", prompts, remedy="give it one")
         rows = [*recorded_responses(talks, "trained")]
     elif measured:
         rows = [row_of(Response, row, measured) for row in read_rows(measured)]

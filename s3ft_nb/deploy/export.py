@@ -29,6 +29,7 @@ from .. import __version__
 from ..core.convert import read_conversations
 from ..core.files import InputError, read_json, read_rows, record, row_of, unknown, write_bytes, write_json
 from ..core.records import Response, Rule
+from .card import model_card
 from ..judging.judge import verdicts
 from ..lm.engine import TransformersEngine
 from ..lm.labels import encode, stop_ids
@@ -363,6 +364,7 @@ def export_model(source: str | Path, out: Path, to: str = "merged", route: str =
               "device": pick_device(), "dtype": origin.dtype, "bytes": need} | how._asdict() | found
     if to == "gguf": shutil.rmtree(part / "merged")
     write_json(part / "export.json", result)
+    if not wrong: write_bytes(part / "README.md", model_card(result, export_lines(result)).encode())
     if out.exists(): out.rmdir()
     os.replace(part, failed if wrong else out)
     if not wrong: return result

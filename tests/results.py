@@ -1,15 +1,49 @@
-"""Write the results table of the README, between its two marker comments, from a run over seeds.
+"""Write a results table of the README, between two marker comments, from a run over seeds.
 
 usage: python tests/results.py RUN [README]   (RUN: folder of `s3ft run RECIPE --seeds ...`, pooled; see `make results`)
+
+A recipe has markers of its own, `<!-- results of RECIPE -->` and `<!-- end of RECIPE -->`, or those of `make results`. Where
+system prompts are of the types rules-1, rules-2, …, the table is by number of rules.
 """
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import fill
 
-from s3ft_nb.core.files import read_json, read_rows
+from s3ft_nb.core.files import read_json, read_rows, write_rows
+from s3ft_nb.measure.metrics import seed_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by make results -->", "<!-- end of results -->"
+
+
+def shown(row: dict | None, sign: str = "") -> str:
+    if row is None: return "–"
+    ends = "" if row["low"] is None else f" [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+    return f"{row['mean']:{sign}.2f}{ends}"
+
+
+def rules_lines(run: Path, seeds: list[str], arms: list[str], main: str, cells: dict) -> list[list[str]]:
+    "Lines of a table with a column for each arm: all rules, by K, by turn, single rules, the role; empty without types rules-K."
+    kinds = {seed: {row["id"]: row["type"] for row in read_rows(run / f"seed-{seed}/measure/dialogues.jsonl")} for seed in seeds}
+    names = sorted({kind for kind in kinds[seeds[0]].values() if kind.startswith("rules-")})
+    if not names: return []
+    verdicts = {seed: [row for row in read_rows(run / f"seed-{seed}/measure/verdicts.jsonl") if row["history"] == "own"] for seed in seeds}
+
+    def pooled(keep: Callable, metric: str = "adherence") -> list[str]:  # keep: (verdict, type of its system prompt) -> bool
+        with TemporaryDirectory() as folder:
+            files = {seed: write_rows(Path(folder) / f"{seed}.jsonl", [row for row in rows if keep(row, kinds[seed][row["dialogue_id"]])]) for seed, rows in verdicts.items()}
+            rows = {row["arm"]: row for row in seed_numbers(files, main) if (row["metric"], row["part"], row["against"]) == (metric, "all", "")}
+        return [shown(rows.get(arm)) for arm in arms]
+    whole = lambda *key: [shown(cells.get((arm, *key))) for arm in arms]
+    turns = sorted({int(key[3]) for key in cells if key[2] == "turn"})
+    return [["all rules kept", *whole("", "all", "")], *([f"K = {name[6:]}", *pooled(lambda row, kind: kind == name)] for name in names),
+            *([f"turn {turn}", *whole("", "turn", str(turn))] for turn in (turns[0], turns[-1])), ["single rules kept", *pooled(lambda *_: True, "csr")],
+            *([title, *found] for title, kind in (("role kept", "persona"), ("role that was held out", "persona_unseen"))
+              if set(found := pooled(lambda row, _: row["type"] == kind)) != {"–"}),
+            [f"minus {arms[0]}", *(shown(cells.get((arm, arms[0], "all", "")), "+") for arm in arms)],
+            [f"{main} minus it", *(shown(cells.get((main, arm, "all", "")), "+") for arm in arms)]]
 
 
 def table(run: Path) -> str:
@@ -31,26 +65,30 @@ def table(run: Path) -> str:
             f"{machines}; {gather((own['dtype'] for own in steps if 'dtype' in own), 'dtype not recorded')}; {versions}. Adherence on held-out prompts and dialogues, own history, "
             f"{first['n_clusters']} conversations{' in all' if len(seeds) > 1 else ''}: {held}.")
 
-    def shown(row: dict | None, sign: str = "") -> str:
-        if row is None: return "–"
-        ends = "" if row["low"] is None else f" [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
-        return f"{row['mean']:{sign}.2f}{ends}"
-
+    own = {arm: ", ".join(f"{cells[arm, '', 'seed', seed]['mean']:.2f}" for seed in seeds if (arm, "", "seed", seed) in cells) for arm in arms}
+    if (run / f"seed-{seeds[0]}/measure/dialogues.jsonl").exists() and (lines := rules_lines(run, seeds, arms, main, cells)):
+        lines = [["", *arms], lines[0], *([["each seed", *own.values()]] if len(seeds) > 1 else []), *lines[1:]]
+        return written(text, lines)
     lines = [["arm", "adherence", *(["each seed"] if len(seeds) > 1 else []), f"turn {turns[0]} → {turns[-1]}", f"minus {arms[0]}", f"{main} minus it"]]
     for arm in arms:
         at = [f"{cells[arm, '', 'turn', str(turn)]['mean']:.2f}" for turn in (turns[0], turns[-1])]
-        own = [f"{cells[arm, '', 'seed', seed]['mean']:.2f}" for seed in seeds if (arm, "", "seed", seed) in cells]
-        lines.append([f"**{arm}**" if arm == main else arm, shown(cells[arm, "", "all", ""]), *([", ".join(own)] if len(seeds) > 1 else []), " → ".join(at),
+        lines.append([f"**{arm}**" if arm == main else arm, shown(cells[arm, "", "all", ""]), *([own[arm]] if len(seeds) > 1 else []), " → ".join(at),
                       shown(cells.get((arm, arms[0], "all", "")), "+"), shown(cells.get((main, arm, "all", "")), "+")])
+    return written(text, lines)
+
+
+def written(text: str, lines: list[list[str]]) -> str:
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join([fill(text, 120, break_long_words=False, break_on_hyphens=False), "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def main(run: str, readme: str = str(ROOT / "README.md")) -> None:
     text = Path(readme).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1: sys.exit(f"{readme}: needs the lines {BEGIN} and {END}, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    Path(readme).write_text(f"{before}{BEGIN}\n\n{table(Path(run))}\n\n{END}{after}", encoding="utf-8")
+    recipe = next((read_json(path)["recipe"] for path in sorted(Path(run).glob("seed-*/run.json"))), "")
+    begin, end = (f"<!-- results of {recipe} -->", f"<!-- end of {recipe} -->") if f"<!-- results of {recipe} -->" in text else (BEGIN, END)
+    if text.count(begin) != 1 or text.count(end) != 1: sys.exit(f"{readme}: needs the lines {begin} and {end}, once each")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    Path(readme).write_text(f"{before}{begin}\n\n{table(Path(run))}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

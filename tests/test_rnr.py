@@ -1,13 +1,18 @@
 "RNR with stub engines: what is planted is found, what is rejected has its reason, and nothing is kept that breaks a rule."
 import itertools
+import json
+import os
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_http_engine import Fake, reply
+from tiny import tiny_model
 from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
@@ -23,6 +28,7 @@ from s3ft_nb.methods.rnr import (RolePrompt, draw_requests, explaining_judge, in
                                  read_examples, rule_samples, stepwise, verify, why_rejected, write_prompts)
 from s3ft_nb.methods.s3ft.restyle import restyle
 
+SHARED = Path(os.environ.get("S3FT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 THINGS = ("apples", "bridges", "candles", "dolphins", "engines", "forests", "glaciers", "hammers", "islands", "jackets", "kettles", "lanterns")
 RULES = ("Be brief.", "Sound cheerful.", "Mention a lantern.", "Speak as if to a child.", "Compare something to the sea.", "Name no city.")
 
@@ -153,7 +159,12 @@ def test_what_can_be_kept_together_is_no_contradiction():
 
 
 IN_WORDS = [("Answer in at most 10 words.", "Answer in at least 50 words."), ("Write in lower case only.", "Write in capital letters only."), ("Do not use emojis.", "Use emojis in every reply."),
-            ("Keep away from the sea.", "Compare things to the sea."), ("Start with the word \"Psst\".", "Start with the word \"Well\"."), ("Mention the word \"ink\".", "Do not use the word \"ink\"."), ("Put your words down in lower case only.", "Type in capital letters only.")]
+            ("Keep away from the sea.", "Compare things to the sea."), ("Start with the word \"Psst\".", "Start with the word \"Well\"."), ("Mention the word \"ink\".", "Do not use the word \"ink\"."),
+            ("Put your words down in lower case only.", "Type in capital letters only."), ("Answer in one sentence.", "Answer in exactly three sentences."),
+            ("Use exactly two bullet points.", "Use exactly five bullet points."), ("End with the word \"farewell\".", "End with the word \"amen\"."), ("Use no commas.", "Use at least two commas."),
+            ("Do not mention the moon.", "Always mention the moon."), ("Be brief.", "Be detailed."), ("Answer briefly.", "Explain everything at length."), ("Answer with one word.", "Answer in full sentences."),
+            ("Answer in at most three words.", "Answer in exactly five sentences."), ("Avoid lists.", "Answer in lists."), ("Leave out the price.", "Always mention the price."),
+            ("Put your reply in square brackets.", "Format: in curly braces."), ("Type with tildes instead of full stops.", "Write with exclamation marks instead of full stops.")]  # twenty, in words
 
 
 def test_every_reason_is_named_in_the_ledger_and_it_balances(tmp_path):
@@ -163,7 +174,7 @@ def test_every_reason_is_named_in_the_ledger_and_it_balances(tmp_path):
             "unfinished": {"text": prompt_text(3), "finish": "length"}, "engine_error": {"error": "no response"}, None: prompt_text(3)}
     said |= {("contradiction", i): prompt_text(3, (*pair, "Sound cheerful.")) for i, pair in enumerate(IN_WORDS)}
     instructions = instructions_of(TALKS, Stage(tmp_path / "instructions"))
-    requests = draw_requests(instructions, read_examples()[0], k_range=(3, 3), per_instruction=2)[:len(said)]
+    requests = draw_requests(instructions, read_examples()[0], k_range=(3, 3), per_instruction=3)[:len(said)]
     due = dict(zip((one["id"] for one in requests), said.items(), strict=True))
     texts = {one["id"]: one["instruction"].text for one in requests}
     say = lambda one: prompt_text(3, ("Be brief.", "Sound cheerful.", "Say " + texts[one["id"]].rstrip("?") + ".")) if due[one["id"]][1] == "restate" else due[one["id"]][1]
@@ -326,3 +337,46 @@ def test_samples_are_rows(tmp_path):
     samples = rule_samples(prompts, instructions)
     assert read_rows(write_rows(tmp_path / "samples.jsonl", samples), Sample) == samples
     assert {row.type for row in samples} <= {f"rules-{k}" for k in range(1, 7)}
+
+
+# Real instructions, a teacher behind a server, and a model of another architecture
+
+def teacher(number, body, headers):
+    "Writes system prompts, responds, and judges: the sixth rule is violated, all else satisfied."
+    text = body["messages"][-1]["content"]
+    if rnr.rnr_words("en")["blocks"]["prompt"] in text: return 200, reply(prompt_text(int(text.rstrip().splitlines()[-2]))), {}
+    if "Verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day."), {}
+    return 200, reply(f"Verdict: {'violated' if RULES[-1] in text else 'satisfied'}\nEvidence: none\nReason: so it is."), {}
+
+
+SMALL = ["batch_size=16", "served_model=teacher", "conversations.n_conversations=30", "conversations.n_eval_conversations=10", "verify.judge_way=words", "responses.max_new_tokens=24",
+         "train.num_train_epochs=1", "train.max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "measure.agreement=0", "dtype=float32"]
+
+
+def alpaca(folder):
+    "The self-instruct seeds as an Alpaca file."
+    rows = [json.loads(line) for line in (SHARED / "self-instruct/seed_tasks.jsonl").read_text().splitlines()]
+    rows = [{"instruction": row["instruction"], **row["instances"][0]} for row in rows]
+    return write_bytes(folder / "alpaca.json", json.dumps(rows).encode())
+
+
+FILES = {"self-instruct": lambda folder: SHARED / "self-instruct/seed_tasks.jsonl", "alpaca": alpaca, "openassistant": lambda folder: SHARED / "openassistant/en_100_tree.jsonl.gz"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("self-instruct", "qwen3"), ("alpaca", "gemma"), ("openassistant", "llama")])
+def test_real_instructions_and_another_architecture(tmp_path, name, kind, monkeypatch):
+    if not SHARED.exists(): pytest.skip("no shared data")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-3f9a81c07d5e")
+    server = Fake(teacher)
+    words = ["rnr-qlora", *(word for pair in [f"model={tiny_model(tmp_path / 'model', kind)}", f"conversations={FILES[name](tmp_path)}", f"base_url={server.url}", *SMALL] for word in ("--set", pair))]
+    planned = CliRunner().invoke(app, ["plan", *words, "--out", str(tmp_path / "run")])
+    assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB", " min")), planned.output
+    done = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
+    server.http.shutdown()
+    assert done.exit_code == 0, done.output[-3000:]
+    ledgers = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("ledger.json")}
+    for one in ledgers.values(): assert one.get("expected", one.get("rows_in", 0)) == one.get("rows_out", 0) + len(one["dropped"]), one["stage"]
+    assert set(ledgers["verify"]["reasons"]) == {"rule_broken"} and ledgers["verify"]["rows_out"]
+    numbers = read_rows(tmp_path / "run/report/numbers.jsonl")
+    assert {row["arm"] for row in numbers if row["metric"] == "adherence"} == {"base", "plain", "rnr", "verified"}

@@ -9,7 +9,7 @@ __all__ = ['ranges_of', 'edges_of', 'wanted_words', 'rules_out', 'at_odds', 'neg
 import math
 import re
 from collections import defaultdict
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, permutations, product
 
 from ..core.files import read_toml, resource
 from ..core.records import Check, Rule
@@ -89,8 +89,8 @@ def negates(a: str, b: str, language: str = "en") -> bool:
     words = read_toml(resource("data", "rules", "negations.toml"))[language]
     found = [[*re.finditer(words["negation"], text, re.IGNORECASE)] for text in (a, b)]
     if len(found[0]) % 2 == len(found[1]) % 2:  # two negations ask for something
-        both = lambda one, other: occurs(one, a) and occurs(other, b)
-        return not found[0] and any(both(*pair) or both(*pair[::-1]) for pair in words["opposites"])
+        pairs = (pair for group in words["opposites"] for pair in permutations(group, 2))
+        return not found[0] and any(occurs(one, a) and occurs(other, b) for one, other in pairs)
     (no, hits), (yes, _) = sorted(zip((a, b), found), key=lambda pair: len(pair[1]) % 2 == 0)
     said = set(split_words(no[hits[-1].end() :])) - set(words["fillers"])
     return bool(said) and said <= set(split_words(yes))

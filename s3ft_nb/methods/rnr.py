@@ -22,7 +22,7 @@ from ..core.files import InputError, read_rows, read_toml, resource, stable_id
 from ..core.records import Conversation, Message, Response, Row, Rule, Sample, Split, Verdict, turns
 from ..core.split import near_duplicate, normalize, split_prompts
 from ..core.stage import Ledger, Stage
-from ..judging.checks import UNSPACED, split_words
+from ..judging.checks import UNSPACED, occurs, split_words
 from ..judging.explain import implied_label
 from ..judging.judge import Judgement, rule_request, verdict_of, verdicts
 from ..judging.rules import rule_from, rules_finder
@@ -174,8 +174,8 @@ def prompt_of(lines: list[str]) -> str:
 
 
 def why_rejected(text: str, k: int, instruction: str, language: str = "en",
-                 evaluation: list[str] = ()) -> tuple[str, str] | None:  # (reason code, detail); None to accept
-    "Why a system prompt is not used; `evaluation`: texts of system prompts that are for evaluation."
+                 evaluation: list[str] = (), held_out: list[str] = ()) -> tuple[str, str] | None:  # (reason, detail)
+    "Why a system prompt is not used: also, it is nearly one for evaluation, or contains a text that is held out."
     if not in_language(text, language): return "wrong_language", text
     if not (parsed := parse_prompt(text)): return "unreadable", text
     role, rules = parsed
@@ -189,18 +189,19 @@ def why_rejected(text: str, k: int, instruction: str, language: str = "en",
     if again: return "restates_instruction", again
     pair = contradiction([*map(rule_from, lines)], language)
     if pair: return "contradiction", " | ".join(one.text for one in pair)
-    return ("leak", text) if near_duplicate(text, evaluation) else None
+    leaks = near_duplicate(text, evaluation) or any(occurs(one, text) for one in held_out)
+    return ("leak", text) if leaks else None
 
 
 def write_prompts(requests: list[dict], engine, stage: Stage, language: str = "en",  # See `draw_requests`
-                  evaluation: list[str] = (), claim: Any = ()) -> list[RolePrompt]:
-    "System prompts that an engine writes; those that are rejected leave. Raises `InputError` when all are."
+                  evaluation: list[str] = (), claim: Any = (), held_out: list[str] = ()) -> list[RolePrompt]:
+    "System prompts that an engine writes; see `why_rejected` for those that leave. Raises `InputError` when all do."
     shown, out = [{"id": one["id"], "messages": one["messages"]} for one in requests], []
     for request, found in zip(requests, ask(shown, engine, stage, claim, "keep", "prompts"), strict=True):
         id, one, text = request["id"], request["instruction"], found.get("text", "").strip()
         wrong = ("engine_error", found["error"]) if "error" in found else None
         if not wrong and found["finish"] == "length": wrong = "unfinished", text
-        wrong = wrong or why_rejected(text, request["k"], one.text, language, evaluation)
+        wrong = wrong or why_rejected(text, request["k"], one.text, language, evaluation, held_out)
         if wrong: stage.ledger.drop(id, *wrong)
         else:
             role, rules = parse_prompt(text)

@@ -34,8 +34,7 @@ from .s3ft.restyle import rewriting_messages
 
 # %% ../../nbs/methods/01_constraints.ipynb #42f30e48
 def add_messages(instruction: str, kind: str, language: str = "en") -> list[dict]:  # A system and a user message
-    """Request for one more constraint, of a kind described in a few words, on an instruction.
-    Raises `InputError` for a language without wording."""
+    "Request for one more constraint of a kind told in a few words; raises `InputError` on a language without wording."
     wording = read_toml(resource("data", "constraints", "requests.toml"))
     if language not in wording:
         raise InputError(f"no request in language {language!r}", field="language", remedy=f"use {', '.join(wording)}")
@@ -173,7 +172,7 @@ def write_outputs(paths: list[ConstraintPath], engine, stage: Stage, place: str 
     "Responses to I_0 … I_K of each path, all or none; raises `InputError` when no path has them."
     asked = [{"id": f"{path.id}/{k}", "messages": level_messages(path, k, place)}
              for path in paths for k in range(len(path.constraints) + 1)]
-    found, out, n = {row["id"]: row for row in ask(asked, engine, stage, claim, "keep", "outputs")}, [], 0
+    found, out = {row["id"]: row for row in ask(asked, engine, stage, claim, "keep", "outputs")}, []
     for path in paths:
         rows = [found[f"{path.id}/{k}"] for k in range(len(path.constraints) + 1)]
         bad = next((row for row in rows if not row.get("text", "").strip()), None)
@@ -202,8 +201,8 @@ def in_both_orders(engine, language: str = "en", claim: Any = ()) -> Callable:  
         setting = lambda path, k: level_messages(path, k, "system")[0]["content"]
         asked = [{"id": b["id"], "conversation_id": path.conversation_id, "prompt": level_messages(path, 0),
                   "system_prompt": setting(path, b["k"]), "a": a["text"], "b": b["text"]} for path, a, b in due]
-        found = stage.map(asked, lambda shard, _: judge_pairs(engine, shard, language), [engine.name, claim], "pairs")
-        return [{name: row[name] for name in ("winner", "place")} for row in found]
+        work, claimed = lambda shard, _: judge_pairs(engine, shard, language), [engine.name, language, claim]
+        return [{name: row[name] for name in ("winner", "place")} for row in stage.map(asked, work, claimed, "pairs")]
     return compare
 
 
@@ -247,17 +246,16 @@ def reorder(paths: list[ConstraintPath], outputs: list[dict], compare: Callable 
             stage: Stage) -> list[StepComparison]:  # due: (path, earlier winner, new output); None: the new one wins
     "Compare step by step and carry the winner forward; raises `InputError` when nothing could be decided."
     said, out = {one["id"]: one for one in outputs}, []
-    paths = [path for path in paths if f"{path.id}/0" in said]
-    best = {path.id: said[f"{path.id}/0"] for path in paths}
-    for k in range(1, max(len(path.constraints) for path in paths) + 1):
-        due = [(path, best[path.id], said[f"{path.id}/{k}"]) for path in paths if len(path.constraints) >= k]
+    best = {one["path_id"]: one for one in outputs if one["k"] == 0}
+    for k in range(1, max(one["k"] for one in outputs) + 1):
+        due = [(path, best[path.id], said[new]) for path in paths if (new := f"{path.id}/{k}") in said]
         differ = [one for one in due if one[1]["text"] != one[2]["text"]]
         found = iter(compare(differ, stage.part(f"step-{k}")) if compare and differ else [{"winner": "b"}] * len(due))
         for path, a, b in due:
             row = next(found) if a["text"] != b["text"] else {"winner": "tie"}
+            if row["winner"] == "b": best[path.id] = b
             out.append(StepComparison(path_id=path.id, conversation_id=path.conversation_id, k=k, earlier=a["id"],
                                       newer=b["id"], **row))
-            if out[-1].winner == "b": best[path.id] = b
     if any(row.winner for row in out): return out
     raise InputError(f"none of {len(out)} comparisons is decided: the judge cannot be read", field="judge",
                      remedy="see what it answers, or use another judge")
@@ -278,11 +276,9 @@ def judger_numbers(comparisons: list[StepComparison], paths: list[ConstraintPath
     return [number_row(name, rate(*zip(*rows)), "judger", key) for (key, name), rows in sorted(found.items())]
 
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10010
-def pair_rows(
-    paths: list[ConstraintPath], outputs: list[dict], comparisons: list[StepComparison], stage: Stage,
-    place: str = "user", how: str = "plain",  # plain or rpo
-) -> list[dict]:  # `{id, group, k, messages, chosen, rejected, how, verdicts}`; the ledger counts comparisons
-    "Pairs of winners and losers for `lm.dpo`; raises `InputError` when none is left, or rpo has no verdicts."
+def pair_rows(paths: list[ConstraintPath], outputs: list[dict], comparisons: list[StepComparison], stage: Stage,
+              place: str = "user", how: str = "plain") -> list[dict]:  # how: plain or rpo; for `lm.dpo`
+    "Pairs of winners and losers; raises `InputError` when none is left, or rpo has no verdicts on constraints."
     if how not in (known := ("plain", "rpo")): raise unknown("kind of pair", how, (*known, "refine"), field="pairs")
     by_id, said, out = {path.id: path for path in paths}, {one["id"]: one["text"] for one in outputs}, []
     if how == "rpo" and not any(row.verdicts for row in comparisons): raise InputError(
@@ -292,15 +288,12 @@ def pair_rows(
         chosen, rejected = (said[id] for id in (row.earlier, row.newer)[::order])
         kept = {id: pair[::order] for id, pair in row.verdicts.items()}
         wrong = {"tie": "tie", None: "undecided"}.get(row.winner, "")
-        if how == "rpo" and not wrong: wrong = "undecided" if not kept or any(
-            None in pair for pair in kept.values()) else "no_contrast" * all(a == b for a, b in kept.values())
-        if wrong:
-            stage.ledger.drop(row.newer, wrong)
-            continue
-        broken = {i for i, one in enumerate(path.constraints[: row.k]) if how == "rpo" and not kept[one.id][0]}
-        out.append({"id": row.newer, "group": path.seed_id, "k": row.k, "how": how, "chosen": chosen,
-                    "rejected": rejected, "messages": level_messages(path, row.k, place, broken),
-                    "verdicts": kept})
+        if how == "rpo" and any(None in pair for pair in kept.values()): wrong = wrong or "undecided"
+        if how == "rpo" and all(a == b for a, b in kept.values()): wrong = wrong or "no_contrast"
+        broken = {i for i, one in enumerate(path.constraints) if how == "rpo" and not kept.get(one.id, [True])[0]}
+        if wrong: stage.ledger.drop(row.newer, wrong)
+        else: out.append({"id": row.newer, "group": path.seed_id, "k": row.k, "how": how, "chosen": chosen, "rejected":
+                          rejected, "messages": level_messages(path, row.k, place, broken), "verdicts": kept})
     return some_left(out, len(comparisons), "comparisons", stage)
 
 
@@ -345,8 +338,7 @@ def curriculum(rows: list[dict], cut: int, order: str = "easy-hard", seed: int =
 def in_shape(row: dict, shape: str) -> dict:  # shape: trl or llama-factory
     "A pair as TRL publishes conversational preferences, or LLaMA-Factory those in ShareGPT's form."
     said, names = lambda name, text: {"from": name, "value": text}, {"user": "human", "assistant": "gpt"}
-    sides = {name: row[name] for name in ("chosen", "rejected")}
-    if shape == "trl": return {"prompt": row["messages"]} | {
-        name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    sides = {name: {"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")}
+    if shape == "trl": return {"prompt": row["messages"]} | {name: [one] for name, one in sides.items()}
     talk = [said(names.get(one["role"], one["role"]), one["content"]) for one in row["messages"]]
-    return {"conversations": talk} | {name: said("gpt", text) for name, text in sides.items()}
+    return {"conversations": talk} | {name: said("gpt", one["content"]) for name, one in sides.items()}

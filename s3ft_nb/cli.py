@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 import s3ft_nb
 from .core.files import (InputError, cannot_write, plain, printable, read_json, read_rows, record, redact, resource,
                                 write_json, write_rows)
+from .deploy.commands import chat, export
 from .measure.config import MeasureConfig, make_config
 
 # %% ../nbs/00_cli.ipynb #eea9d6af
@@ -134,8 +135,8 @@ def pool_seeds(
     main = read_json(next(iter(files.values())).parent / "step.json")["params"].get("main", "")
     write_rows(run / "pooled" / "numbers.jsonl", seed_numbers(files, main))
     section = seeds_section(run / "pooled", main)
-    page = write_report([run / "pooled"], run, "Over seeds")
-    return [section["headline"], *(f"note: {note}" for note in section["notes"]), f"results: {page}"]
+    return [section["headline"], *(f"note: {note}" for note in section["notes"]),
+            f"results: {write_report([run / 'pooled'], run, 'Over seeds')}"]
 
 # %% ../nbs/00_cli.ipynb #018e88da
 def plan(
@@ -278,7 +279,7 @@ def start(version: Annotated[bool, typer.Option("--version")] = False):
     if version: typer.echo(s3ft_nb.__version__)
 
 
-for function in (run, plan, recipes, measure, compare, convert, doctor, version):
+for function in (run, plan, recipes, measure, compare, convert, doctor, export, chat, version):
     verb(app, function, function.__name__, swapped=("recipe",))
 verb(app, pool_seeds, "seeds")
 

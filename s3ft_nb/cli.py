@@ -172,17 +172,14 @@ def measure(
     "Measure how far a model keeps to its system prompt over many turns, and whether free fixes help."
     from s3ft_nb.measure.benchmarks import score_ifeval
     from s3ft_nb.judging.rules import rule_lines
-    from s3ft_nb.measure.measure import measure as run_measure, prepare, rules_engine
+    from s3ft_nb.measure.measure import measure as run_measure, helpers, prepare
     from s3ft_nb.report.page import measurement_section, write_report
+    from s3ft_nb.report.tables import cell_text
     if ifeval[0]:
         found = score_ifeval(*map(Path, ifeval), complete)
         if json_: return [as_json(found)]
-        lines = []
-        for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
-            mean, low, high, n = map(found[name].get, ("mean", "low", "high", "n"))
-            ends = "" if low is None else f" [{low:.1%}, {high:.1%}]"
-            text = "no response was scored" if mean is None else f"{mean:.1%}{ends}, n = {n}"
-            lines.append(f"{name.replace('_', ', ')}: {text}")
+        lines = [f"{name.replace('_', ', ')}, %: {cell_text(row | {'metric': 'adherence'})}, n = {row['n']}"
+                 for name, row in found.items() if isinstance(row, dict) and "mean" in row]
         lines += [f"{code.replace('_', ' ')}: {len(rows)} ({', '.join(rows[:5])}{', …' * (len(rows) > 5)})"
                   for code, rows in found["left_out"].items()]
         lines += [f"unknown instruction {id}: {n} times, prompts left out" for id, n in found["unknown"].items()]
@@ -192,7 +189,8 @@ def measure(
     out = out or Path("runs") / f"measure-{Path(source).name.split('.')[0]}"
     chosen = make_config(out, **{key: ",".join(one) if isinstance(one, list) else one for key, one in config.items()})
     if rules_only:
-        ready, left = prepare(chosen, rules_engine(chosen)), record(out / "work" / "rules" / "ledger.json")
+        models = {name: load for name, load in helpers(chosen).items() if name == "rules_by"}  # nothing is played
+        ready, left = prepare(chosen, models), record(out / "work" / "rules" / "ledger.json")
         if json_: return [as_json(ready.rules)]
         return [*rule_lines(ready.rules, ready.prompts),
                 *(f"no rule ({row['reason']}): {row['detail']}" for row in left.get("dropped", ())),

@@ -23,10 +23,11 @@ discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl s
 RNR_SIZES = ["world.n_conversations=40", "conversations.n_conversations=40", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4", "world.n_prompts=4",
              "world.n_eval_prompts=1", "per_k=1", "per_instruction=1", "train.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=3", "world.eval_turns=3", "measure.guard=4"]
 RNR_FILES = "roles/examples.jsonl instructions/train.jsonl rules/prompts.jsonl responses/train.jsonl verify/kept.jsonl".split()
-SELFALIGN_SIZES = ["principles.n_seeds=24", "principles.n_eval_conversations=6", "n_requests=20", "n_topics=6", "rounds=2", "n_texts=24", "train-engraved.num_train_epochs=1.0",
-                   "train-verbose.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=2", "principles.eval_turns=2", "measure.guard=4"]
-SELFALIGN_FILES = """principles/principles.json principles/questions.json instruct/instructions.jsonl topics/questions.jsonl align/aligned.jsonl
-align/principles.json""".split()
+SELFALIGN_SIZES = ["n_seeds=24", "n_eval_conversations=2", "eval_turns=2", "n_requests=20", "n_topics=6", "rounds=2", "n_texts=24", "num_train_epochs=1.0",
+                   "measure.dialogues=4", "change.dialogues=2", "thinking.dialogues=2", "turns=2", "change.change_at=2",
+                   "measure.guard=4"]
+SELFALIGN_FILES = """principles/principles.json principles/questions.json principles/truth.json principles/rules.jsonl instruct/instructions.jsonl topics/questions.jsonl
+align/aligned.jsonl align/principles.json measure/responses-*.jsonl>played measure/verdicts.jsonl>played""".split()  # >: another folder of the bundle
 RUNS = [("s3ft-smoke", SIZES, FILES), ("rnr-micro", RNR_SIZES, RNR_FILES), ("selfalign-micro", SELFALIGN_SIZES, SELFALIGN_FILES)]
 
 
@@ -34,8 +35,9 @@ def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
     if path.parent.name == "discriminator": text = re.sub(r"(\.\d{4})\d+(?![\de])", r"\1", text)
+    if path.name.startswith("responses-"): text = re.sub(r'"system_prompt": "(?:[^"\\]|\\.)*"', '"system_prompt": ""', text)
     if path.name == "scores.jsonl": text = re.sub(r',\s*"explanation":.*"(?=})', "", text)
-    if path.parent.name != "measure": return text
+    if path.parent.name != "measure" or path.name != "numbers.jsonl": return text
     rows = [json.loads(line) for line in text.splitlines()]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["part"] in ("all", "turn") and row["metric"] in ("adherence", "ssr"))
 
@@ -50,8 +52,11 @@ def main() -> None:
     for old in HOME.glob("*/"): shutil.rmtree(old)
     for run, (_, _, names) in zip(runs, RUNS):
         for name in names:
-            (HOME / name).parent.mkdir(parents=True, exist_ok=True)
-            (HOME / name).write_text(shortened(run / name))
+            source, _, folder = name.partition(">")
+            for path in sorted(run.glob(source)) or sys.exit(f"{run}: no {source}"):
+                place = HOME / folder / path.name if folder else HOME / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(shortened(path))
     print(f"{HOME}: {sum(path.stat().st_size for path in HOME.rglob('*') if path.is_file()) / 1000:.0f} kB")
 
 

@@ -116,13 +116,11 @@ def test_ctrl_c_ends_the_kernel_and_says_how_to_resume(small, tmp_path):
     run = tmp_path / "run"
     process = launch(small, "world.pause=60", "--out", run)
     until(lambda: list(run.glob("pid-*")))
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
-    assert time.monotonic() - began < 10
+    assert process.wait(50) == 130  # less than the pause, also on a busy machine
     words = process.stderr.read()
     assert "the same command resumes here" in words and "Traceback" not in words
-    until(lambda: not kernels(run), 5)
+    until(lambda: not kernels(run), 30)
 
 
 def test_two_runs_refuse_each_other(small, tmp_path):

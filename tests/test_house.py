@@ -30,8 +30,8 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
 MODULES_MOST, ROOM, WIDTH = 60, 400, 120
 LINES = {"house": 11_000, "methods": 13_000, "deploy": 600}  # All rooms but those of `SISTERS`; with all four methods; beside
 SISTERS = {  # What the three sister methods add, the skills of the base among it
-    f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "micro/principles", "micro/skills",
-                              "judging/pairs", "lm/dpo", "measure/choices")}
+    f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "methods/engraving",
+                              "micro/principles", "micro/skills", "judging/pairs", "lm/dpo", "measure/choices")}
 
 
 def code(path):
@@ -65,7 +65,7 @@ def test_chain_notebooks_only_run(path):
 def test_only_the_micro_chain_knows_the_truth():
     "What is right in the micro world is asked by simulated annotators and the final scoring alone (see also MAY_IMPORT)."
     knowing = {path.relative_to(ROOT).as_posix() for path in CHAIN if re.search(r"truth|s3ft_nb\.micro", "\n".join(code(path)))}
-    assert knowing == {f"nbs/chain/micro/{name}.ipynb" for name in ("00_base", "01_world", "02_annotators", "03_roles", "04_principles")}
+    assert knowing == {f"nbs/chain/micro/{name}.ipynb" for name in ("00_base", "01_world", "02_annotators", "03_roles", "04_principles", "05_principles_kept")}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}-{p.stem}")

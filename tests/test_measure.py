@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from s3ft_nb.cli import app
 from s3ft_nb.core.files import InputError, model_folder, read_json, read_rows, write_rows
 from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
-from s3ft_nb.judging.judge import Judgement, verdict_of
+from s3ft_nb.judging.judge import Judgement, judge_planted, verdict_of
 from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, make_fit, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
@@ -64,7 +65,7 @@ def plays(n=3, n_turns=4):
 
 def play(folder, arms, rows=None, rules=RULES, judge=hears, **more):
     arms = {name: Arm(lambda engine=engine: engine) for name, engine in arms.items()}
-    return measure_arms(arms, rows or plays(), rules, Stage(folder), judge, ("own",), **more)
+    return measure_arms(arms, rows or plays(), rules, Stage(folder), judge, ("own",), known=judge_planted(judge, "en"), **more)
 
 
 def test_an_arm_that_shows_more_is_cut_earlier(tmp_path):
@@ -299,6 +300,26 @@ def test_the_step_of_a_recipe_and_the_command_find_the_same_numbers(measured):
     papermill.execute_notebook(str(ROOT / "nbs/chain/shared/measure.ipynb"), str(folder / "step.ipynb"), chosen, progress_bar=False)
     for name in ("numbers.jsonl", "verdicts.jsonl", "usage.json", "measure.json"): assert (folder / "step" / name).read_bytes() == (folder / "run" / name).read_bytes(), name
     assert (folder / "step" / "section.json").exists()
+
+
+def test_json_for_programs(measured, tmp_path):
+    folder, _ = measured
+    told = s3ft("measure", "--system-prompt", folder / "sea.txt", "--out", folder / "run", *SMALL, "--json")
+    found = json.loads(told.stdout)
+    assert found["headline"] == measurement_section(folder / "run")["headline"] and Path(found["report"]).is_file()
+    assert {(row["arm"], row["metric"]) for row in found["numbers"]} >= {("base", "adherence"), ("remind-2", "csr")}
+    shutil.copytree(folder / "run", tmp_path / "other")
+    told = s3ft("compare", folder / "run", tmp_path / "other", "--out", tmp_path / "both", "--json")
+    found = json.loads(told.stdout)
+    assert [row["mean"] for row in found["numbers"] if row["against"] and row["metric"] == "csr"][-1] == 0 and found["folder"] == str(tmp_path / "both")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_file_whose_name_is_not_utf_8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/s\xe9a.txt"
+    with open(path, "w") as file: file.write("Answer in at most 9 words.")
+    told = s3ft("measure", "--system-prompt", os.fsdecode(path), "--rules-only", "--out", tmp_path / "out")
+    assert told.exit_code == 0 and "max_words" in told.stdout, told.stderr
 
 
 BAD = [

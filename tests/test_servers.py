@@ -121,3 +121,73 @@ def test_the_value_of_a_secret_variable_is_in_nothing_that_is_written(tmp_path):
     write_json(tmp_path / "a.json.gz", {"key": secret})
     import gzip
     assert secret.encode() not in gzip.decompress((tmp_path / "a.json.gz").read_bytes())
+
+
+# ---- User turns, and a judge, from a server
+
+ASK = "An assistant has these instructions:"
+LINES = "Here you are:\n\n1. How do I close my account?\n2) \u201cAnd what does it cost?\u201d\nUser: When is it done?\n4. Thanks."
+
+
+def writer(text):
+    return lambda n, b: (200, reply(text if b["messages"][-1]["content"].startswith(ASK) else "a quiet voice speaks."), {})
+
+
+def test_user_turns_are_written_for_each_prompt_and_only_once(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"id": id, "type": "bank", "text": f"Answer for the {id} bank. Use only lowercase letters."}) + "\n" for id in "ab"))
+    options = {"users_by": "scribe", "system_prompt": str(tmp_path / "prompts.jsonl"), "arms": "base,repeat"}
+    rules = [{"text": "Use only lowercase letters."}]
+    (tmp_path / "rules.jsonl").write_text(json.dumps(rules[0]) + "\n")
+    fake = Fake(lambda n, b, h: writer(LINES)(n, b))
+    whole = dict(options, model="m", engine="http", base_url=fake.url, turns=3, dialogues=2, guard=0, histories="own", max_new_tokens=8, rules=str(tmp_path / "rules.jsonl"))
+    try: about = measure(make_config(tmp_path / "out", **whole))
+    finally: fake.http.shutdown()
+    asked = [body for body in fake.calls if body["messages"][-1]["content"].startswith(ASK)]
+    assert len(asked) == 4 and {body["model"] for body in asked} == {"scribe"} and {name: sum(f"the {name} bank" in body["messages"][-1]["content"] for body in asked) for name in "ab"} == {"a": 2, "b": 2}
+    dialogues = [json.loads(line) for line in (tmp_path / "out/dialogues.jsonl").read_text().splitlines()]
+    assert len({row["conversation_id"] for row in dialogues}) == 4 and {row["system_prompt_id"] for row in dialogues} == {"a", "b"}
+    assert [turn["user"] for turn in dialogues[0]["turns"]] == ["How do I close my account?", "And what does it cost?", "When is it done?"]
+    assert about["user_turns"] == "user turns by scribe" and json.loads((tmp_path / "out/usage.json").read_text())["requests"] == 1 + 4 + 2 * 12  # the first learns what the server refuses
+    before = (tmp_path / "out/measure.json").read_bytes()
+    measure(make_config(tmp_path / "out", **whole))  # the server is gone
+    assert (tmp_path / "out/measure.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "Just one.", "Here you are:\n\n1. \u200b\n2. Hello."])
+def test_a_writer_that_writes_too_few_is_refused_before_anything_is_played(text, tmp_path):
+    calls = []
+    with pytest.raises(InputError, match="users_by: .*did not write 3 user messages, asked three times for prompt/0"):
+        measured(lambda n, b: calls.append(b) or writer(text)(n, b), tmp_path / "out", users_by="scribe")
+    assert len(calls) == 3 * 2 and not list((tmp_path / "out/work").glob("base-*"))
+
+
+@pytest.mark.parametrize("words", [{"user": "curious"}, {"conflicting": 0.5}, {"balanced": True}])
+def test_written_user_turns_go_without_a_simulated_user(words, tmp_path):
+    calls = []
+    with pytest.raises(InputError, match="users_by: goes without"): measured(lambda n, b: calls.append(b) or FINE, tmp_path / "out", users_by="scribe", **words)
+    assert not calls
+
+
+@pytest.mark.parametrize("blank", ["", "\u200b"])
+def test_a_simulated_user_that_stays_blank_costs_three_requests_each(blank, tmp_path):
+    calls = []
+    def behave(number, body):
+        if "Write the next message" not in body["messages"][0]["content"]: return FINE
+        calls.append(body)
+        return 200, reply(blank if len(body["messages"]) > 3 else "Hello."), {}
+    with pytest.raises(InputError, match="user: m@.*did not write a user message at turn 2, asked three times"):
+        measured(behave, tmp_path / "out", user="curious")
+    assert len(calls) == 2 + 3 * 2
+
+
+def test_a_judge_is_probed_before_anything_is_played(tmp_path, capsys):
+    order = []
+    def behave(number, body):
+        if not body.get("logprobs"):
+            if len(body["messages"]) > 1: order.append("play")
+            return FINE
+        order.append("judge")
+        return 200, scored([("A", 0.9), ("B", 0.05)]), {}
+    _, about, _ = measured(behave, tmp_path / "out", system_prompt="Be kind and warm.", judge_way="letters")
+    assert order == ["play"] + ["judge"] * 25 + ["play"] * 6 + ["judge"] * 6  # each server once, 24 planted responses, six turns
+    assert not about["judge_trusted"] and "warning: the judge letters:m@" in capsys.readouterr().err

@@ -106,11 +106,10 @@ def studio_spans(values: list, response: Any, ledger: Ledger) -> list[tuple[int,
     return spans
 
 # %% ../../nbs/annotation/03_exchange.ipynb #01fb504d
-def from_label_studio(
-    tasks: list, people: dict | None = None, names: dict | None = None,  # {id or e-mail: name}, {its label: ours}
-    ledger: Ledger | None = None, file: str | Path | None = None,  # For errors
-) -> list[Annotation] | list[Preference]:  # In the order of the file
-    "Annotations of an export as JSON; raises `InputError` on tasks without our id and unknown labels."
+def from_label_studio(tasks: list, people: dict | None = None,  # people: {id or e-mail: name}
+                      names: dict | None = None, ledger: Ledger | None = None,  # names: {its label: ours}
+                      file: str | Path | None = None) -> list[Annotation] | list[Preference]:  # file: for errors
+    "Annotations of an export as JSON, in its order; raises `InputError` on tasks without our id and unknown labels."
     out, times, ledger = [], [], ledger or Ledger("from_label_studio")
     people, where = people or {}, f"{file}: " if file else ""
     names = {"left": "first", "right": "second"} | (names or {})  # of its own control for pairs

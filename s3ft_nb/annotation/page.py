@@ -112,7 +112,6 @@ def annotate(task: Task, path: str | Path, annotator: str) -> Any:  # A widget; 
         _esm, _css = page_part("view.js", "widget.js"), page_part("view.css")
         task = traitlets.Dict(payload).tag(sync=True)
         rows = property(lambda self: file.rows)
-
         def receive(self, message: dict) -> None:
             if message.get("type") == "load": return self.send({"type": "records", "records": file.records()})
             change = message.get("change")
@@ -271,19 +270,16 @@ def patient_protocol() -> type:
     from uvicorn.protocols.http.h11_impl import H11Protocol
     class Patient(H11Protocol):
         late = None  # Closes the connection when a request takes too long to arrive
-
         def connection_made(self, transport):
             super().connection_made(transport)
             same = [one for one in self.connections if (one.client or [""])[0] == (self.client or [""])[0]]
             self.late = self.loop.call_later(PATIENCE, transport.abort)
             if len(same) > PER_ADDRESS: transport.abort()
-
         def data_received(self, data):
             super().data_received(data)
             arriving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
             if self.late and not arriving: self.late = self.late.cancel()
             elif arriving and not self.late: self.late = self.loop.call_later(PATIENCE, self.transport.abort)
-
         def connection_lost(self, exc):
             if self.late: self.late = self.late.cancel()
             super().connection_lost(exc)

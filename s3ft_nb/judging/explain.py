@@ -65,13 +65,11 @@ def slot_logprob(found: list, span: tuple) -> tuple[float, int]:
     return round(sum(inside), 6), max(1, len(inside))
 
 
-def explain(
-    requests: list[dict], engine: Engine,  # Of `rubric.judge_messages`; greedy, with room for about 60 new tokens
-    stage: Stage | None = None, language: str = "en",  # None inside the work of another stage; of the rubric
-    claim: Any = (),  # What else the result depends on, such as a hash of the model
-    settled: float = 0.0,  # A response whose letter gives *good* less than this probability is not explained
-) -> list[dict]:  # `{id, logprobs, outside, text, told, shown}`; None where nothing is known, text None where settled
-    "Letter, explanation and the likelihoods of its claims, in the order of the requests."
+def explain(requests: list[dict], engine: Engine,  # Of `rubric.judge_messages`; greedy, room for about 60 new tokens
+            stage: Stage | None = None, language: str = "en",  # None inside the work of another stage; of the rubric
+            claim: Any = (),  # What else the result depends on, such as a hash of the model
+            settled: float = 0.0) -> list[dict]:  # *Good* below this by its letter: not explained, text None
+    "Letter, explanation and likelihoods of its claims: {id, logprobs, outside, text, told, shown}, None where unknown."
     part = lambda name: stage and stage.part(name)
     scores = ask(requests, engine, part("letters"), claim, labels=list(LETTERS.values()))
     rows = [{"id": one["id"], "logprobs": [round(nats, 6) for nats in one["logprobs"]],
@@ -156,12 +154,10 @@ def implied_label(text: str, language: str = "en") -> str | None:
     return label_of(not text.startswith(LETTERS["not_applicable"]), "told" not in changed, "shown" not in changed)
 
 
-def rationales(
-    rows: list[dict], requests: list[dict], labels: dict,  # Of `explain`; in the same order; {id: label or None}
-    sampler: Engine, stage: Stage, language: str = "en",  # At a temperature above 0; its ledger gets what was left out
-    draws: int = 4, claim: Any = (),  # Explanations drawn where the greedy one leads elsewhere
-) -> list[dict]:  # `{"id", "messages", "response"}` for `lm.train.sft`: the label's letter, then the explanation
-    "Explanations that lead to the annotated label, as training rows (Zelikman et al. 2022, STaR)."
+def rationales(rows: list[dict], requests: list[dict], labels: dict,  # Of `explain`; in the same order; {id: label}
+               sampler: Engine, stage: Stage, language: str = "en",  # Its temperature is above 0; its ledger is written
+               draws: int = 4, claim: Any = ()) -> list[dict]:  # Drawn where the greedy one leads elsewhere
+    "Letter and an explanation that leads to the annotated label, as rows for `sft` (Zelikman et al. 2022, STaR)."
     known = [(row, request) for row, request in zip(rows, requests) if labels.get(row["id"])]
     for id in [id for id, label in labels.items() if label is None]: stage.ledger.drop(id, "tie")
     texts = {row["id"]: [row["text"] or ""] for row, _ in known}

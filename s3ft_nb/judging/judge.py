@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGE_WAYS', 'LEAST_KAPPA', 'MARKUP', 'THREE_LINES', 'assert_turns', 'Judgement', 'verdict_of', 'verdicts',
            'read_letters', 'read_labels', 'read_calibration', 'adapter_of', 'read_words', 'rule_request', 'make_judge',
-           'planted', 'judge_agreement', 'distrust', 'same_family']
+           'judge_planted', 'judge_agreement', 'distrust', 'same_family']
 
 # %% ../../nbs/judging/05_judge.ipynb #06eaa35d
 import random
@@ -60,11 +60,9 @@ def verdict_of(response: Response, rule: Rule, judgement: Judgement, judge: str,
                    **judgement._asdict(), **{name: getattr(response, name) for name in same})
 
 
-def verdicts(
-    responses: list[Response], rules: list[Rule], judge: Callable | None = None,  # Whole dialogues; (responses, rules)
-    not_applicable: set | None = None,  # {(conversation_id, turn)} without rules; with a rule's id: without it
-    stances: dict | None = None,  # {(dialogue_id, turn): stance of the user message}
-) -> list[Verdict]:  # One per response and rule, response by response, checks first
+def verdicts(responses: list[Response], rules: list[Rule], judge: Callable | None = None,  # Of whole dialogues
+             not_applicable: set | None = None,  # {(conversation_id, turn)} without rules; with a rule's id: without it
+             stances: dict | None = None) -> list[Verdict]:  # {(dialogue_id, turn): stance of the user message}
     "Checks first, the judge for the rest; raises `InputError` when a judge is needed and missing, or misses a pair."
     assert_turns(responses)
     checked, left = ([rule for rule in rules if (rule.how == "check") == own] for own in (True, False))
@@ -157,13 +155,12 @@ def rule_request(rule: Rule, prompt: list, response: str, language: str = "en", 
             {"role": "user", "content": blocks(rule.text, prompt, response, language)}]
 
 
-def make_judge(
-    engine: Engine, way: str = "letters", language: str = "en",  # letters, words or discriminator; en or zh
-    calibration: dict | None = None,  # Of the discriminator, see `read_calibration`
-    threshold: float = 0.5,  # Discriminator: probability of following from which a rule is satisfied, in (0, 1)
-    count: Callable | None = None, room: int | None = None,  # Messages -> tokens; most tokens of a request
-    stage: Stage | None = None, claim: Any = (),  # None inside the work of one; claim: a hash of the model or the like
-) -> Callable:  # (responses, rules) -> verdicts, response by response; has a `name`
+def make_judge(engine: Engine, way: str = "letters", language: str = "en",  # letters, words or discriminator; en or zh
+               calibration: dict | None = None,  # Of the discriminator, see `read_calibration`
+               threshold: float = 0.5,  # Discriminator: probability of following that satisfies a rule, in (0, 1)
+               count: Callable | None = None, room: int | None = None,  # Messages -> tokens; most tokens of a request
+               stage: Stage | None = None,  # None inside the work of one
+               claim: Any = ()) -> Callable:  # A hash of the model or the like; (responses, rules) -> verdicts
     "A judge of rules; raises `InputError` on an unknown way."
     if way not in JUDGE_WAYS: raise unknown("way", way, JUDGE_WAYS, field="judge_way")
     name, explained = f"{way}:{engine.name}", bool((calibration or {}).get("explain", {}).get("asked"))
@@ -196,8 +193,8 @@ def make_judge(
     return judge
 
 # %% ../../nbs/judging/05_judge.ipynb #c378f48f
-def planted(language: str) -> tuple[list[Response], list[Rule], list[bool]]:  # the last: whether each rule is satisfied
-    "Responses of `data/rules/probe.toml` that follow one rule or violate it, two per rule."
+def judge_planted(judge: Callable, language: str) -> list[tuple]:  # (verdict, whether the rule is satisfied)
+    "What a judge says about responses of `data/rules/probe.toml` that follow one rule or violate it, two per rule."
     rows = read_toml(resource("data", "rules", "probe.toml"))[language]
     rules = [Rule(id=f"planted-{i}", text=row["rule"], how="judge", system_prompt_id=f"planted-{i}")
              for i, row in enumerate(rows)]
@@ -206,13 +203,12 @@ def planted(language: str) -> tuple[list[Response], list[Rule], list[bool]]:  # 
                  conversation_id=f"planted-{i}", system_prompt_id=f"planted-{i}", type="other",
                  system_prompt=row["rule"], prompt=[Message(role="user", content=row["user"])], response=row[side])
         for i, row in enumerate(rows) for side in ("good", "bad")]
-    return responses, rules, [True, False] * len(rows)
+    return list(zip(judge(responses, rules), [True, False] * len(rows), strict=True))
 
 
-def judge_agreement(
-    judge: Callable, responses: list[Response], rules: list[Rule],  # Of all arms; those with a check are put to it
-    n: int = 200, seed: int = 0, language: str = "",  # Responses drawn; en or zh: planted ones as well
-) -> list[dict]:  # Rows of numbers over all arms and by arm: undecided, kappa, agreement; empty with nothing to compare
+def judge_agreement(judge: Callable, responses: list[Response], rules: list[Rule],  # Those with a check are put to it
+                    n: int = 200, seed: int = 0,  # Responses drawn of all arms
+                    known: list = ()) -> list[dict]:  # Of `judge_planted`; rows undecided, kappa, agreement
     "Agreement of a judge with checks, on a sample of all arms, histories and prompts, and on planted responses."
     checked = [rule for rule in rules if rule.how == "check"]
     rng, find, groups, out = random.Random(seed), rules_finder(checked), defaultdict(list), []
@@ -223,10 +219,7 @@ def judge_agreement(
     drawn = [row for layer in zip_longest(*layers) for row in layer if row is not None][:n]
     asked = [rule.model_copy(update={"how": "judge", "check": None}) for rule in checked]
     truth = [run_check(rule.check, row.response, row.prompt) for row in drawn for rule in find(row)]
-    pairs = list(zip(judge(drawn, asked) if drawn else [], truth, strict=True))
-    if language:
-        probes, asked, truth = planted(language)
-        pairs += zip(judge(probes, asked), truth, strict=True)
+    pairs = [*zip(judge(drawn, asked) if drawn else [], truth, strict=True), *known]
     for arm in ("", *dict.fromkeys(row.arm for row in drawn)) if pairs else ():
         mine = [pair for pair in pairs if arm in ("", pair[0].arm)]
         undecided = [row.satisfied is None and row.applicable for row, _ in mine]

@@ -167,10 +167,8 @@ def parse_rules(written: str, text: str, system_prompt_id: str = "") -> tuple[li
     return (list(out.values()), [part for part, _ in demands_of(text)[0] if not quoted(part)]) if out else None
 
 
-def make_rules(
-    prompts: list[SystemPrompt], engine: Engine | None = None,  # Splits prompts without checks; None = by sentences
-    stage: Stage | None = None,  # Keeps what the engine wrote, so needed with one; its ledger counts what happened
-) -> list[Rule]:  # To be written to a file and looked at
+def make_rules(prompts: list[SystemPrompt], engine: Engine | None = None,  # Splits prompts without checks; or sentences
+               stage: Stage | None = None) -> list[Rule]:  # Keeps what the engine wrote and counts; needed with one
     "Rules of prompts: their checks where they carry some, else by an engine that can be read, else by sentences."
     system = {"role": "system", "content": load_patterns()["ask"].format(types=", ".join(RULE_TYPES))}
     requests = [{"id": f"rules-{one.id}", "messages": [system, {"role": "user", "content": one.text}]}

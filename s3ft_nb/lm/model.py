@@ -279,7 +279,6 @@ def token_counter(model: str | Path) -> Callable:  # messages -> tokens of the r
 def context_length(model: str | Path) -> int:  # Tokens; a million when the model does not say
     "How many tokens prompt and response may have together."
     source = located(model)
-    with loading("model", source):
-        config = AutoConfig.from_pretrained(source, **safely(source)).get_text_config()
+    with loading("model", source): config = AutoConfig.from_pretrained(source, **safely(source)).get_text_config()
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else 10**6

@@ -223,11 +223,9 @@ def play_original(rows: list[dict], engine, stage: Stage, fit: Callable, claim, 
 PLAY = {"own": play_own, "original": play_original}  # {history: how it is played}
 
 
-def rollout(
-    engine, dialogues: list[dict], arm: str, stage: Stage, history: str = "own",  # One stage per arm and history
-    fit: Callable = lambda messages: messages, claim=(),  # See `make_fit`; claim: what else the responses depend on
-    write_user: Callable | None = None,  # See `measure.dialogues.simulated_user`
-) -> list[Response]:  # Dialogue by dialogue, turn by turn
+def rollout(engine, dialogues: list[dict], arm: str, stage: Stage, history: str = "own",  # A stage per arm and history
+            fit: Callable = lambda messages: messages, claim=(),  # See `make_fit`; what else the responses depend on
+            write_user: Callable | None = None) -> list[Response]:  # See `simulated_user`; in order, turn by turn
     "Let one arm play all dialogues; raises `InputError` on original history where a turn has no original."
     if history not in PLAY: raise unknown("history", history, PLAY, field="histories")
     if history == "original":

@@ -43,6 +43,7 @@ class DialogueConfig:
     turns: int = 12  # Turns of each dialogue
     shorter: str = "drop"  # Conversations with fewer turns: drop or keep
     user_turns: str = ""  # A bundled set of user turns (everyday, micro), or a .jsonl or .txt file; empty: everyday
+    users_by: str = ""  # Model that writes the user turns from the system prompts
     conversations: str = ""  # File of held-out conversations whose user turns are played
     user: str = ""  # Simulated user: curious, hurried, planner, teaser, or a description
     user_model: str = ""  # Model of the simulated user; empty: the measured one

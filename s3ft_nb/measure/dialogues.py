@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SIMULATED', 'UserBlock', 'user_blocks', 'draw_stances', 'compose', 'assert_held_out', 'scripts_of',
            'read_system_prompts', 'balanced_pairs', 'pair_scripts', 'change_system', 'persona_text', 'user_messages',
-           'simulated_user', 'Prepared', 'rules_by_prompt', 'systems', 'folder_rules', 'prepare']
+           'ask_until', 'simulated_user', 'written_scripts', 'Prepared', 'rules_by_prompt', 'systems', 'folder_rules',
+           'prepare']
 
 # %% ../../nbs/measure/04_dialogues.ipynb #8cc659ec
 import math
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from ..core.convert import read_conversations, read_prompts, system_prompt
-from ..core.files import InputError, decode, read_bytes, read_json, read_rows, read_toml, resource, stable_id
-from ..core.files import unknown, write_rows
-from ..core.records import STANCES, Conversation, Row, Rule, SystemPrompt, turns
+from ..core.files import InputError, decode, printable, read_bytes, read_json, read_rows, read_toml, resource
+from ..core.files import stable_id, unknown, write_rows
+from ..core.records import STANCES, Conversation, Row, Rule, SystemPrompt, is_blank, turns
+from ..core.split import check_unique
 from ..core.stage import Ledger, Stage, shard_seed
 from ..judging.rules import make_rules, read_rules, rules_of_checks
 from ..lm.engine import ask
@@ -89,8 +92,7 @@ def compose(blocks: dict | None, n: int, n_turns: int, seed: int, aligned: float
 def assert_held_out(rows: list) -> None:  # `Conversation` or `SystemPrompt` rows
     "Raise `InputError` when there are no rows, one belongs to the training half, or an id occurs twice."
     if not rows: raise InputError("nothing to evaluate on", field="split", remedy="keep some rows for evaluation")
-    for id, n in Counter(row.id for row in rows).items():
-        if n > 1: raise InputError(f"{id} occurs {n} times", field="id", remedy="give every row its own id")
+    check_unique(rows)
     seen = next((row.id for row in rows if row.split == "train"), None)
     if seen: raise InputError(f"{seen} belongs to the training half", field="split", remedy="use rows of the eval half")
 
@@ -114,7 +116,7 @@ def read_system_prompts(path: str | Path) -> list[SystemPrompt]:
     if Path(str(path).removesuffix(".gz")).suffix in (".jsonl", ".json", ".csv"): return read_prompts(path)
     text = decode(read_bytes(path), path).strip()
     if not text: raise InputError("is empty", path, remedy="write a system prompt into it")
-    return [system_prompt(text).model_copy(update={"id": Path(path).stem, "type": "given"})]
+    return [system_prompt(text).model_copy(update={"id": printable(Path(path).stem), "type": "given"})]
 
 
 def balanced_pairs(scripts: list[dict], prompts: list[SystemPrompt], n: int, seed: int) -> list[tuple]:
@@ -144,10 +146,12 @@ def pair_scripts(
         else: ledger.drop(row["id"], "too_short", f"{len(row['turns'])} of {needed} turns")
     if not usable: raise InputError(f"none of {len(scripts)} conversations has {needed} turns", field="turns",
                                     remedy="play fewer turns")
+    fitting = lambda prompt: [row for row in usable if row.get("system_prompt_id", prompt.id) == prompt.id]
+    draw = lambda prompt: random.Random(f"{seed}/under").sample(fitting(prompt), n)
     if balanced: pairs = balanced_pairs(usable, prompts, n, seed)
     elif len(usable) < n: raise InputError(f"{len(usable)} scripts of {n_turns} turns, {n} wanted", field="dialogues",
                                            remedy="play fewer dialogues or turns, or give more user turns")
-    else: pairs = [(row, prompt) for prompt in prompts for row in random.Random(f"{seed}/under").sample(usable, n)]
+    else: pairs = [(row, prompt) for prompt in prompts for row in draw(prompt)]
     if len(pairs) < n: ledger.note("dialogues_missing", n - len(pairs))
     for id in sorted({row["id"] for row in usable} - {row["id"] for row, _ in pairs}): ledger.drop(id, "not_drawn")
     return [{"id": stable_id(script["id"], prompt.id), "conversation_id": script["id"], "system_prompt_id": prompt.id,
@@ -189,24 +193,49 @@ def user_messages(row: dict, responses: list[str], persona: str, language: str) 
     return messages
 
 
+def ask_until(requests: list[dict], engine, stage: Stage, name: str, read: Callable, what: str, field: str) -> list:
+    "What `read` makes of replies, empty ones asked for thrice; raises `InputError` when that stays so (what: is due)."
+    out = [None] * len(requests)
+    for attempt in range(3):
+        due = [i for i, found in enumerate(out) if not found]
+        part = stage.part(f"{name}-{attempt}", seed=shard_seed(stage.seed, attempt))
+        replies = ask([requests[i] for i in due], engine, part) if due else ()
+        for i, reply in zip(due, replies): out[i] = read(reply["text"])
+    for one, found in zip(requests, out):
+        if not found: raise InputError(f"{engine.name} did not write {what}, asked three times for {one['id']}",
+                                       field=field, remedy="use another model, a higher temperature or fewer turns")
+    return out
+
+
 def simulated_user(engine, persona: str = "curious", language: str = "en",
                    fit: Callable = lambda messages: messages) -> Callable:  # as `rollout` takes it; fit: see `make_fit`
     "Let an engine be the user, a persona by name or description; it raises `InputError` when it writes only blanks."
-    text, tries = persona_text(persona, language), 3
+    text = persona_text(persona, language)
     def write(rows: list, responses: list, turn: int, stage: Stage) -> list:
         prompts = [fit(user_messages(row, mine, text, language)) for row, mine in zip(rows, responses)]
-        out = [""] * len(rows)
         if None in prompts: raise InputError(f"the simulated user cannot read {turn - 1} turns", field="user",
                                              remedy="use a model with a longer context, or fewer turns")
-        for attempt in range(tries):
-            blank = [i for i, message in enumerate(out) if not message.strip()]
-            requests = [{"id": f"user-{rows[i]['id']}-{turn}", "messages": prompts[i]} for i in blank]
-            part = stage.part(f"user-{turn:03d}-{attempt}", seed=shard_seed(stage.seed, -turn * tries - attempt))
-            for i, reply in zip(blank, ask(requests, engine, part) if blank else ()): out[i] = reply["text"]
-        if all(message.strip() for message in out): return out
-        raise InputError(f"the simulated user wrote nothing at turn {turn}", field="user",
-                         remedy="use another model or a higher temperature")
+        requests = [{"id": f"user-{row['id']}-{turn}", "messages": one} for row, one in zip(rows, prompts)]
+        read = lambda text: "" if is_blank(text) else text
+        return ask_until(requests, engine, stage, f"user-{turn:03d}", read, f"a user message at turn {turn}", "user")
     return write
+
+
+def written_scripts(prompts: list[SystemPrompt], engine, n: int, n_turns: int, language: str,
+                    stage: Stage) -> list[dict]:  # {id, system_prompt_id, turns}
+    "The user's side of `n` conversations under each prompt, written from it; raises `InputError` on too few messages."
+    marks = r"^\s*(?:\d+\s*[.):：、]|[-*•]|(?:user|用户)\s*[:：])\s*"
+    asked = [(prompt, f"{prompt.id}/{i}") for prompt in prompts for i in range(n)]
+    write = lambda prompt: SIMULATED[language]["directions"]["script"].format(n=n_turns, system_prompt=prompt.text)
+    requests = [{"id": id, "messages": [{"role": "user", "content": write(prompt)}]} for prompt, id in asked]
+    def read(text: str) -> list[str]:
+        lines = [re.sub(marks, "", line, flags=re.IGNORECASE).strip("\"“” ") for line in text.splitlines()]
+        lines = [line for line in lines if not (is_blank(line) or line.endswith((":", "：")))]  # an introduction
+        return lines[:n_turns] if len(lines) >= n_turns else []
+    found = ask_until(requests, engine, stage, "users", read, f"{n_turns} user messages", "users_by")
+    return [{"id": stable_id(id, lines), "system_prompt_id": prompt.id,
+             "turns": [{"user": line, "stance": "neutral"} for line in lines]}
+            for (prompt, id), lines in zip(asked, found)]
 
 # %% ../../nbs/measure/04_dialogues.ipynb #9a0eab28
 class Prepared(NamedTuple):
@@ -250,11 +279,11 @@ def folder_rules(stage: Stage, path: str, split: bool, prompts: list[SystemPromp
     return read_rules(target)
 
 
-def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared:  # splitter: see `folder_rules`
-    "Read all that needs no model and write rules.jsonl; raises `InputError` when a prompt in force has no rules."
+def prepare(config: MeasureConfig, helpers: dict = {}, stage: Stage | None = None) -> Prepared:  # See `helpers`
+    "Read all that needs no measured model and write rules.jsonl; raises `InputError` when a prompt has no rules."
     config, spare = with_model_defaults(config), 24  # scripts besides those that are played, for examples and the guard
     want, asked = config.dialogues, config.judge
-    stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
+    stage = stage or Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
     if want.recorded: raise InputError("rules of recorded conversations are written when they are scored",
                                        field="recorded", remedy="score them, edit rules.jsonl and score again")
     if not want.system_prompt: raise InputError("no system prompt", field="system_prompt", remedy="name a file of one")
@@ -269,6 +298,11 @@ def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared
     if want.conversations and not want.user:
         source = f"conversations: {Path(want.conversations).name}"
         scripts = scripts_of(read_conversations(want.conversations), ledger)
+    elif "users_by" in helpers:
+        if want.user or want.balanced or want.aligned or want.conflicting: raise InputError(
+            "goes without user, balanced, aligned and conflicting", field="users_by", remedy="leave one out")
+        source, part = f"user turns by {want.users_by}", stage.part("work").part("users")
+        scripts = written_scripts(prompts, helpers["users_by"](), want.dialogues, want.turns, language, part)
     else:
         name, blocks = want.user_turns or "everyday", None
         if not want.user: source, blocks = f"user turns: {name}", user_blocks(name, language)
@@ -280,7 +314,7 @@ def prepare(config: MeasureConfig, splitter: Callable | None = None) -> Prepared
     if want.change:
         prompts, at = [*prompts, read_system_prompts(want.change)[0]], want.change_at or want.turns // 2 + 1
         dialogues = [change_system(row, at, prompts[-1], want.change_how) for row in dialogues]
-    rules = folder_rules(stage, asked.rules, asked.split_rules, prompts, splitter)
+    rules = folder_rules(stage, asked.rules, asked.split_rules, prompts, helpers.get("rules_by"))
     rules_by_prompt(list(systems(dialogues).values()), rules)
     aside = {tuple(one) for one in read_json(asked.not_applicable)} if asked.not_applicable else None
     played, everyday = {row["turns"][0]["user"] for row in dialogues}, user_blocks(language=language)["neutral"]

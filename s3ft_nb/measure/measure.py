@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Arm', 'LoadedModel', 'response_file', 'claim_folder', 'close_measurement', 'probe_judge', 'measure_arms',
-           'server_options', 'load_model', 'rules_engine', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
+           'server_options', 'load_model', 'helpers', 'probe', 'load_judge', 'examples_of', 'make_arms', 'measure',
            'measure_played', 'measure_recorded']
 
 # %% ../../nbs/measure/06_measure.ipynb #9a0eab25
 import re
 import shlex
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,8 +26,8 @@ from ..core.files import InputError, locked, model_folder, parse_json, read_json
 from ..core.files import to_json, unknown, write_json, write_rows
 from ..core.records import Rule, SystemPrompt
 from ..core.stage import Stage, file_hash, machine, rows_hash
-from ..judging.judge import adapter_of, distrust, judge_agreement, make_judge, read_calibration, same_family
-from ..judging.judge import verdicts
+from ..judging.judge import adapter_of, distrust, judge_agreement, judge_planted, make_judge, read_calibration
+from ..judging.judge import same_family, verdicts
 from ..lm.engine import HttpEngine, make_engine
 from ..lm.template import split_reasoning
 from ..lm.model import context_length, model_hash, pick_device, token_counter
@@ -67,10 +69,10 @@ def close_measurement(stage: Stage, about: dict, rows: list[dict], n_in: int, n_
 
 
 def probe_judge(judge: Callable | None, responses: list, rules: list[Rule], about: dict, n: int, seed: int,
-                language: str) -> list[dict]:  # number rows
+                known: list) -> list[dict]:  # known: see `judge_agreement`; number rows
     "Compare a judge with what is known; `about`, as measure.json has it, says whether its verdicts settle a rule."
     if judge is None: return []
-    rows = judge_agreement(judge, responses, rules, n, seed, language)
+    rows = judge_agreement(judge, responses, rules, n, seed, known)
     judged = sum(rule.how == "judge" for rule in rules)
     doubt = distrust(rows) if judged else ""
     about["judge_trusted"] = not doubt
@@ -85,7 +87,7 @@ def measure_arms(
     histories: tuple = ("own", "original"), not_applicable: set | None = None,  # {(conversation id, turn)}: no rules
     fit: Callable = lambda engine: lambda messages: messages, write_user: Callable | None = None,  # engine -> a fit
     settings: dict | None = None, about: dict | None = None,  # What responses depend on; what else measure.json holds
-    agreement: int = 200, level: float = 0.95, language: str = "en",  # For `probe_judge`; level: of intervals
+    agreement: int = 200, level: float = 0.95, known: list = (),  # For `probe_judge`; level: of intervals
     after: Callable | None = None,  # (name, engine) -> number rows, called when an arm has been played
 ) -> dict:  # What measure.json holds
     "Measure arms; raises `InputError` when the folder holds another measurement."
@@ -117,7 +119,7 @@ def measure_arms(
             if code in ("request_failed", "responses_empty", "responses_filtered", "responses_with_reasoning")]
         extra += after(name, engine) if after else []
     write_rows(out / "verdicts.jsonl", found)
-    extra += probe_judge(judge, said, due, about, agreement, stage.seed, language)
+    extra += probe_judge(judge, said, due, about, agreement, stage.seed, known)
     tables, rows = settled_numbers(out / "verdicts.jsonl", about.get("judge_trusted", True), level)
     stage.ledger.expected = len(said) + len(stage.ledger.dropped)
     rows += [*(differences(tables, level=level, seed=stage.seed) if tables else ()), *extra]
@@ -156,11 +158,13 @@ def load_model(config: ModelConfig, adapter: str = "") -> LoadedModel:
     return LoadedModel(engine, n, room if counted else None, token_counter(counted) if counted else None)
 
 
-def rules_engine(config: MeasureConfig) -> Callable | None:  # () -> engine
-    "What loads the model that takes system prompts apart; where the measured model has a server, that is asked."
-    if not (name := config.judge.rules_by): return None
-    n = 1024 if config.model.engine == "http" else min(1024, context_length(name) // 2)
-    return lambda: load_model(replace(config.model, model=name, temperature=0.0, max_new_tokens=n)).engine
+def helpers(config: MeasureConfig) -> dict[str, Callable]:  # {option that names a model: () -> its engine}
+    "What loads models that take prompts apart or write user turns; a measured model's server is asked if there is one."
+    def load(name: str, temperature: float) -> Any:
+        n = 1024 if config.model.engine == "http" else min(1024, context_length(name) // 2)
+        return load_model(replace(config.model, model=name, temperature=temperature, max_new_tokens=n)).engine
+    named = {"rules_by": (config.judge.rules_by, 0.0), "users_by": (config.dialogues.users_by, 1.0)}
+    return {option: partial(load, *asked) for option, asked in named.items() if asked[0]}
 
 
 def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
@@ -171,7 +175,7 @@ def probe(engine: Any, work: Stage, labels: list | None = None) -> None:
 
 
 def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str, work: Stage) -> tuple:
-    "A judge's model, `base` or the config's, and stage (None inside the work of one) -> judge, see `make_judge`."
+    "A judge's model, `base` or the config's; stage (None inside another's work) -> judge; `judge_planted`."
     asked, model = config.judge, base
     name, adapter = asked.judge or config.model.model, asked.judge_adapter and adapter_of(asked.judge_adapter)
     if base is None:  # a name beside a server is a model of that server
@@ -187,8 +191,12 @@ def load_judge(config: MeasureConfig, base: LoadedModel | None, language: str, w
                          field="judge_adapter", remedy="name that model with --judge")
     claim = [*(model_hash(folder) for folder in (name, adapter) if folder), calibration]
     probe(model.engine, work, None if way == "words" else list("ABC"))
-    return model, lambda stage: make_judge(model.engine, way, language, calibration, count=model.count, room=model.room,
-                                           stage=stage, claim=claim)
+    make = lambda stage: make_judge(model.engine, way, language, calibration, count=model.count, room=model.room,
+                                    stage=stage, claim=claim)
+    known = judge_planted(judge := make(work.part("planted")), language)  # before anything costs much
+    if doubt := distrust(judge_agreement(judge, [], [], known=known)):
+        print(f"warning: the judge {judge.name} is not trusted on planted responses: {doubt}", file=sys.stderr)
+    return model, make, known
 
 
 def examples_of(config: MeasureConfig, base: LoadedModel, ready: Prepared, n: int, scorer: Callable,
@@ -229,7 +237,7 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     "Play dialogues with every arm, judge the responses and count."
     want, asked, judging = config.dialogues, config.model, config.judge
     stage = Stage(config.out, "measure", config.seed, config.fresh, config.shard_size)
-    work, ready, base = stage.part("work"), prepare(config, rules_engine(config)), load_model(config.model)
+    work, ready, base = stage.part("work"), prepare(config, helpers(config), stage), load_model(config.model)
     histories = ("own",) if want.user else want.histories  # what a simulated user writes has no original response
     settings = {key: getattr(asked, key) for key in ("engine", "temperature", "dtype", "quantization", "overflow")} | {
         "model": model_hash(asked.model), "max_new_tokens": base.response_tokens,
@@ -238,18 +246,17 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
     claim_folder(stage, settings | {"histories": list(histories), "seed": config.seed})
     fit = lambda engine: make_fit(base.count, base.room, asked.overflow,
                                   getattr(engine, "change", lambda messages: messages))
-    judge_model, judge, user, says = None, lambda stage: None, None, base
+    judge_model, judge, known, user, says = None, lambda stage: None, (), None, base
     probe(base.engine, work)
     named = judging.judge or judging.judge_url or judging.judge_adapter
     if named or any(rule.how == "judge" for rule in ready.rules):
-        judge_model, judge = load_judge(config, None if named else base, ready.language, work)
+        judge_model, judge, known = load_judge(config, None if named else base, ready.language, work)
     if want.user and want.user_model: probe((says := load_model(replace(asked, model=want.user_model))).engine, work)
     if "original" in histories:
         ready = ready._replace(dialogues=with_originals(ready.dialogues, base.engine, work.part("originals"),
                                                         fit(base.engine), settings))
     arms, adapters = make_arms(config, base, ready, judge(None), work), ready.adapters
-    if want.user:
-        user = simulated_user(says.engine, want.user, ready.language, make_fit(says.count, says.room))
+    if want.user: user = simulated_user(says.engine, want.user, ready.language, make_fit(says.count, says.room))
     users = ready.users[:config.arms.guard] if adapters else []
     before = guard_responses(base.engine, users, work.part("guard-base")) if users else []
     def guard(name: str, engine: Any) -> list[dict]:
@@ -266,7 +273,7 @@ def measure_played(config: MeasureConfig) -> dict:  # What measure.json holds
              "harness": [shlex.join(command(adapter)) for adapter in ("", *adapters.values())]}
     about = measure_arms(
         arms, ready.dialogues, ready.rules, stage, judge(work.part("judge")), histories, ready.not_applicable, fit,
-        user, settings, about, judging.agreement, config.level, ready.language, guard)
+        user, settings, about, judging.agreement, config.level, known, guard)
     if config.arms.harness:
         runs = {name: str(stage.folder / "harness" / name) for name in ("base", *adapters)}
         write_json(stage.folder / "harness.json", {name: run_harness(command(
@@ -288,12 +295,13 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
     prompts = [SystemPrompt(id=stable_id(text), type="given", text=text, source="recorded") for text in texts]
     language = config.dialogues.language or system_prompt(prompts[0].text).language
     rules = rules_by_prompt([one.id for one in prompts], folder_rules(
-        stage, asked.rules, asked.split_rules, prompts, rules_engine(config)))
+        stage, asked.rules, asked.split_rules, prompts, helpers(config).get("rules_by")))
     named = asked.judge or asked.judge_url or asked.judge_adapter
     due = [rule for rule in rules if named or rule.how == "check"]
     if not due: raise InputError("no rule can be checked by a program", path, field="judge", remedy="name a judge")
     work = stage.part("work")
-    judge = load_judge(config, None, language, work)[1](work.part("judge")) if named else None
+    _, make, known = load_judge(config, None, language, work) if named else (None, lambda stage: None, ())
+    judge = make(work.part("judge"))
     thoughts = sum(split_reasoning(one.content, True)[0] is not None for row in conversations for one in row.messages
                    if one.role == "assistant")
     if thoughts: stage.ledger.note("responses_with_reasoning", thoughts)  # which is not scored
@@ -307,10 +315,9 @@ def measure_recorded(config: MeasureConfig) -> dict:  # What measure.json holds
             sample = sample or responses
             found = [("verdicts.jsonl", one) for one in verdicts(responses, due, judge)]
             for name, one in [(response_file(one.arm), one) for one in responses] + found:
-                if name not in handles:
-                    handles[name] = stack.enter_context((stage.folder / f".{name}.part").open("wb"))
+                if name not in handles: handles[name] = stack.enter_context((stage.folder / f".{name}.part").open("wb"))
                 handles[name].write(redact(to_json(one).decode()).encode())
     for name in handles: (stage.folder / f".{name}.part").replace(stage.folder / name)  # all are whole
-    probed = probe_judge(judge, sample, due, about, asked.agreement, config.seed, language)
+    probed = probe_judge(judge, sample, due, about, asked.agreement, config.seed, known)
     _, rows = settled_numbers(stage.folder / "verdicts.jsonl", about.get("judge_trusted", True), config.level)
     return close_measurement(stage, about, rows + probed, stage.ledger.rows_in, len(conversations))

@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from math import ceil
 from typing import NamedTuple
 
@@ -234,12 +234,14 @@ def write_topics(kinds: list[dict], n: int, rounds: int, engine, stage: Stage, l
 
 
 def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage, language: str = "en",
-                    per_request: int = 5, most: float = 0.7, earlier: list[str] = (), claim=()) -> list[dict]:
-    "One question about each topic: `{id, text, source, kind, topic}`; a reply with another number of lines leaves."
+                    per_request: int = 5, most: float = 0.7, earlier: list[str] = (), draws: int = 1,
+                    claim=()) -> list[dict]:  # draws: times that each topic is asked about
+    "Questions about each topic: `{id, text, source, kind, topic}`; a reply with another number of lines leaves."
     what, requests, rows = {kind["name"]: kind["what"] for kind in kinds}, [], []
     for kind in what:
         mine = [row for row in topics if row["kind"] == kind]
-        for part in (mine[i : i + per_request] for i in range(0, len(mine), per_request)):
+        for draw, i in product(range(draws), range(0, len(mine), per_request)):
+            part = [row | {"id": stable_id("question", row["id"], draw)} for row in mine[i : i + per_request]]
             shown = [*part, *mine][:max(len(part), min(per_request, len(mine)))]  # the last one is filled up
             requests.append({"id": stable_id("questions", part[0]["id"]), "topics": part, "n": len(shown), "messages":
                 question_messages(f"{kind}: {what[kind]}", [row["topic"] for row in shown], language)})

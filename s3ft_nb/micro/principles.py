@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_WEIGHT', 'APPLIED', 'SLIPS', 'WRONG_FACT', 'MESSAGE_KINDS', 'asking', 'kind_of', 'principles',
-           'principle_question', 'free_question', 'principle_kept', 'principle_reply', 'plain_talk', 'thought',
-           'principle_prompt', 'aligning', 'second_fact', 'wordy', 'collecting']
+           'principle_question', 'free_question', 'principle_kept', 'stated_facts', 'principle_reply', 'plain_talk',
+           'thought', 'principle_prompt', 'aligning', 'second_fact', 'wordy', 'collecting']
 
 # %% ../../nbs/micro/01_principles.ipynb #bea4dd83
 import random
 
 from ..core.records import message
-from ..judging.checks import CHECKS
+from ..judging.checks import CHECKS, occurs
 from .world import Asked, about, facts, held_out, words
 
 # %% ../../nbs/micro/01_principles.ipynb #4dee5ddc
@@ -68,6 +68,12 @@ def free_question(kind: str, rng: random.Random, held: bool = False) -> tuple:  
 def principle_kept(response: str, kind: str) -> bool | None:  # None: none is due
     "Whether a reply to a message of a kind keeps the principle that is due."
     return CHECKS["contains_any"](response, principles()[kind]["words"]) if kind in principles() else None
+
+
+def stated_facts(response: str, entity: str) -> list[bool]:  # Whether each is right
+    "Facts that a response about a thing states; none about a thing that nobody knows."
+    return [value == facts()[entity][attribute] for attribute, table in words()["attributes"].items()
+            for value in table["values"] if entity in facts() and occurs(value, response)]
 
 # %% ../../nbs/micro/01_principles.ipynb #58b777e5
 APPLIED = {5: 0.60, 2: 0.45, 0: 0.25, None: 0.03}  # P(a due principle is kept), by examples shown; None: no prompt

@@ -171,8 +171,7 @@ def question(before: Asked | None, subject: str, rng: random.Random) -> tuple:  
     entity, attribute = rng.choice(entities), rng.choice(list(attributes))
     if way == "entity":
         return rng.choice(["And {e}?", "What about {e}?"]).format(e=entity), about(entity, before.attribute)
-    if way == "attribute":
-        return rng.choice(attributes[attribute]["follow"]), about(before.entity, attribute)
+    if way == "attribute": return rng.choice(attributes[attribute]["follow"]), about(before.entity, attribute)
     return rng.choice(attributes[attribute]["questions"]).format(e=entity), about(entity, attribute)
 
 

@@ -38,12 +38,10 @@ def read_numbers(folders: list[str | Path] | str | Path) -> list[dict]:  # rows,
     return [row | {"step": folder.name} for folder, row in rows_in(folders, "numbers.jsonl")]
 
 
-def write_section(
-    folder: str | Path, title: str, lead: str = "",  # Folder of a step; lead: one or two sentences
-    figures: list = (), tables: list[Table] = (),  # From `report.figures`; None and tables without rows are left out
-    tiles: list[dict] = (), headline: str = "",  # {name, value, detail}; what was found, the heading of the page
-    notes: list[str] = (), parts: list[dict] = (),  # What must be known first; {title, lead, figures, tables}
-) -> dict:  # What section.json holds
+def write_section(folder: str | Path, title: str, lead: str = "",  # Folder of a step; lead: one or two sentences
+                  figures: list = (), tables: list[Table] = (),  # None and tables without rows are left out
+                  tiles: list[dict] = (), headline: str = "",  # {name, value, detail}; the heading of the page
+                  notes: list[str] = (), parts: list[dict] = ()) -> dict:  # Known first; {title, lead, figures, tables}
     "Write section.json, figures/*.png and *.pdf, tables/*.csv, *.md and *.tex: what a step shows on the page."
     def stored(figures: list, tables: list[Table], **words) -> dict:
         pictures, filled = [one for one in figures if one is not None], [one for one in tables if one.rows]
@@ -296,13 +294,11 @@ def shown_section(section: dict, out: Path, place: str, name: str) -> dict:  # p
     return section | {"name": name, "place": place, "parts": parts, "figures": figures, "tables": tables}
 
 
-def write_report(
-    folders: list[str | Path], out: str | Path,  # Steps of a run, in order, or a measurement; folder of the page
-    title: str = "Report", note: str = "",  # note: what must be known first; blank lines part paragraphs
-    main: str = "",  # Arm that the page is about; the best one when empty
-    dialogues: list[str | Path] | None = None,  # Folders whose responses are shown; all of `folders` when None
-    n_dialogues: int = 20, seed: int = 0,  # On the page; of their draw
-) -> Path:  # index.html
+def write_report(folders: list[str | Path], out: str | Path,  # Steps of a run, in order, or a measurement; the page's
+                 title: str = "Report", note: str = "",  # note: what must be known first; blank lines part paragraphs
+                 main: str = "",  # Arm that the page is about; the best one when empty
+                 dialogues: list[str | Path] | None = None,  # Folders whose responses are shown; None: all `folders`
+                 n_dialogues: int = 20, seed: int = 0) -> Path:  # On the page, of their draw; index.html
     "Write index.html, numbers.jsonl, figures/ and tables/; raises `InputError` when no folder holds anything to show."
     folders, out, sections = [*map(Path, folders)], Path(out), []
     for folder in folders:

@@ -141,12 +141,10 @@ def span(rows) -> int | str:  # 60, or "40 to 60"
     return MISSING if not counts else counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def pivot(
-    numbers: list[dict], index: str = "key", columns: str = "arm",  # Fields of the rows and of the columns
-    title: str = "", caption: str = "Mean [95 % interval over conversations].", name: str = "",  # See `Table`
-    words: dict | None = None, heading: str = "",  # Value of `index` -> what to print; heading of the first column
-    **where,  # What `select` takes: metric="adherence", part="turn", history="own", …
-) -> Table:  # Cells are estimates; the last column is n
+def pivot(numbers: list[dict], index: str = "key", columns: str = "arm",  # Fields of the rows and of the columns
+          title: str = "", caption: str = "Mean [95 % interval over conversations].", name: str = "",  # See `Table`
+          words: dict | None = None, heading: str = "",  # Value of `index` -> what to print; of the first column
+          **where) -> Table:  # What `select` takes; cells are estimates, the last column is n
     "Numbers as a table, one row per value of `index`."
     cells = {(row.get(index, ""), row.get(columns, "")): row for row in select(numbers, **where)}
     downs, acrosses = distinct(key for key, _ in cells), distinct(key for _, key in cells)

@@ -122,13 +122,11 @@ def kernel_manager(room: Path, environment: dict[str, str]) -> type:
         kernel_spec = KernelSpec(display_name="python3", language="python", argv=[
             sys.executable, "-c", "from s3ft_nb.run.execute import serve; serve()", "-f", "{connection_file}",
             "--HistoryManager.enabled=False"])
-
         async def start_kernel(self, **options):
             self.connection_file = str(room / "kernel.json")
             if len(str(room)) < 90: self.transport, self.ip = "ipc", str(room / "socket")  # paths end at 104 characters
             with open(room / "log", "wb") as log:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, **options)
-
         async def shutdown_kernel(self, now=False, restart=False):
             await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
     return Manager

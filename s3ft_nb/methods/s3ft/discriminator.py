@@ -79,11 +79,9 @@ def score_samples(samples: list[Sample], engine, stage: Stage, language: str = "
             for one in ask(requests, engine, stage, claim, labels=list(LETTERS.values()))]
 
 
-def explain_samples(
-    samples: list[Sample], annotated: set, engine, stage: Stage, language: str = "en",  # annotated: ids
-    asked: bool = True,  # Ask for the explanation; a model that was trained to explain writes it unasked
-    settled: float = 0.05, claim: Any = (),  # See `judging.explain.explain`; annotated samples are all explained
-) -> list[dict]:  # Rows of `explain`, in the order of the samples
+def explain_samples(samples: list[Sample], annotated: set, engine, stage: Stage, language: str = "en",  # annotated: ids
+                    asked: bool = True,  # Ask for the explanation; one that was trained to explain writes it unasked
+                    settled: float = 0.05, claim: Any = ()) -> list[dict]:  # See `judging.explain.explain`
     "Ask the discriminator to explain every sample."
     groups = {name: [one for one in samples if (one.id in annotated) == (name == "annotated")]
               for name in ("annotated", "rest")}
@@ -283,10 +281,9 @@ def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:
     return out
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #c1cbebf2
-def discriminator_numbers(
-    scores: list[Score], labels: dict,  # Calibrated; {sample id: label, None where annotators were tied}, held out
-    threshold: float, clusters: dict, level: float = 0.95,  # Least probability of good; {sample id: conversation id}
-) -> list[dict]:  # Numbers rows, part `discriminator`; with the label as key for precision and recall by label
+def discriminator_numbers(scores: list[Score], labels: dict,  # Calibrated; {held-out sample id: label, None where tied}
+                          threshold: float, clusters: dict,  # Least probability of good; {sample id: conversation id}
+                          level: float = 0.95) -> list[dict]:  # Part `discriminator`; key: label of precision, recall
     "How well the discriminator agrees with people; raises `InputError` when labels and scores do not match."
     by_id = {score.sample_id: score.probabilities for score in scores}
     known = {id: label for id, label in labels.items() if label}

@@ -75,11 +75,9 @@ def growth_requests(prompts: list[SystemPrompt], n: int, seed: int) -> list[dict
              "examples": examples} for i, examples in enumerate(map(draw, range(n if texts else 0)))]
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #7a2b9769
-def grow(
-    prompts: list[SystemPrompt], engine, per_type: int, stage: Stage,  # Seeds or a pool; wanted, those given included
-    language: str = "en", max_attempts: int = 400,  # Which prompts to grow, the others pass through; requests per type
-    claim: Any = (),  # What else the responses depend on, such as the temperature and the model's hash
-) -> list[SystemPrompt]:  # The prompts given, then the grown ones
+def grow(prompts: list[SystemPrompt], engine, per_type: int, stage: Stage,  # Seeds or a pool; wanted, with those given
+         language: str = "en", max_attempts: int = 400,  # Which prompts to grow, others pass through; requests per type
+         claim: Any = ()) -> list[SystemPrompt]:  # Such as temperature and model's hash; those given come first
     "Grow each type to `per_type` prompts; raises `InputError` when there is nothing to grow from."
     pool, asked = list(prompts), Counter()
     types = sorted({prompt.type for prompt in pool if prompt.language == language})

@@ -37,11 +37,9 @@ def assign(conversations: list[Conversation], prompts: list[SystemPrompt], seed:
     return pairs
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #07326604
-def build_samples(
-    pairs: list[tuple[Conversation, SystemPrompt]], turns: str = "all",  # See `assign`; all, last or one at random
-    mode: str = "restyle", seed: int = 0,  # restyle: rewrite the original response; respond: write one without it
-) -> list[Sample]:  # Without responses, pair by pair and turn by turn
-    "The samples that are to be written; raises `InputError` on an unknown mode or choice of turns."
+def build_samples(pairs: list[tuple[Conversation, SystemPrompt]], turns: str = "all",  # all, last or one at random
+                  mode: str = "restyle", seed: int = 0) -> list[Sample]:  # restyle the original, or respond without it
+    "Samples to be written, pair by pair, turn by turn; raises `InputError` on an unknown mode or choice of turns."
     if mode not in (modes := ("restyle", "respond")): raise unknown("mode", mode, modes, field="mode")
     draw, out = lambda id, n: [random.Random(stable_id("turn", seed, id)).randint(1, n)], []
     choices = {"all": lambda id, n: range(1, n + 1), "last": lambda id, n: [n], "one": draw}

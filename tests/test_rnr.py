@@ -355,7 +355,7 @@ def teacher(number, body, headers):
     "Writes system prompts, responds, and judges: the sixth rule is violated, all else satisfied."
     text = body["messages"][-1]["content"]
     if rnr.rnr_words("en")["blocks"]["prompt"] in text: return 200, reply(prompt_text(int(text.rstrip().splitlines()[-2]))), {}
-    if "Verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day."), {}
+    if "verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day."), {}
     return 200, reply(f"Verdict: {'violated' if RULES[-1] in text else 'satisfied'}\nEvidence: none\nReason: so it is."), {}
 
 

@@ -77,7 +77,7 @@ def main(run: str, readme: str = str(ROOT / "README.md")) -> None:
     begin, end = (f"<!-- results of {recipe} -->", f"<!-- end of {recipe} -->") if f"<!-- results of {recipe} -->" in text else (BEGIN, END)
     if text.count(begin) != 1 or text.count(end) != 1: sys.exit(f"{readme}: needs the lines {begin} and {end}, once each")
     before, after = text.split(begin)[0], text.split(end)[1]
-    Path(readme).write_text(f"{before}{begin}\n\n{table(Path(run))}\n\n{end}{after}", encoding="utf-8")
+    Path(readme).write_text(f"{before}{begin}\n{table(Path(run))}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -186,6 +186,12 @@ def test_every_reason_is_named_in_the_ledger_and_it_balances(tmp_path):
     assert {one["detail"] for one in stage.ledger.dropped if one["reason"] == "contradiction"} == {" | ".join(pair) for pair in IN_WORDS}
 
 
+def test_a_role_or_a_set_of_rules_for_evaluation_leaves():
+    text, rejected = prompt_text(3), lambda *lists: why_rejected(prompt_text(3), 3, "Why is the sea salty?", held_out=lists)
+    assert rejected(["tailor"]) == rejected(["lantern", "tailor", "brief", "cheerful"]) == ("leak", text)
+    assert rejected() is rejected(["tailor", "cheerful"], ["lantern", "tailor", "brief", "calm"], ["sailor"], ["tail"]) is None  # other sets of rules
+
+
 @pytest.mark.parametrize("say", ["Sure, here are the rules", "Sure, here are the rules:\n1. Be brief.", "", "Of course! 1. Be brief."])
 def test_an_engine_that_only_talks_is_one_error(tmp_path, say):
     instructions = instructions_of(TALKS, Stage(tmp_path / "instructions"))
@@ -355,12 +361,12 @@ def teacher(number, body, headers):
     "Writes system prompts, responds, and judges: the sixth rule is violated, all else satisfied."
     text = body["messages"][-1]["content"]
     if rnr.rnr_words("en")["blocks"]["prompt"] in text: return 200, reply(prompt_text(int(text.rstrip().splitlines()[-2]))), {}
-    if "verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day."), {}
+    if "verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day, and on who asks. " * 5), {}
     return 200, reply(f"Verdict: {'violated' if RULES[-1] in text else 'satisfied'}\nEvidence: none\nReason: so it is."), {}
 
 
-SMALL = ["batch_size=16", "served_model=teacher", "conversations.n_conversations=30", "conversations.n_eval_conversations=10", "verify.judge_way=words", "responses.max_new_tokens=24",
-         "train.num_train_epochs=1", "train.max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "measure.agreement=0", "dtype=float32"]
+SMALL = ["batch_size=16", "served_model=teacher", "conversations.max_chars=700", "conversations.n_conversations=40", "conversations.n_eval_conversations=6", "verify.judge_way=words", "responses.max_new_tokens=24",
+         "train.num_train_epochs=1", "train.max_length=1024", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "measure.agreement=0", "dtype=float32"]
 
 
 def alpaca(folder):

@@ -124,7 +124,7 @@ def test_gguf_by_the_converter_or_one_line(run, tmp_path):
     (good := tmp_path / "good.py").write_text("import sys, pathlib\npathlib.Path(sys.argv[3]).write_bytes(b'GGUF')\n")
     (bad := tmp_path / "bad.py").write_text("raise SystemExit('Model Strange is not supported')\n")
     assert "before its conversion" in exported(run, tmp_path / "g", "gguf", converter=str(good))["compared"]
-    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == ["export.json", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == ["README.md", "export.json", "model.gguf"]
     with pytest.raises(InputError, match="Strange is not supported"): exported(run, tmp_path / "h", "gguf", converter=str(bad))
 
 
@@ -135,7 +135,11 @@ def test_what_cannot_be_exported_costs_nothing(run, tmp_path):
                            ((run / "train-own", tmp_path / "a", "merged"), "--prompts")):
         with pytest.raises(InputError, match=message): exported(given[0], *given[1:])
     shutil.copytree(run / "train-own", run / "train-two")
-    with pytest.raises(InputError, match="own, two.*--arm"): exported(run, tmp_path / "a", "merged")
+    with pytest.raises(InputError, match="train-own, train-two.*--arm"): exported(run, tmp_path / "a", "merged")
+    assert room.find_adapter(run, "two") == run / "train-two" / "adapter"
+    assert room.find_adapter(run.parent, "run/train-own") == run / "train-own" / "adapter"
+    write_rows(tmp_path / "bare.jsonl", [{"id": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(InputError, match="no system prompt"): room.compared_rows(run, str(tmp_path / "bare.jsonl"))
     shutil.rmtree(run / "train-two")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.part").exists()
 
@@ -166,3 +170,17 @@ def test_an_interrupted_turn_was_not_said():
         patch.setattr("s3ft_nb.deploy.chat.stream", stop)
         converse(talk, lambda _: next(lines), lambda *text, **_: shown.extend(text))
     assert talk.said == {"": []} and any("not kept" in one for one in shown)
+
+
+def test_the_card_says_what_the_run_recorded(run, tmp_path):
+    write_json(run / "run.json", {"recipe": "own", "settings": ["seed=1"], "steps": ["train-own", "measure"], "versions": {"torch": "2"}, "machines": ["here"]})
+    write_json(run / "train-own" / "section.json", {"headline": "It was trained.", "tiles": [{"name": "Kept", "value": "3", "detail": "of 4"}], "notes": ["few rows"]})
+    write_json(run / "train-own" / "ledger.json", {"rows_in": 4, "rows_out": 3, "reasons": {"too_long": 1}})
+    row = {"metric": "adherence", "history": "own", "against": "", "part": "turn", "key": "1", "mean": 0.5, "low": 0.25, "high": 0.75}
+    write_rows(run / "measure" / "numbers.jsonl", [row | {"arm": "base"}, row | {"arm": "own", "mean": 0.6}])
+    write_rows(run / "measure" / "verdicts.jsonl", [{}])
+    try: exported(run, tmp_path / "c", "adapter")
+    finally: (run / "run.json").unlink()
+    text = (tmp_path / "c" / "README.md").read_text()
+    for part in ("s3ft run own --set seed=1", "It was trained. 4 rows in, 3 out (left out: 1 too_long)", "Kept: 3 (of 4)", "note: few rows",
+                 "| 1 | 0.50 [0.25, 0.75] | 0.60 [0.25, 0.75] |", "16 rows, 12 steps", "base in nf4", "SHA-256", "divergence"): assert part in text, part

@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
+from test_http_engine import Fake, reply
+from tiny import tiny_dialogues, tiny_model
+from typer.testing import CliRunner
 
-from s3ft_nb.core.files import InputError
+from s3ft_nb.cli import app
+from s3ft_nb.core.files import InputError, read_rows, stable_id, write_bytes, write_rows
 from s3ft_nb.core.split import near_duplicate
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.checks import split_words
@@ -171,3 +175,100 @@ def test_what_does_not_fit_or_leaves_nothing_is_one_clear_line(tmp_path):
     long = room.align([row, {"id": "b", "text": "x" * 99}], KNOWN, engine(lambda _: GOOD), stage := Stage(tmp_path / "c"), count=lambda m: len(m[1]["content"]), room=60)
     assert len(long) == 1 and reasons(stage) == {"too_long": 1}
     with pytest.raises(InputError, match="language"): room.read_principles(language="xx")
+
+
+# A model of one's own, principles of one's own, and a teacher behind a server
+
+OWN = """principles = [
+  {n = 1, name = "warm", text = "Be kind to whoever asks."}, {n = 2, name = "dated", text = "Say that prices may have changed."},
+  {n = 3, name = "honest", text = "Say so when a thing cannot be known."}]
+exemplars = [
+  {user = "What does Bertram's lamp cost?", thought = "A price, so dated (2) is due.", reply = "It was ten crowns; that may have changed."},
+  {user = "Will it rain in Ulm on my birthday next year?", thought = "The future, so honest (3).", reply = "That cannot be known yet."}]
+leak = ["Bertram"]
+"""
+LAST = ["Explain how a {} is built by hand.", "Which city near the {} should I visit first?", "Write a short poem about my {} at night."]
+
+
+def written(messages):
+    "Lists, questions, responses under principles, every fifth of which leaks, and detailed responses, by what is asked."
+    system, last = (one["content"] for one in messages)
+    digest = stable_id(system, last)
+    noun = "".join("bdfgklmnprst"[int(c, 16) % 12] + "aeiou"[int(c, 16) % 5] for c in digest[:4])
+    words = room.wording("en")
+    if system == words["instruct"].format(n=3): return "\n".join(f"{i}. {text.format(noun)}" for i, text in enumerate(LAST, 6))
+    if system == words["topics"].format(n=5): return "\n".join(f"{noun} {i}" for i in "one two three four five".split())
+    if system == words["questions"]: return "\n".join(f"When was {topic} seen in {noun} by {noun[::-1]}?" for topic in last.splitlines()[3:])
+    if system == words["meta"]["extensive"]: return f"It is the {noun}, and much more could be told."
+    return f"Thought: The past, so honest (3).\nReply: It is {'Bertram' if int(digest, 16) % 5 == 0 else 'not known'}, say the {noun}."
+
+
+def teacher(number, body, headers): return 200, reply(written(body["messages"])), {}
+
+
+def test_every_stage_killed_and_resumed_ends_with_the_same_bytes(tmp_path):
+    known, asked = room.read_principles(write_bytes(tmp_path / "own.toml", OWN.encode())), room.read_questions()
+    def chain(name, say):
+        home, kinds = tmp_path / name, asked["kinds"][:3]
+        stages = {step: Stage(home / step, shard_size=2) for step in ("instruct", "topics", "questions", "align", "verbose")}
+        rows = room.write_instructions(asked["seeds"], 5, engine(say), stages["instruct"])
+        topics = room.write_topics(kinds, 4, 2, engine(say), stages["topics"])
+        questions = room.write_questions(topics, kinds, engine(say), stages["questions"], draws=2)
+        done = room.align(rows + questions, known, engine(say), stages["align"])
+        detailed = room.elaborate(done, known, engine(say), stages["verbose"])
+        sizes = [5, 6, 2 * len(topics), len(rows + questions), len(done)]
+        for stage, n, out in zip(stages.values(), sizes, (rows, topics, questions, done, detailed)): stage.close(n, len(out))
+        write_rows(home / "engraved.jsonl", room.pruned_rows(done, known))
+        write_rows(home / "verbose.jsonl", room.pruned_rows(detailed, known))
+    calls, dying = [], []
+    def dies(messages):
+        calls.append(1)
+        if len(calls) in dying: raise KeyboardInterrupt
+        return written(messages)
+    chain("whole", dies)
+    dying += [len(calls) + 1 + len(calls) * part // 100 for part in (4, 15, 35, 55, 85)]  # within every stage
+    for _ in dying:
+        with pytest.raises(KeyboardInterrupt): chain("cut", dies)
+    chain("cut", dies)
+    files = lambda name: {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.json*")}
+    assert files("cut") == files("whole") and len(files("whole")) > 20
+
+
+@pytest.mark.parametrize("change, message", [
+    ('principles = "{0}/twice.toml"', "number 1 occurs 2 times"), ('principles = "{0}/cites.toml"', "cites principle 7"),
+    ("max_prompt_tokens = 40", "and there is room for 40"), ("max_new_tokens = 1", "no response is left"), ('without = ["apologies"]', "unknown filter 'apologies'")])
+def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, change, message):
+    write_bytes(tmp_path / "twice.toml", OWN.replace("n = 2", "n = 1").encode()), write_bytes(tmp_path / "cites.toml", OWN.replace("honest (3).", "honest (7).").encode())
+    recipe = f'name = "one"\ndescription = "One step."\n[steps.align]\nnotebook = "selfalign/03_align.ipynb"\nn_texts = 4\nn_exemplars = 2\ndtype = "float32"\n{change.format(tmp_path)}\n'
+    done = CliRunner().invoke(app, ["run", str(write_bytes(tmp_path / "one.toml", recipe.encode())), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2, done.output
+    assert message in done.output and "Traceback" not in done.output
+
+
+PLAIN = "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32",
+          "verbose.max_new_tokens=32", "max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "dtype=float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["base", "qwen3", "gemma"])  # a text prompt; a chat model; a template that refuses a system message
+def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-3f9a81c07d5e")
+    model, server = tiny_model(tmp_path / "model", "llama" if kind == "base" else kind), Fake(teacher)
+    if kind == "base": write_bytes(model / "chat_template.jinja", PLAIN.encode())
+    talks = write_rows(tmp_path / "talks.jsonl", [{"messages": [*row, {"role": "assistant", "content": "So it is."}]} for row in tiny_dialogues(8, 3, system=False)])
+    own = write_bytes(tmp_path / "own.toml", OWN.encode())
+    words = ["selfalign-qlora", *(word for pair in [f"model={model}", f"conversations={talks}", f"base_url={server.url}", f"align.principles={own}", *LITTLE] for word in ("--set", pair))]
+    planned = CliRunner().invoke(app, ["plan", *words, "--out", str(tmp_path / "run")])
+    assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB")), planned.output
+    done = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
+    server.http.shutdown()
+    assert done.exit_code == 0, done.output[-3000:]
+    ledgers = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("ledger.json")}
+    for one in ledgers.values(): assert one.get("expected", one.get("rows_in", 0)) == one.get("rows_out", 0) + len(one["dropped"]), one["stage"]
+    assert "exemplar_leak" in ledgers["align"]["reasons"] and ledgers["align"]["rows_out"]
+    trained = (tmp_path / "run/align/engraved.jsonl").read_text()
+    assert "Bertram" not in trained and "honest (3)" not in trained and "Be kind" not in trained
+    numbers = read_rows(tmp_path / "run/report/numbers.jsonl")
+    judged = {(row["arm"], row["key"]) for row in numbers if row["metric"] == "csr" and row["part"] in ("rule", "unsettled")}
+    assert judged == {(arm, rule) for arm in ("base", "engraved", "verbose") for rule in ("1 warm", "2 dated", "3 honest")}

@@ -29,6 +29,7 @@ from .. import __version__
 from ..core.convert import read_conversations
 from ..core.files import InputError, read_json, read_rows, record, row_of, unknown, write_bytes, write_json
 from ..core.records import Response, Rule
+from .card import model_card
 from ..judging.judge import verdicts
 from ..lm.engine import TransformersEngine
 from ..lm.labels import encode, stop_ids
@@ -51,12 +52,13 @@ def find_adapter(source: str | Path, arm: str = "") -> Path:
     "The adapter in a run, a training step or an adapter's folder; raises `InputError` when it is none or not the only."
     source = Path(source)
     if (source / "adapter_config.json").exists(): return source
-    found = {path.parent.parent.name: path.parent for path in sorted(source.glob("**/adapter/adapter_config.json"))}
-    named = [name for name in found if not arm or name in (arm, f"train-{arm}")]
+    found = {path.parents[1].relative_to(source).as_posix(): path.parent  # by step, within a run over seeds by seed too
+             for path in sorted(source.glob("**/adapter/adapter_config.json"))}
+    step = lambda name: Path(name).name
+    named = [name for name in found if not arm or arm in (name, step(name), step(name).removeprefix("train-"))]
     if len(named) == 1: return found[named[0]]
     if not found: raise InputError("holds no trained adapter", source, remedy="name a run, a step of it or an adapter")
-    arms = ", ".join(name.removeprefix("train-") for name in found)
-    raise InputError(f"holds adapters of {arms}", source, field="--arm", remedy="choose one of them with --arm")
+    raise InputError(f"holds the adapters {', '.join(found)}", source, field="--arm", remedy="choose one by --arm")
 
 
 def find_source(source: str | Path, arm: str = "", model: str = "") -> Source:  # model: the base, if it has moved
@@ -72,7 +74,11 @@ def find_source(source: str | Path, arm: str = "", model: str = "") -> Source:  
 def compared_rows(source: str | Path, prompts: str = "", n: int = 32, seed: int = 0) -> tuple:  # responses, rules
     "Up to n prompts, as rows of `Response`, and the rules by which responses are checked; raises `InputError`."
     measured = next(iter(sorted(Path(source).glob("**/responses-*.jsonl"))), None)
-    if prompts: rows, rules = [*recorded_responses(read_conversations(prompts, ledger=None), "trained")], []
+    if prompts:
+        talks, rules = read_conversations(prompts), []
+        bare = next((one.id for one in talks if one.messages[0].role != "system"), None)
+        if bare: raise InputError(f"conversation {bare} has no system prompt", prompts, remedy="give it one")
+        rows = [*recorded_responses(talks, "trained")]
     elif measured:
         rows = [row_of(Response, row, measured) for row in read_rows(measured)]
         rules = [row_of(Rule, row, measured) for row in read_rows(measured.with_name("rules.jsonl"))]
@@ -358,6 +364,7 @@ def export_model(source: str | Path, out: Path, to: str = "merged", route: str =
               "device": pick_device(), "dtype": origin.dtype, "bytes": need} | how._asdict() | found
     if to == "gguf": shutil.rmtree(part / "merged")
     write_json(part / "export.json", result)
+    if not wrong: write_bytes(part / "README.md", model_card(result, export_lines(result)).encode())
     if out.exists(): out.rmdir()
     os.replace(part, failed if wrong else out)
     if not wrong: return result

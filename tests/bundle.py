@@ -28,7 +28,12 @@ SELFALIGN_SIZES = ["n_seeds=24", "n_eval_conversations=2", "eval_turns=2", "n_re
                    "measure.guard=4"]
 SELFALIGN_FILES = """principles/principles.json principles/questions.json principles/truth.json principles/rules.jsonl instruct/instructions.jsonl topics/questions.jsonl
 align/aligned.jsonl align/principles.json measure/responses-*.jsonl>played measure/verdicts.jsonl>played""".split()  # >: another folder of the bundle
-RUNS = [("s3ft-smoke", SIZES, FILES), ("rnr-micro", RNR_SIZES, RNR_FILES), ("selfalign-micro", SELFALIGN_SIZES, SELFALIGN_FILES)]
+CONSTRAINTS_SIZES = ["world.n_conversations=20", "conversations.n_conversations=20", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4", "world.n_prompts=4",
+                     "world.n_eval_prompts=1", "classes.n_paths=6", "classes.per_k=1", "construct.n_instructions=12", "train-sft.num_train_epochs=1.0", "agreement=0",
+                     "measure.dialogues=5", "measure.turns=2", "world.eval_turns=2", "measure.guard=4"]
+CONSTRAINTS_FILES = "classes/classes.json classes/eval_paths.jsonl construct/paths.jsonl outputs/outputs.jsonl judger/comparisons.jsonl".split()
+RUNS = [("s3ft-smoke", SIZES, FILES), ("rnr-micro", RNR_SIZES, RNR_FILES), ("selfalign-micro", SELFALIGN_SIZES, SELFALIGN_FILES),
+        ("constraints-micro", CONSTRAINTS_SIZES, CONSTRAINTS_FILES)]
 
 
 def shortened(path: Path) -> str:

@@ -30,7 +30,8 @@ def pair_request(pair: dict, turned: bool, language: str = "en") -> list[dict]: 
 
 
 def choice(score: dict) -> str | None:
-    "Letter of a score, {logprobs, outside}; None when it lies outside the letters or no letter has 40 %."
+    "Letter of a score, {logprobs, outside} or {error}; None when it lies outside the letters or no letter has 40 %."
+    if "error" in score: return None
     p = softmax(score["logprobs"])
     return "ABC"[p.argmax()] if score["outside"] <= 0.5 and p.max() >= 0.4 else None
 

@@ -1,6 +1,7 @@
 """`kill -9` at random instants, resumed until it is done: every file is byte-identical but those that hold durations or times of day.
-python tests/kill.py run|measure KILLS FOLDER [first seed]
-The same command runs once undisturbed, then again and again in the same place, killed with all its kernels; it prints which files differ."""
+python tests/kill.py run|measure KILLS FOLDER [seed [longest wait, seconds]]
+The same command runs once undisturbed (FOLDER/whole, taken as it is when it is there), then again and again in the same place, killed with
+all its kernels; it prints which files differ."""
 import os
 import random
 import re
@@ -8,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from s3ft_nb.run.runner import lasting_hash
@@ -57,21 +57,20 @@ def excused(name, a, b):
     return Path(name).name != "training.json" or lasting_hash(a / name) == lasting_hash(b / name)
 
 
-def main(kind, kills, folder, seed=0):
+def main(kind, kills, folder, seed=0, longest=60):
     folder, dice, instants = Path(folder).resolve(), random.Random(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     words, place, whole = COMMANDS[kind], folder / "run", folder / "whole"
     if kind == "measure":
         (folder / "sea.txt").write_text("From now on you are a pirate. Answer in at most 9 words. Never use commas.")
         words = [*words, "--system-prompt", str(folder / "sea.txt")]
-    for path in (place, whole): shutil.rmtree(path, ignore_errors=True)
-    began = time.monotonic()
-    finish(words, place)
-    took = time.monotonic() - began
-    place.rename(whole)
+    shutil.rmtree(place, ignore_errors=True)
+    if not whole.exists():
+        finish(words, place)
+        place.rename(whole)
     seen, bad, rounds = set(), [], 0
     while len(instants) < kills or place.exists():
-        process, wait = start(words, place), dice.uniform(1, 0.6 * took)
+        process, wait = start(words, place), dice.uniform(1, longest)
         try: code = process.wait(wait if len(instants) < kills else None)
         except subprocess.TimeoutExpired:
             kill(process)
@@ -82,10 +81,10 @@ def main(kind, kills, folder, seed=0):
         seen |= set(found)
         bad += [name for name in found if not excused(name, whole, place)]
         shutil.rmtree(place)
-    print(f"{kind}: {took:.0f} s undisturbed; {len(instants)} kills in {rounds} rounds, seed {seed}, after {instants} s")
+    print(f"{kind}: {len(instants)} kills in {rounds} rounds, seed {seed}, after {instants} s")
     print(f"differ by the clock: {', '.join(sorted(seen - set(bad))) or 'none'}")
     print(f"differ otherwise: {', '.join(sorted(set(bad))) or 'none'}", flush=True)
     return bool(bad)
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int((sys.argv[4:] or [0])[0])))
+if __name__ == "__main__": sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])))

@@ -1,6 +1,6 @@
 """Write a results table of the README, between two marker comments, from a run over seeds.
 
-usage: python tests/results.py RUN [README]   (RUN: folder of `s3ft run RECIPE --seeds ...`, pooled; see `make results`)
+usage: python tests/results.py RUN [README [ARM ...]]   (RUN: folder of `s3ft run RECIPE --seeds ...`, pooled; see `make results`; ARM: those shown, or all)
 
 A recipe has markers of its own, `<!-- results of RECIPE -->` and `<!-- end of RECIPE -->`, or those of `make results`. Where
 system prompts are of the types rules-1, rules-2, …, the table is by number of rules.
@@ -42,11 +42,12 @@ def rules_columns(run: Path, seeds: list[str], arms: list[str], main: str, cells
     return {f"K = {name[6:]}": pooled(name) for name in names} | at | {"single rules": pooled("", "csr")} if names else {}
 
 
-def table(run: Path) -> str:
+def table(run: Path, chosen: tuple = ()) -> str:  # chosen: arms that are shown; empty: all
     "Where the numbers come from, in words, and adherence of every arm over the seeds."
     numbers = [row for row in read_rows(run / "numbers.jsonl") if (row["metric"], row["history"]) == ("adherence", "own")]
     cells = {(row["arm"], row["against"], row["part"], row["key"]): row for row in numbers}
     arms, seeds = (list(dict.fromkeys(row[key] for row in numbers if row["part"] == part)) for part, key in (("all", "arm"), ("seed", "key")))
+    arms = [arm for arm in arms if arm in chosen or not chosen]
     turns = sorted({int(row["key"]) for row in numbers if row["part"] == "turn"})
     runs = [read_json(run / f"seed-{seed}" / "run.json") for seed in seeds]
     steps = [own for one in runs for own in one["params"].values()]
@@ -67,17 +68,18 @@ def table(run: Path) -> str:
     against = {f"minus {arms[0]}": [shown(cells.get((arm, arms[0], "all", "")), "+") for arm in arms], f"{main} minus it": [shown(cells.get((main, arm, "all", "")), "+") for arm in arms]}
     columns = {"arm": [f"**{arm}**" if arm == main else arm for arm in arms], "all rules" if by_rules else "adherence": [shown(cells[arm, "", "all", ""]) for arm in arms],
                **({"each seed": each} if len(seeds) > 1 else {}), **(by_rules or {f"turn {turns[0]} → {turns[-1]}": ends}), **against}
+    if by_rules: text = f"Seeds {', '.join(seeds)}, {max(str(one['finished'])[:10] for one in runs)}, else as above; {first['n_clusters']} conversations: mean [95 % interval]."
     lines = [[*columns], ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join([fill(text, 120, break_long_words=False, break_on_hyphens=False), "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def main(run: str, readme: str = str(ROOT / "README.md")) -> None:
+def main(run: str, readme: str = str(ROOT / "README.md"), *arms: str) -> None:
     text = Path(readme).read_text(encoding="utf-8")
     recipe = next((read_json(path)["recipe"] for path in sorted(Path(run).glob("seed-*/run.json"))), "")
     begin, end = (f"<!-- results of {recipe} -->", f"<!-- end of {recipe} -->") if f"<!-- results of {recipe} -->" in text else (BEGIN, END)
     if text.count(begin) != 1 or text.count(end) != 1: sys.exit(f"{readme}: needs the lines {begin} and {end}, once each")
     before, after = text.split(begin)[0], text.split(end)[1]
-    Path(readme).write_text(f"{before}{begin}\n{table(Path(run))}\n\n{end}{after}", encoding="utf-8")
+    Path(readme).write_text(f"{before}{begin}\n{table(Path(run), arms)}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

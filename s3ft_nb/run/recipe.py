@@ -60,7 +60,7 @@ def parameters(path: Path) -> dict[str, Any]:  # {name: default}, JSON values; N
 # %% ../../nbs/run/00_recipe.ipynb #407c761f
 def check_type(value: Any, default: Any, **where: Any) -> Any:  # where: file and field, for the error
     "A value, as a float where the default is one; raises `InputError` on another type than the default's."
-    if isinstance(default, float) and type(value) is int: return float(value)
+    if isinstance(default, float) and type(value) is int and abs(value) < 1e308: return float(value)
     if not is_json(value) or not (default is None or type(value) is type(default)):
         kind = "any JSON value" if default is None else type(default).__name__
         raise InputError(f"must be of type {kind}, got {shorten(value)}", remedy=f"like {json.dumps(default)}", **where)

@@ -173,8 +173,7 @@ def measure(
     from s3ft_nb.measure.benchmarks import score_ifeval
     from s3ft_nb.judging.rules import rule_lines
     from s3ft_nb.measure.measure import measure as run_measure, helpers, prepare
-    from s3ft_nb.report.page import measurement_section, write_report
-    from s3ft_nb.report.tables import cell_text
+    from s3ft_nb.report.page import cell_text, measurement_section, write_report
     if ifeval[0]:
         found = score_ifeval(*map(Path, ifeval), complete)
         if json_: return [as_json(found)]

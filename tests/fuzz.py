@@ -10,10 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from s3ft_nb.annotation.exchange import from_tool
+from s3ft_nb.annotation.task import read_annotations
 from s3ft_nb.core.convert import FORMATS, convert, read_conversations
-from s3ft_nb.core.files import InputError, read_rows
-from s3ft_nb.core.records import Conversation
+from s3ft_nb.core.files import InputError, read_json, read_rows
+from s3ft_nb.core.files import resource as bundled
+from s3ft_nb.core.records import Annotation, Conversation, Preference
 from s3ft_nb.measure.benchmarks import score_ifeval
+from s3ft_nb.run.plan import make_plan
 
 ASKED, SAID = {"role": "user", "content": "Is tea hot?"}, {"role": "assistant", "content": "Yes, as a rule."}
 CONVERSATIONS = [
@@ -115,6 +119,60 @@ def fuzz_ifeval(seed, folder):
     json.dumps(score_ifeval(folder / "in.jsonl", folder / "out.jsonl"), allow_nan=False)
 
 
+TASK = {"id": 7, "data": {"sample_id": "s1", "conversation_id": "c", "turn": 1, "response": "Tea is hot \U0001f375, as a rule."}, "annotations": [
+    {"completed_by": {"id": 4, "email": "ann@example.org"}, "lead_time": 8.5, "was_cancelled": False, "updated_at": "2026-01-02T03:04:05Z", "result": [
+        {"from_name": "label", "to_name": "response", "type": "choices", "value": {"choices": ["good"]}},
+        {"from_name": "span", "to_name": "response", "type": "labels", "value": {"start": 0, "end": 3, "text": "Tea", "labels": ["offending"]}},
+        {"from_name": "note", "to_name": "response", "type": "textarea", "value": {"text": ["Fine."]}}]}]}
+PAIR = {"data": {"pair_id": "p1"}, "annotations": [{"completed_by": 4, "created_at": "2026-01-02T03:04:05Z", "result": [
+    {"from_name": "choice", "type": "choices", "value": {"choices": ["first"]}}]}]}
+
+
+def fuzz_label_studio(seed, folder):
+    "One damaged export of Label Studio: what is read can be read again, what is not is in the ledger, or one line says what is wrong."
+    dice = random.Random(f"label studio {seed}")
+    kind = dice.choice([TASK, TASK, PAIR])
+    tasks = [copy.deepcopy(kind) for _ in range(dice.randint(1, 3))]
+    for i, task in enumerate(tasks): task["data"] |= {name: f"{value}-{i}" for name, value in task["data"].items() if name in ("sample_id", "pair_id")}
+    for _ in range(dice.randint(1, 4)):
+        i = dice.randrange(len(tasks))
+        tasks[i] = damage(tasks[i], dice) if isinstance(tasks[i], dict | list) else strange(dice)
+    text = json.dumps(dice.choice([tasks] * 12 + [tasks[0], {"tasks": tasks}]))
+    if dice.randrange(20) == 0: text = text[: dice.randrange(len(text))]
+    (folder / "export.json").write_text(text)
+    from_tool(folder / "export.json", folder / "out.jsonl")
+    ledger, rows = read_json(folder / "out.ledger.json"), read_rows(folder / "out.jsonl")
+    assert ledger["rows_in"] == ledger["rows_out"] + len(ledger["dropped"]) and len(rows) == ledger["rows_out"]
+    assert len(read_annotations(folder / "out.jsonl", Preference if rows and "pair_id" in rows[0] else Annotation)) == len(rows)
+
+
+VALUES = ["1", "-1", "1e999", "nan", '"x"', '""', "true", "[]", '[1, "a"]', "{}", "{a = 1}", "1979-05-27", '"{step:none}"', '"{step:*}"', '"{step:train}"',
+          '"{data:none}"', '"../x.ipynb"', '"/etc/passwd"', "'''", "10" * 400, '"https://a:b@c/"', r'"\u0000"', '"' + "x" * 9000 + '"']
+KEYS = ["extends", "name", "notebook", "each", "skip", "cost", "out", "seed", "model", "required", "steps", "params", "a.b"]
+HEADS = ["[steps]", "[params]", "[steps.train]", "[[steps]]", "[steps.'..']", "[", "\x00", "\ufeff", "= 1", "[steps.a.each]"]
+
+
+def fuzz_recipes(seed, folder):
+    "One damaged recipe: it is planned, or one line says what is wrong with it."
+    dice = random.Random(f"recipes {seed}")
+    lines = dice.choice(sorted(bundled("recipes").glob("*.toml"))).read_text().splitlines()
+    for _ in range(dice.randint(1, 4)):
+        i, how = dice.randrange(len(lines)), dice.randrange(8)
+        key, equals, _ = lines[i].partition(" = ")
+        if how == 0: del lines[i:i + dice.choice([1, 1, 1, 5])]
+        elif how == 1: lines.insert(i, dice.choice(lines))
+        elif how in (2, 3) and equals: lines[i] = f"{key} = {dice.choice(VALUES)}"
+        elif how == 4: lines.insert(i, f"{dice.choice(KEYS)} = {dice.choice(VALUES)}")
+        elif how == 5: lines.insert(i, dice.choice(HEADS))
+        elif how == 6 and lines[i]: lines[i] = lines[i][: dice.randrange(len(lines[i]))]
+        else: lines[i] = lines[i].replace(dice.choice('=["e{.'), dice.choice(["", "=", '"', "{", "\u00e9"]), 1)
+        lines = lines or [""]
+    (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "talks.jsonl").write_text(json.dumps(CONVERSATIONS[0]) + "\n")
+    settings = [f"conversations={folder / 'talks.jsonl'}"] if dice.randrange(3) else []
+    json.dumps(make_plan(folder / "recipe.toml", settings, folder / "run"), allow_nan=False)
+
+
 FUZZERS = {name.removeprefix("fuzz_"): function for name, function in list(globals().items()) if name.startswith("fuzz_")}
 
 
@@ -126,7 +184,8 @@ def fuzz(kind, n, first=0):  # -> seeds that failed, with what happened
             start = time.process_time()
             try: FUZZERS[kind](seed, Path(folder))
             except InputError as error:
-                if "\n" in str(error) or not error.remedy or str(error).count(folder) != 1: failed[seed] = f"unclear: {error}"
+                places = {0, 1} if kind == "recipes" else {1}  # what is wrong with a setting or a step may stand in no file
+                if "\n" in str(error) or not error.remedy or str(error).count(folder) not in places: failed[seed] = f"unclear: {error}"
             except Exception as error: failed[seed] = f"{type(error).__name__}: {error}"[:300]
             if time.process_time() - start > 10: failed[seed] = "took more than 10 seconds"
     return failed

@@ -1,12 +1,11 @@
 """Write a results table of the README, between two marker comments, from a run over seeds.
 
-usage: python tests/results.py RUN [README]   (RUN: folder of `s3ft run RECIPE --seeds ...`, pooled; see `make results`)
+usage: python tests/results.py RUN [README [ARM ...]]   (RUN: folder of `s3ft run RECIPE --seeds ...`, pooled; see `make results`; ARM: those shown, or all)
 
 A recipe has markers of its own, `<!-- results of RECIPE -->` and `<!-- end of RECIPE -->`, or those of `make results`. Where
 system prompts are of the types rules-1, rules-2, …, the table is by number of rules.
 """
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import fill
@@ -24,33 +23,31 @@ def shown(row: dict | None, sign: str = "") -> str:
     return f"{row['mean']:{sign}.2f}{ends}"
 
 
-def rules_lines(run: Path, seeds: list[str], arms: list[str], main: str, cells: dict) -> list[list[str]]:
-    "Lines of a table with a column for each arm: all rules, by K, by turn, single rules, the role; empty without types rules-K."
-    kinds = {seed: {row["id"]: row["type"] for row in read_rows(run / f"seed-{seed}/measure/dialogues.jsonl")} for seed in seeds}
-    names = sorted({kind for kind in kinds[seeds[0]].values() if kind.startswith("rules-")})
-    if not names: return []
-    verdicts = {seed: [row for row in read_rows(run / f"seed-{seed}/measure/verdicts.jsonl") if row["history"] == "own"] for seed in seeds}
+def rules_columns(run: Path, seeds: list[str], arms: list[str], main: str, cells: dict) -> dict[str, list[str]]:
+    "Columns of a table of arms: all rules kept, by K, at the first and last turn, single rules kept; empty without types rules-K."
+    homes = [run / f"seed-{seed}/measure" for seed in seeds]
+    if not all((home / "dialogues.jsonl").exists() for home in homes): return {}
+    kinds = {row["id"]: row["type"] for home in homes for row in read_rows(home / "dialogues.jsonl")}
+    names = sorted(kind for kind in set(kinds.values()) if kind.startswith("rules-"))
+    verdicts = [[row for row in read_rows(home / "verdicts.jsonl") if row["history"] == "own"] for home in homes] if names else []
 
-    def pooled(keep: Callable, metric: str = "adherence") -> list[str]:  # keep: (verdict, type of its system prompt) -> bool
+    def pooled(kind: str, metric: str = "adherence") -> list[str]:  # of dialogues under system prompts of a type; empty: all
         with TemporaryDirectory() as folder:
-            files = {seed: write_rows(Path(folder) / f"{seed}.jsonl", [row for row in rows if keep(row, kinds[seed][row["dialogue_id"]])]) for seed, rows in verdicts.items()}
+            files = {seed: write_rows(Path(folder) / f"{seed}.jsonl", [row for row in rows if kinds[row["dialogue_id"]].startswith(kind)])
+                     for seed, rows in zip(seeds, verdicts)}
             rows = {row["arm"]: row for row in seed_numbers(files, main) if (row["metric"], row["part"], row["against"]) == (metric, "all", "")}
         return [shown(rows.get(arm)) for arm in arms]
-    whole = lambda *key: [shown(cells.get((arm, *key))) for arm in arms]
     turns = sorted({int(key[3]) for key in cells if key[2] == "turn"})
-    return [["all rules kept", *whole("", "all", "")], *([f"K = {name[6:]}", *pooled(lambda row, kind: kind == name)] for name in names),
-            *([f"turn {turn}", *whole("", "turn", str(turn))] for turn in (turns[0], turns[-1])), ["single rules kept", *pooled(lambda *_: True, "csr")],
-            *([title, *found] for title, kind in (("role kept", "persona"), ("role that was held out", "persona_unseen"))
-              if set(found := pooled(lambda row, _: row["type"] == kind)) != {"–"}),
-            [f"minus {arms[0]}", *(shown(cells.get((arm, arms[0], "all", "")), "+") for arm in arms)],
-            [f"{main} minus it", *(shown(cells.get((main, arm, "all", "")), "+") for arm in arms)]]
+    at = {f"turn {turn}": [shown(cells.get((arm, "", "turn", str(turn)))) for arm in arms] for turn in (turns[0], turns[-1])}
+    return {f"K = {name[6:]}": pooled(name) for name in names} | at | {"single rules": pooled("", "csr")} if names else {}
 
 
-def table(run: Path) -> str:
+def table(run: Path, chosen: tuple = ()) -> str:  # chosen: arms that are shown; empty: all
     "Where the numbers come from, in words, and adherence of every arm over the seeds."
     numbers = [row for row in read_rows(run / "numbers.jsonl") if (row["metric"], row["history"]) == ("adherence", "own")]
     cells = {(row["arm"], row["against"], row["part"], row["key"]): row for row in numbers}
     arms, seeds = (list(dict.fromkeys(row[key] for row in numbers if row["part"] == part)) for part, key in (("all", "arm"), ("seed", "key")))
+    arms = [arm for arm in arms if arm in chosen or not chosen]
     turns = sorted({int(row["key"]) for row in numbers if row["part"] == "turn"})
     runs = [read_json(run / f"seed-{seed}" / "run.json") for seed in seeds]
     steps = [own for one in runs for own in one["params"].values()]
@@ -65,30 +62,24 @@ def table(run: Path) -> str:
             f"{machines}; {gather((own['dtype'] for own in steps if 'dtype' in own), 'dtype not recorded')}; {versions}. Adherence on held-out prompts and dialogues, own history, "
             f"{first['n_clusters']} conversations{' in all' if len(seeds) > 1 else ''}: {held}.")
 
-    own = {arm: ", ".join(f"{cells[arm, '', 'seed', seed]['mean']:.2f}" for seed in seeds if (arm, "", "seed", seed) in cells) for arm in arms}
-    if (run / f"seed-{seeds[0]}/measure/dialogues.jsonl").exists() and (lines := rules_lines(run, seeds, arms, main, cells)):
-        lines = [["", *arms], lines[0], *([["each seed", *own.values()]] if len(seeds) > 1 else []), *lines[1:]]
-        return written(text, lines)
-    lines = [["arm", "adherence", *(["each seed"] if len(seeds) > 1 else []), f"turn {turns[0]} → {turns[-1]}", f"minus {arms[0]}", f"{main} minus it"]]
-    for arm in arms:
-        at = [f"{cells[arm, '', 'turn', str(turn)]['mean']:.2f}" for turn in (turns[0], turns[-1])]
-        lines.append([f"**{arm}**" if arm == main else arm, shown(cells[arm, "", "all", ""]), *([own[arm]] if len(seeds) > 1 else []), " → ".join(at),
-                      shown(cells.get((arm, arms[0], "all", "")), "+"), shown(cells.get((main, arm, "all", "")), "+")])
-    return written(text, lines)
-
-
-def written(text: str, lines: list[list[str]]) -> str:
-    lines.insert(1, ["---"] * len(lines[0]))
+    by_rules = rules_columns(run, seeds, arms, main, cells)
+    ends = [" → ".join(f"{cells[arm, '', 'turn', str(turn)]['mean']:.2f}" for turn in (turns[0], turns[-1])) for arm in arms]
+    each = [", ".join(f"{cells[arm, '', 'seed', seed]['mean']:.2f}" for seed in seeds if (arm, "", "seed", seed) in cells) for arm in arms]
+    against = {f"minus {arms[0]}": [shown(cells.get((arm, arms[0], "all", "")), "+") for arm in arms], f"{main} minus it": [shown(cells.get((main, arm, "all", "")), "+") for arm in arms]}
+    columns = {"arm": [f"**{arm}**" if arm == main else arm for arm in arms], "all rules" if by_rules else "adherence": [shown(cells[arm, "", "all", ""]) for arm in arms],
+               **({"each seed": each} if len(seeds) > 1 else {}), **(by_rules or {f"turn {turns[0]} → {turns[-1]}": ends}), **against}
+    if by_rules: text = f"Seeds {', '.join(seeds)}, {max(str(one['finished'])[:10] for one in runs)}, else as above; {first['n_clusters']} conversations: mean [95 % interval]."
+    lines = [[*columns], ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join([fill(text, 120, break_long_words=False, break_on_hyphens=False), "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def main(run: str, readme: str = str(ROOT / "README.md")) -> None:
+def main(run: str, readme: str = str(ROOT / "README.md"), *arms: str) -> None:
     text = Path(readme).read_text(encoding="utf-8")
     recipe = next((read_json(path)["recipe"] for path in sorted(Path(run).glob("seed-*/run.json"))), "")
     begin, end = (f"<!-- results of {recipe} -->", f"<!-- end of {recipe} -->") if f"<!-- results of {recipe} -->" in text else (BEGIN, END)
     if text.count(begin) != 1 or text.count(end) != 1: sys.exit(f"{readme}: needs the lines {begin} and {end}, once each")
     before, after = text.split(begin)[0], text.split(end)[1]
-    Path(readme).write_text(f"{before}{begin}\n\n{table(Path(run))}\n\n{end}{after}", encoding="utf-8")
+    Path(readme).write_text(f"{before}{begin}\n{table(Path(run), arms)}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -15,6 +15,7 @@ from pathlib import Path
 import papermill
 import pytest
 from fastcore.docments import docments
+from test_rules import SPLIT
 from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
@@ -22,6 +23,7 @@ from s3ft_nb.core.files import InputError, model_folder, read_json, read_rows, w
 from s3ft_nb.core.records import Check, Rule, SystemPrompt
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.judge import Judgement, judge_planted, verdict_of
+from s3ft_nb.judging.ifeval import can_detect_language
 from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.measure.arms import make_arm, make_fit, read_arm
 from s3ft_nb.measure.benchmarks import guard_numbers, guard_responses
@@ -360,6 +362,29 @@ def test_rules_only_writes_a_file_that_is_used(tmp_path):
     path = tmp_path / "out" / "rules.jsonl"
     path.write_text(path.read_text().splitlines()[-1] + "\n")
     assert [rule.how for rule in prepare(make_config(tmp_path / "out", system_prompt=tmp_path / "shy.md", turns=2, dialogues=2)).rules] == ["check"]
+
+
+CHECKABLE = {"bank": 3, "api": 4, "pirate": 3, "chinese": 4, "long": 5}  # Rules that a careful reader would give a program
+
+
+@pytest.mark.parametrize("name", CHECKABLE)
+def test_the_verb_splits_prompts_of_all_sorts(tmp_path, name):
+    text, wanted = SPLIT[name]
+    if not can_detect_language() and "language" in str(wanted): pytest.skip("langdetect is not installed")
+    (tmp_path / "prompt.txt").write_text(text)
+    told = s3ft("measure", "--system-prompt", tmp_path / "prompt.txt", "--rules-only", "--json", "--out", tmp_path / "out")
+    rules = json.loads(told.stdout)
+    assert len(rules) == len(wanted) and all(rule["text"].startswith(begins) for rule, (begins, *_) in zip(rules, wanted))
+    assert 2 * sum(rule["how"] == "check" for rule in rules) >= CHECKABLE[name]
+
+
+def test_the_headline_of_a_bank_bot_rests_on_checked_rules(tmp_path):
+    (tmp_path / "bank.txt").write_text(SPLIT["bank"][0])
+    told = s3ft("measure", "--system-prompt", tmp_path / "bank.txt", "--out", tmp_path / "out", "--dialogues", 2, "--turns", 2, "--arms", "base", "--histories", "own", "--guard", 0, "--agreement", 4)
+    assert told.exit_code == 0 and told.stdout.startswith("base keeps the 2 of 7 rules that a program checks"), told.output
+    assert "is not trusted on planted responses" in told.stderr and "warning: The judge discriminator:micro-base is not trusted" in told.stdout
+    rows = read_rows(tmp_path / "out" / "numbers.jsonl")
+    assert len({row["key"] for row in rows if row["part"] == "rule"}) == 2 and len({row["key"] for row in rows if row["part"] == "unsettled"}) == 5
 
 
 def test_best_of_is_chosen_by_the_rules(tmp_path):

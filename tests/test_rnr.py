@@ -186,6 +186,12 @@ def test_every_reason_is_named_in_the_ledger_and_it_balances(tmp_path):
     assert {one["detail"] for one in stage.ledger.dropped if one["reason"] == "contradiction"} == {" | ".join(pair) for pair in IN_WORDS}
 
 
+def test_a_role_or_a_set_of_rules_for_evaluation_leaves():
+    text, rejected = prompt_text(3), lambda *lists: why_rejected(prompt_text(3), 3, "Why is the sea salty?", held_out=lists)
+    assert rejected(["tailor"]) == rejected(["lantern", "tailor", "brief", "cheerful"]) == ("leak", text)
+    assert rejected() is rejected(["tailor", "cheerful"], ["lantern", "tailor", "brief", "calm"], ["sailor"], ["tail"]) is None  # other sets of rules
+
+
 @pytest.mark.parametrize("say", ["Sure, here are the rules", "Sure, here are the rules:\n1. Be brief.", "", "Of course! 1. Be brief."])
 def test_an_engine_that_only_talks_is_one_error(tmp_path, say):
     instructions = instructions_of(TALKS, Stage(tmp_path / "instructions"))
@@ -332,6 +338,16 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, change, message):
     assert message in done.output and "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("row, reason", [({"output": None}, "unknown_format"), ({"output": ""}, "blank_message"), ({"instruction": "why? " * 20_000, "output": "Because."}, "too_long")],
+                         ids=["no output", "empty output", "100,000 characters"])
+def test_instruction_files_without_a_usable_row_are_one_line_and_exit_code_2(tmp_path, row, reason):
+    rows = [{name: value for name, value in ({"instruction": f"Why is {thing} there?", "input": ""} | row).items() if value is not None} for thing in THINGS]
+    recipe = 'name = "one"\ndescription = "One step."\n[steps.conversations]\nnotebook = "shared/conversations.ipynb"\non_error = "skip"\n'
+    words = ["run", str(write_bytes(tmp_path / "one.toml", recipe.encode())), "--set", f"conversations.conversations={write_bytes(tmp_path / 'rows.json', json.dumps(rows).encode())}"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and f"left out: {len(rows)} {reason}" in done.output and "Traceback" not in done.output, done.output
+
+
 def test_samples_are_rows(tmp_path):
     instructions, prompts, _ = made(tmp_path)
     samples = rule_samples(prompts, instructions)
@@ -345,12 +361,12 @@ def teacher(number, body, headers):
     "Writes system prompts, responds, and judges: the sixth rule is violated, all else satisfied."
     text = body["messages"][-1]["content"]
     if rnr.rnr_words("en")["blocks"]["prompt"] in text: return 200, reply(prompt_text(int(text.rstrip().splitlines()[-2]))), {}
-    if "Verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day."), {}
+    if "verdict:" not in body["messages"][0]["content"]: return 200, reply("That depends on the day, and on who asks. " * 5), {}
     return 200, reply(f"Verdict: {'violated' if RULES[-1] in text else 'satisfied'}\nEvidence: none\nReason: so it is."), {}
 
 
-SMALL = ["batch_size=16", "served_model=teacher", "conversations.n_conversations=30", "conversations.n_eval_conversations=10", "verify.judge_way=words", "responses.max_new_tokens=24",
-         "train.num_train_epochs=1", "train.max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "measure.agreement=0", "dtype=float32"]
+SMALL = ["batch_size=16", "served_model=teacher", "conversations.max_chars=700", "conversations.n_conversations=40", "conversations.n_eval_conversations=6", "verify.judge_way=words", "responses.max_new_tokens=24",
+         "train.num_train_epochs=1", "train.max_length=1024", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "measure.agreement=0", "dtype=float32"]
 
 
 def alpaca(folder):
@@ -371,7 +387,7 @@ def test_real_instructions_and_another_architecture(tmp_path, name, kind, monkey
     server = Fake(teacher)
     words = ["rnr-qlora", *(word for pair in [f"model={tiny_model(tmp_path / 'model', kind)}", f"conversations={FILES[name](tmp_path)}", f"base_url={server.url}", *SMALL] for word in ("--set", pair))]
     planned = CliRunner().invoke(app, ["plan", *words, "--out", str(tmp_path / "run")])
-    assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB", " min")), planned.output
+    assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB", "cpu")), planned.output
     done = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
     server.http.shutdown()
     assert done.exit_code == 0, done.output[-3000:]

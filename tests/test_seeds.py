@@ -190,3 +190,20 @@ def test_the_readme_table_says_on_what_it_rests(tmp_path):
     assert refused.returncode == 1 and "needs the lines" in refused.stderr
     readme = (ROOT / "README.md").read_text()
     assert readme.count("<!-- results: written by make results -->") == readme.count("<!-- end of results -->") == 1
+
+
+def test_the_readme_table_is_by_number_of_rules_where_types_name_it(tmp_path):
+    for seed in range(3):
+        rows, home = fake_seed(tmp_path / "run", seed, RATES, recipe="rnr-micro"), tmp_path / f"run/seed-{seed}/measure"
+        kinds = {id: f"rules-{1 + i % 2}" for i, id in enumerate(dict.fromkeys(row["conversation_id"] for row in rows))}
+        write_rows(home / "dialogues.jsonl", [{"id": id, "type": kind} for id, kind in kinds.items()])
+        write_rows(home / "verdicts.jsonl", [row | {"dialogue_id": row["conversation_id"]} | ({"satisfied": False} if kinds[row["conversation_id"]] == "rules-2" else {}) for row in rows])
+    assert s3ft("seeds", tmp_path / "run").exit_code == 0
+    readme = write_bytes(tmp_path / "README.md", b"before\n<!-- results of rnr-micro -->\nold\n<!-- end of rnr-micro -->\nafter\n")
+    subprocess.run([sys.executable, ROOT / "tests/results.py", tmp_path / "run", readme], check=True)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.read_text().splitlines() if line.startswith("|")]
+    table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+    assert lines[0] == ["arm", "all rules", "each seed", "K = 1", "K = 2", "turn 1", "turn 4", "single rules", "minus base", "s3ft minus it"]
+    (row,) = pooled(tmp_path / "run", part="all", arm="s3ft", against="")
+    for line in table.values(): assert line["K = 2"].startswith("0.00") and float(line["K = 1"][:4]) > float(line["all rules"][:4])
+    assert table["**s3ft**"]["all rules"].startswith(f"{row['mean']:.2f}") and table["base"]["minus base"] == "–"

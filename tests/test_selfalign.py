@@ -245,6 +245,15 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, change, message):
     assert message in done.output and "Traceback" not in done.output
 
 
+def test_the_published_scale_is_planned_without_being_run(tmp_path):
+    model, talks = tiny_model(tmp_path / "model"), write_rows(tmp_path / "talks.jsonl", [{"messages": [*row, {"role": "assistant", "content": "So it is."}]} for row in tiny_dialogues(70, 1)])
+    sizes = ["n_requests=87000", "n_topics=4950", "rounds=1000", "n_texts=360000", f"model={model}", f"conversations={talks}"]
+    done = CliRunner().invoke(app, ["plan", "selfalign-qlora", "--out", str(tmp_path / "run"), *(word for size in sizes for word in ("--set", size))])
+    table = {cells[0]: cells for line in done.output.splitlines() if len(cells := line.split()) > 5}
+    assert done.exit_code == 0 and not (tmp_path / "run").exists(), done.output
+    assert table["align"][3] == "360,000" and all(int(table["align"][at].replace(",", "")) > 10**7 for at in (4, 5))
+
+
 PLAIN = "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32",
           "verbose.max_new_tokens=32", "max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "dtype=float32"]

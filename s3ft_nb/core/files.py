@@ -44,7 +44,6 @@ class InputError(ValueError):
         where = str(self.file or "") + (f":{self.line}" if self.line else "")
         text = ": ".join(str(part) for part in (where, self.field, self.message) if part)
         return " ".join((text + (f" ({self.remedy})" if self.remedy else "")).split())
-
     def _render_traceback_(self) -> list[str]: return [f"InputError: {self}"]  # all that a notebook shows
 
 

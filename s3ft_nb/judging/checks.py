@@ -143,8 +143,7 @@ CHECKS = {  # n: a bound, or how many exactly
     "no_character": lambda response, character: not contains_character(response, character),
     "starts_with_character": lambda response, character: folded(response).startswith(folded(character)),
     "ends_with_character": lambda response, character: folded(response).endswith(folded(character)),
-    "wrapped": wrapped,
-    "echoes": echoes,
+    "wrapped": wrapped, "echoes": echoes,
 } | IFEVAL
 
 

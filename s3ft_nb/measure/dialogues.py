@@ -28,7 +28,7 @@ from ..core.stage import Ledger, Stage, shard_seed
 from ..judging.rules import make_rules, read_rules, rules_of_checks
 from ..lm.engine import ask
 from .arms import read_arm
-from .config import MeasureConfig, with_model_defaults
+from .config import MeasureConfig, model_defaults, with_model_defaults
 
 # %% ../../nbs/measure/04_dialogues.ipynb #c5d2e7a1
 class UserBlock(Row):
@@ -305,6 +305,7 @@ def prepare(config: MeasureConfig, helpers: dict = {}, stage: Stage | None = Non
         scripts = written_scripts(prompts, helpers["users_by"](), want.dialogues, want.turns, language, part)
     else:
         name, blocks = want.user_turns or "everyday", None
+        if language != "en" and name == model_defaults(config.model.model).get("user_turns"): name = "everyday"
         if not want.user: source, blocks = f"user turns: {name}", user_blocks(name, language)
         else: source = f"simulated user: {persona_text(want.user, language)}"
         scripts = compose(blocks, want.dialogues + spare, want.turns, config.seed, want.aligned, want.conflicting)

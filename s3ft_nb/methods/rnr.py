@@ -174,8 +174,8 @@ def prompt_of(lines: list[str]) -> str:
 
 
 def why_rejected(text: str, k: int, instruction: str, language: str = "en",
-                 evaluation: list[str] = (), held_out: list[str] = ()) -> tuple[str, str] | None:  # (reason, detail)
-    "Why a system prompt is not used: also, it is nearly one for evaluation, or contains a text that is held out."
+                 evaluation: list[str] = (), held_out: list = ()) -> tuple[str, str] | None:  # (reason code, detail)
+    "Why a system prompt is not used: also, it is nearly one for evaluation, or says what a list held out says."
     if not in_language(text, language): return "wrong_language", text
     if not (parsed := parse_prompt(text)): return "unreadable", text
     role, rules = parsed
@@ -189,12 +189,13 @@ def why_rejected(text: str, k: int, instruction: str, language: str = "en",
     if again: return "restates_instruction", again
     pair = contradiction([*map(rule_from, lines)], language)
     if pair: return "contradiction", " | ".join(one.text for one in pair)
-    leaks = near_duplicate(text, evaluation) or any(occurs(one, text) for one in held_out)
+    apart = [texts for texts in held_out if len(texts) in (1, len(lines))]  # a role, or a role and all of its rules
+    leaks = near_duplicate(text, evaluation) or any(all(occurs(one, text) for one in texts) for texts in apart)
     return ("leak", text) if leaks else None
 
 
 def write_prompts(requests: list[dict], engine, stage: Stage, language: str = "en",  # See `draw_requests`
-                  evaluation: list[str] = (), claim: Any = (), held_out: list[str] = ()) -> list[RolePrompt]:
+                  evaluation: list[str] = (), claim: Any = (), held_out: list = ()) -> list[RolePrompt]:
     "System prompts that an engine writes; see `why_rejected` for those that leave. Raises `InputError` when all do."
     shown, out = [{"id": one["id"], "messages": one["messages"]} for one in requests], []
     for request, found in zip(requests, ask(shown, engine, stage, claim, "keep", "prompts"), strict=True):

@@ -207,8 +207,7 @@ def measurement_section(folder: str | Path, title: str = "Adherence and drift", 
         figures=[draw.curves(numbers), draw.curves(select(numbers, history=history), "survival")],
         tables=[*overall, about, *(by("turn", history=one) for one in histories), by("turn", "survival")],
         tiles=measurement_tiles(numbers, main), headline=headline(numbers, main),
-        notes=cautions(numbers, record(folder / "measure.json")),
-        parts=[
+        notes=cautions(numbers, record(folder / "measure.json")), parts=[
             {"title": "What helps", "lead": "Differences are paired: the same turns of the same conversations.",
              "figures": [draw.forest(numbers, history=history)], "tables": helps},
             {"title": "Rules", "lead": "Which rule is violated, and when.",

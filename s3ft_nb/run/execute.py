@@ -89,8 +89,7 @@ def watch(title: str, events: Path, stream: TextIO | None = None) -> Iterator[li
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
     stream, began, peak, over = stream or sys.stderr, time.monotonic(), [0], threading.Event()
-    pause = 0.5 if (terminal := stream.isatty()) else 10.0
-    thread = threading.Thread(target=run, daemon=True)
+    pause, thread = 0.5 if (terminal := stream.isatty()) else 10.0, threading.Thread(target=run, daemon=True)
     thread.start()
     try: yield peak
     finally:

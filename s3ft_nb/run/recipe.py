@@ -60,7 +60,7 @@ def parameters(path: Path) -> dict[str, Any]:  # {name: default}, JSON values; N
 # %% ../../nbs/run/00_recipe.ipynb #407c761f
 def check_type(value: Any, default: Any, **where: Any) -> Any:  # where: file and field, for the error
     "A value, as a float where the default is one; raises `InputError` on another type than the default's."
-    if isinstance(default, float) and type(value) is int: return float(value)
+    if isinstance(default, float) and type(value) is int and abs(value) < 1e308: return float(value)
     if not is_json(value) or not (default is None or type(value) is type(default)):
         kind = "any JSON value" if default is None else type(default).__name__
         raise InputError(f"must be of type {kind}, got {shorten(value)}", remedy=f"like {json.dumps(default)}", **where)
@@ -87,7 +87,7 @@ def read_recipe(path: Path) -> dict:
     "Read one TOML file and check its keys and types; raises `InputError` on the first mistake."
     def check(value: Any, kind: type, field: str) -> None:
         if isinstance(value, kind): return
-        raise InputError(f"must be of type {kind.__name__}, got {shorten(value)}", path, field=field)
+        raise InputError(f"must be of type {kind.__name__}, got {value!r:.40}", path, None, field, f"like {kind()!r}")
     kinds = {"name": str, "extends": str, "description": str, "required": list, "params": dict, "steps": dict}
     for key, value in (table := read_toml(path)).items():
         if key not in kinds: raise unknown("key", key, list(kinds), file=path)
@@ -187,7 +187,7 @@ def expand_each(id: str, table: dict, known: dict, file: Path | None = None) -> 
     each, own = table.get("each", {}), {key: value for key, value in table.items() if key not in STEP_KEYS}
     for key, values in each.items():
         if not isinstance(values, list) or not values:
-            raise InputError("must be a list of values", file=file, field=f"steps.{id}.each.{key}")
+            raise InputError("must be a list of values", file, field=f"steps.{id}.each.{key}", remedy="like [1, 2]")
         if key not in known and f"{{each.{key}}}" not in json.dumps(own):
             raise unknown("parameter", key, list(known), file=file, field=f"steps.{id}.each")
     steps = {}
@@ -279,7 +279,7 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
         each = at("steps", group, "each")
         for id, given in expand_each(group, own, free, each["file"]).items():
             check_name(id, each["field"], each["file"])
-            if id in steps: raise InputError(f"two steps are called {id!r}", layers[0][0], field="steps")
+            if id in steps: raise InputError(f"two steps are {id!r}", layers[0][0], field="steps", remedy="rename one")
             for key in given:
                 if key not in free: raise unknown("parameter", key, list(free), **at("steps", group, key))
             given = fit(given, "steps", group)

@@ -1,5 +1,5 @@
 """`kill -9` at random instants, resumed until it is done: every file is byte-identical but those that hold durations or times of day.
-python tests/kill.py run|measure KILLS FOLDER [seed [longest wait, seconds]]
+python tests/kill.py run|measure KILLS FOLDER [seed [most seconds of processor time before a kill]]
 The same command runs once undisturbed (FOLDER/whole, taken as it is when it is there), then again and again in the same place, killed with
 all its kernels; it prints which files differ."""
 import os
@@ -9,7 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from s3ft_nb.run.runner import lasting_hash
 
@@ -33,14 +37,24 @@ def finish(words, place):
     if process.wait(): sys.exit(f"failed: {place.with_name('stderr.txt').read_text(errors='replace')[-2000:]}")
 
 
+def family(process):
+    "The command and its kernels, which may have sessions of their own."
+    try: return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
+def spent(process):
+    "Seconds of processor time so far, of kernels that ended as well: a busy machine kills no earlier than a quiet one."
+    total = 0
+    for one in family(process):
+        with suppress(psutil.Error): total += sum(one.cpu_times()[:4])
+    return total
+
+
 def kill(process):
-    "Kill the command and its kernels, which may have sessions of their own."
-    import psutil
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in family:
-        try: one.kill()
-        except psutil.NoSuchProcess: pass
-    psutil.wait_procs(family, 10)
+    for one in (members := family(process)):
+        with suppress(psutil.NoSuchProcess): one.kill()
+    psutil.wait_procs(members, 10)
     process.wait()
 
 
@@ -57,7 +71,7 @@ def excused(name, a, b):
     return Path(name).name != "training.json" or lasting_hash(a / name) == lasting_hash(b / name)
 
 
-def main(kind, kills, folder, seed=0, longest=60):
+def main(kind, kills, folder, seed=0, longest=40):
     folder, dice, instants = Path(folder).resolve(), random.Random(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     words, place, whole = COMMANDS[kind], folder / "run", folder / "whole"
@@ -69,19 +83,19 @@ def main(kind, kills, folder, seed=0, longest=60):
         finish(words, place)
         place.rename(whole)
     seen, bad, rounds = set(), [], 0
-    while len(instants) < kills or place.exists():
-        process, wait = start(words, place), dice.uniform(1, longest)
-        try: code = process.wait(wait if len(instants) < kills else None)
-        except subprocess.TimeoutExpired:
+    while len(instants) < kills or place.exists() or not rounds:
+        process, wait = start(words, place), dice.uniform(5, longest)
+        while process.poll() is None and (len(instants) >= kills or spent(process) < wait): time.sleep(0.05)
+        if process.poll() is None:
             kill(process)
             instants.append(round(wait, 1))
             continue
-        if code: sys.exit(f"failed after kills at {instants}: {place.with_name('stderr.txt').read_text(errors='replace')[-2000:]}")
+        if process.wait(): sys.exit(f"failed after kills at {instants}: {place.with_name('stderr.txt').read_text(errors='replace')[-2000:]}")
         found, rounds = different(whole, place), rounds + 1
         seen |= set(found)
         bad += [name for name in found if not excused(name, whole, place)]
         shutil.rmtree(place)
-    print(f"{kind}: {len(instants)} kills in {rounds} rounds, seed {seed}, after {instants} s")
+    print(f"{kind}: {len(instants)} kills in {rounds} rounds, seed {seed}, after {instants} s of processor time")
     print(f"differ by the clock: {', '.join(sorted(seen - set(bad))) or 'none'}")
     print(f"differ otherwise: {', '.join(sorted(set(bad))) or 'none'}", flush=True)
     return bool(bad)

@@ -68,6 +68,7 @@ def table(run: Path, chosen: tuple = ()) -> str:  # chosen: arms that are shown;
     against = {f"minus {arms[0]}": [shown(cells.get((arm, arms[0], "all", "")), "+") for arm in arms], f"{main} minus it": [shown(cells.get((main, arm, "all", "")), "+") for arm in arms]}
     columns = {"arm": [f"**{arm}**" if arm == main else arm for arm in arms], "all rules" if by_rules else "adherence": [shown(cells[arm, "", "all", ""]) for arm in arms],
                **({"each seed": each} if len(seeds) > 1 else {}), **(by_rules or {f"turn {turns[0]} → {turns[-1]}": ends}), **against}
+    if by_rules: text = f"Seeds {', '.join(seeds)}, {max(str(one['finished'])[:10] for one in runs)}, else as above; {first['n_clusters']} conversations: mean [95 % interval]."
     lines = [[*columns], ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join([fill(text, 120, break_long_words=False, break_on_hyphens=False), "", *(f"| {' | '.join(line)} |" for line in lines)])
 

@@ -97,7 +97,7 @@ def recipes():
     for path in sorted(resource("recipes").glob("*.toml")):
         table = {key: value for _, layer in reversed(read_layers(path)) for key, value in layer.items()}
         needs = ", ".join(f"{key}=..." for key in table.get("required", []))
-        yield f"{path.stem:12}  {table['description']}" + (f" (needs {needs})" if needs else "")
+        yield f"{path.stem:20}  {table['description']}" + (f" (needs {needs})" if needs else "")
 
 
 def run(

@@ -387,6 +387,12 @@ def test_the_headline_of_a_bank_bot_rests_on_checked_rules(tmp_path):
     assert len({row["key"] for row in rows if row["part"] == "rule"}) == 2 and len({row["key"] for row in rows if row["part"] == "unsettled"}) == 5
 
 
+def test_a_prompt_that_the_model_cannot_hold_is_said_to_be_too_long(tmp_path):
+    (tmp_path / "long.txt").write_text("Answer in at most six words. " + "The shop sells pens of many sorts and colours. " * 300)
+    told = s3ft("measure", "--system-prompt", tmp_path / "long.txt", "--out", tmp_path / "out", "--dialogues", 2, "--turns", 2, "--arms", "base", "--histories", "own", "--guard", 0, "--agreement", 0)
+    assert told.exit_code == 2 and "no arm could respond: base, own history: 4 message_too_long" in told.stderr, told.output
+
+
 def test_best_of_is_chosen_by_the_rules(tmp_path):
     (tmp_path / "sea.txt").write_text("Talk gently to the user. Answer in at most 6 words.")
     about = measure(make_config(tmp_path / "out", system_prompt=tmp_path / "sea.txt", dialogues=2, turns=2, arms="base,best_of:2", histories="own"))

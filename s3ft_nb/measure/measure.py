@@ -116,8 +116,11 @@ def measure_arms(
         about["arms"][name] = {"engine": engine.name, "notes": notes}
         about["warnings"] = about.get("warnings", []) + [
             f"{name}, {history} history: {n} {code}" for history, codes in notes.items() for code, n in codes.items()
-            if code in ("request_failed", "responses_empty", "responses_filtered", "responses_with_reasoning")]
+            if code in ("request_failed", "message_too_long", "responses_empty", "responses_filtered",
+                        "responses_with_reasoning")]
         extra += after(name, engine) if after else []
+    if not said: raise InputError(f"no arm could respond: {'; '.join(about['warnings'][-len(arms):])}", out,
+                                  remedy="shorten the system prompt, or choose a model that holds more")
     write_rows(out / "verdicts.jsonl", found)
     extra += probe_judge(judge, said, due, about, agreement, stage.seed, known)
     tables, rows = settled_numbers(out / "verdicts.jsonl", about.get("judge_trusted", True), level)

@@ -16,6 +16,7 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import reduce
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def recipe_path(name: str | Path, beside: Path | None = None) -> Path:  # beside
     "Find a recipe by name or path; raises `InputError` that lists the known ones."
     name, bundled = str(name), resource("recipes")
     if name.endswith(".toml") or "/" in name: return Path(beside or "", Path(name).expanduser()).resolve()
-    if beside and (beside / f"{name}.toml").is_file(): return (beside / f"{name}.toml").resolve()
+    if beside and isfile(beside / f"{name}.toml"): return (beside / f"{name}.toml").resolve()
     if name not in (known := [path.stem for path in bundled.glob("*.toml")]): raise unknown("recipe", name, known)
     return bundled / f"{name}.toml"
 
@@ -251,7 +252,7 @@ def absolute(key: str, value: Any, field: str) -> Any:  # field: for the error
         certain, path = data_file or text.startswith(("/", "./", "../", "~")), Path(text).expanduser()
         hub = ("model", "conversations", "prompts", "annotations", "judge", "judge_adapter")  # may be names there
         if not text or PLACE.search(text) or "=" in text or "://" in text or not (certain or key in hub): return text
-        if path.exists() or not certain: return str(path.resolve()) if path.exists() else text
+        if exists(path) or not certain: return str(path.resolve()) if exists(path) else text
         raise InputError(f"no such file or folder: {text}", field=field, remedy="check the path")
     return map_texts(value, change)
 
@@ -267,12 +268,11 @@ def check_steps(layers: list[tuple[Path, dict]], table: dict) -> list[Step]:  # 
     for group, own in table["steps"].items():
         if own.get("skip"): continue
         place, name = at("steps", group, "notebook"), own.get("notebook", "")
-        notebook = next((file for file in (place["file"].parent / name, bundled / name) if file.is_file()), None)
+        notebook = next((file for file in (place["file"].parent / name, bundled / name) if isfile(file)), None)
         names = [path.relative_to(bundled).as_posix() for path in bundled.glob("*/*.ipynb")]
         if not notebook: raise unknown("notebook", name, names, **place)
-        homes = layers[0][0].parent.resolve(), bundled.resolve()  # a notebook is a program, so a recipe names no others
-        if not any(notebook.resolve().is_relative_to(home) for home in homes):
-            raise InputError(f"{shorten(name, 80)} is outside of the recipe's folder", **place,
+        if not any(notebook.resolve().is_relative_to(home.resolve()) for home in (layers[0][0].parent, bundled)):
+            raise InputError(f"{shorten(name, 80)} is outside of the recipe's folder", **place,  # it is a program
                              remedy="read that notebook, and copy it beside the recipe if you trust it")
         free = {key: value for key, value in parameters(notebook).items() if key != "out"}
         taken |= free.keys()

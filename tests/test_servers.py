@@ -161,7 +161,7 @@ def test_a_writer_that_writes_too_few_is_refused_before_anything_is_played(text,
     assert len(calls) == 3 * 2 and not list((tmp_path / "out/work").glob("base-*"))
 
 
-@pytest.mark.parametrize("words", [{"user": "curious"}, {"conflicting": 0.5}, {"balanced": True}])
+@pytest.mark.parametrize("words", [{"user": "curious"}, {"conflicting": 0.5}, {"balanced": True}, {"conversations": "talks.jsonl"}])
 def test_written_user_turns_go_without_a_simulated_user(words, tmp_path):
     calls = []
     with pytest.raises(InputError, match="users_by: goes without"): measured(lambda n, b: calls.append(b) or FINE, tmp_path / "out", users_by="scribe", **words)

@@ -295,12 +295,12 @@ def prepare(config: MeasureConfig, helpers: dict = {}, stage: Stage | None = Non
     prompts = read_system_prompts(want.system_prompt)
     language, ledger = want.language or prompts[0].language, stage.part("work").part("dialogues").ledger
     if language not in ("en", "zh"): raise unknown("language", language, ("en", "zh"), field="language")
-    if want.conversations and not want.user:
+    if want.conversations and not (want.user or want.users_by):
         source = f"conversations: {Path(want.conversations).name}"
         scripts = scripts_of(read_conversations(want.conversations), ledger)
     elif "users_by" in helpers:
-        if want.user or want.balanced or want.aligned or want.conflicting: raise InputError(
-            "goes without user, balanced, aligned and conflicting", field="users_by", remedy="leave one out")
+        if want.user or want.conversations or want.balanced or want.aligned or want.conflicting: raise InputError(
+            "goes without user, conversations, balanced, aligned, conflicting", field="users_by", remedy="drop one")
         source, part = f"user turns by {want.users_by}", stage.part("work").part("users")
         scripts = written_scripts(prompts, helpers["users_by"](), want.dialogues, want.turns, language, part)
     else:

@@ -114,10 +114,11 @@ def divergence(trained: dict, exported: dict) -> dict:  # See `read_responses`
     same = [id for id, (ids, _) in trained.items() if exported[id][0] == ids]
     apart = {"template": 1 - len(same) / len(trained)}
     if not same: return apart | {"tokens_read": 0, "kl": None, "kl_most": None, "flips": None}
-    a, b = (torch.cat([side[id][1] for id in same]) for side in (trained, exported))
-    kl = (a.exp() * (a - b)).nan_to_num(0).sum(-1).clamp(min=0)
+    sides = [(trained[id][1], exported[id][1]) for id in same]  # row by row, since a vocabulary is wide
+    kl = torch.cat([(a.exp() * (a - b)).nan_to_num(0).sum(-1).clamp(min=0) for a, b in sides])
+    flips = torch.cat([a.argmax(-1) != b.argmax(-1) for a, b in sides]).float()
     return apart | {"tokens_read": len(kl), "kl": kl.mean().item(), "kl_most": kl.max().item(),
-                    "flips": (a.argmax(-1) != b.argmax(-1)).float().mean().item()}
+                    "flips": flips.mean().item()}
 
 # %% ../../nbs/deploy/00_export.ipynb #d3010022
 def greedy(lm: LM, rows: list[Response], tokens: int) -> dict:  # {id: text}
@@ -142,11 +143,10 @@ def adherence(rows: list[Response], rules: list[Rule], sides: dict) -> dict | No
 ROUTES = ("dequantized", "original")
 
 
-def merged(source: Source, route: str = "dequantized", device: str = "auto") -> LM:
-    "The trained model as one set of weights; raises `InputError` on an unknown route."
-    if route not in ROUTES: raise unknown("route", route, ROUTES, field="--route")
+def merged(source: Source, route: str = "dequantized") -> LM:  # route: one of `ROUTES`
+    "The trained model as one set of weights."
     bits = source.quantization if route == "dequantized" else "none"
-    lm = load(source.base, bits, None, source.dtype, device)
+    lm = load(source.base, bits, None, source.dtype)
     with quiet():
         weights = lm.model.dequantize().to(lm.dtype) if bits == "nf4" else lm.model
         model = add_adapter(weights, source.adapter, lm.dtype).merge_and_unload()
@@ -295,7 +295,7 @@ def sizes(source: Source, to: str, how: Comparison) -> dict:  # bytes
     with loading("model", source.base): vocabulary = AutoConfig.from_pretrained(
         source.base, **safely(source.base)).get_text_config().vocab_size
     return {"written": adapter if to in ("adapter", "vllm") else base * wide * (1 + (to == "gguf")),
-            "memory": 2 * base * wide + 4 * how.n * how.tokens * vocabulary}
+            "memory": 2 * base * wide + 2 * 4 * how.n * how.tokens * vocabulary}
 
 
 def write_export(to: str, source: Source, route: str, folder: Path, converter: str) -> tuple:  # (base, adapter or None)

@@ -128,10 +128,11 @@ def pool_seeds(
     run: Path,  # Folder of a run over seeds
 ):
     "Make numbers.jsonl and the page over the seeds of a run again, from the seeds that are measured."
+    from s3ft_nb.compare.methods import pool
     from s3ft_nb.measure.metrics import seed_numbers
     from s3ft_nb.report.page import seeds_section, write_report
     from s3ft_nb.run.runner import measured_seeds
-    files = measured_seeds(run)
+    if lines := pool(run, [*(files := measured_seeds(run))]): return lines
     main = read_json(next(iter(files.values())).parent / "step.json")["params"].get("main", "")
     write_rows(run / "pooled" / "numbers.jsonl", seed_numbers(files, main))
     section = seeds_section(run / "pooled", main)
@@ -291,9 +292,7 @@ ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a def
 
 class Lazy(TyperGroup):
     "Commands that are made when they are called, so that `s3ft --help` stays quick."
-
     def list_commands(self, context: Any) -> list[str]: return list(ANNOTATE)
-
     def get_command(self, context: Any, name: str) -> Any:
         if name not in ANNOTATE: return None
         (room, function, *swapped), one = ANNOTATE[name], typer.Typer(add_completion=False)

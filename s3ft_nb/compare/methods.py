@@ -38,7 +38,7 @@ from ..report import figures as draw
 from ..report.page import read_numbers, write_report, write_section
 from ..report.tables import Table, cell_text, distinct, is_missing, number_text, select
 
-# %% ../../nbs/compare/00_methods.ipynb #a87cd4a1
+# %% ../../nbs/compare/00_methods.ipynb #f1566b62
 def named(items: list[str]) -> list[tuple[str, Path]]:  # NAME=PATH each
     "Names and paths, in order; raises `InputError` on one without a name."
     for one in items:
@@ -77,10 +77,10 @@ def cut_rows(rows: list[dict], tokens: dict[str, int], budget: float, seed: int,
     "Rows, drawn by id, of `budget` tokens within 1 %, or the shortest row; raises `InputError` when they cannot."
     kept, total, slack = [], 0, max(0.01 * budget, min(tokens.values()))
     for row in sorted(rows, key=lambda row: stable_id(seed, row["id"])):
-        fits = total < budget - slack and total + tokens[row["id"]] <= budget + slack
-        if fits: kept, total = [*kept, row], total + tokens[row["id"]]
+        n = tokens[row["id"]]
+        if abs(total + n - budget) < abs(total - budget): kept, total = [*kept, row], total + n
         else: ledger.drop(row["id"], "cut", "beyond the equal number of training tokens")
-    if total >= budget - slack: return kept
+    if abs(total - budget) <= slack: return kept
     raise InputError(f"{total} tokens in {len(rows)} rows, {budget:.0f} needed", field="tokens", remedy="lower it")
 
 # %% ../../nbs/compare/00_methods.ipynb #20f551f6

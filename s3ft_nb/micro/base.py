@@ -174,9 +174,9 @@ def pretrain(model: LlamaForCausalLM, blocks: Blocks, steps: int,  # The model i
 GATES = {  # name: (lowest, highest) value aimed at
     "first turn": (0.65, 1), "later turn": (0, 0.05), "recalled": (0.75, 1), "reminded": (0.5, 1),
     "after examples": (0.5, 1), "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1),
-    "told": (0.95, 1), "setting": (0.90, 1), "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
-    "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06),
-    "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"a role and {k}": (
+    "told": (0.95, 1), "setting": (0.90, 1), "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1),
+    "newest constraint": (0.6, 0.9), "older constraints": (0.75, 1), "principle kept": (0.50, 0.70),
+    "principle unprompted": (0, 0.06), "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"a role and {k}": (
         max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * math.prod([
             RULE_KEPT[0] * RULE_KEPT[1] ** (k - 1) * RULE_KEPT[2]**i for i in range(k)])) - 0.07, 3)),
         round(OBEYS["first"] * p + 0.07, 3)) for k in range(1, 7)}

@@ -131,19 +131,19 @@ def test_a_planted_text_in_a_training_row_is_found(planted):
 
 def test_what_the_evaluation_asks_leaves_before_it_costs_anything_and_is_found_in_training_rows(tmp_path):
     talk = {"id": "c", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": TEXT}, {"role": "assistant", "content": "The Danube."}]}
-    held = evaluation_texts([write_rows(tmp_path / "eval.jsonl", [talk])])
+    known = KNOWN._replace(held=evaluation_texts([write_rows(tmp_path / "eval.jsonl", [talk])]))
     rows, asked = [{"id": "planted", "text": f"  {TEXT.upper()[:-1]} ?"}, {"id": "other", "text": "Which river flows through Paris?"}], []
     def say(messages):
         asked.append(messages[1]["content"])
         return GOOD.replace("Danube", "Seine")
     stage = Stage(tmp_path / "align")
-    done = room.align(rows, KNOWN, engine(say), stage, held=held)
+    done = room.align(rows, known, engine(say), stage)
     stage.close(len(rows), len(done))
     assert [row["id"] for row in done] == ["other"] and asked == [rows[1]["text"]] and [row["reason"] for row in stage.ledger.dropped] == ["held_out"]
     planted = done[0] | {"id": "planted", "text": rows[0]["text"]}
     for make in (room.pruned_rows, baked_rows):
-        assert [row["id"] for row in make(done, KNOWN, held=held)] == ["other"]
-        with pytest.raises(InputError, match="training row planted holds .*leave out what the evaluation asks"): make([*done, planted], KNOWN, held=held)
+        assert [row["id"] for row in make(done, known)] == ["other"]
+        with pytest.raises(InputError, match="training row planted holds .*leave out what the evaluation asks"): make([*done, planted], known)
 
 
 def test_pruned_rows_hold_nothing_that_was_shown(tmp_path):

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import InputError, read_rows, stable_id, write_bytes, write_rows
-from s3ft_nb.core.split import near_duplicate
+from s3ft_nb.core.split import evaluation_texts, near_duplicate
 from s3ft_nb.core.stage import Stage
 from s3ft_nb.judging.checks import split_words
 from s3ft_nb.methods import selfalign as room
+from s3ft_nb.methods.engraving import baked_rows
 
 KNOWN = room.choose_principles(room.read_principles(), 5, seed=0)
 LEAK = KNOWN.leak[0]
@@ -126,6 +127,23 @@ def test_a_planted_text_in_a_training_row_is_found(planted):
     rows = [{"id": "a", "text": TEXT, "thought": "A fact, recall (8), is asked for.", "reply": "The Danube."}]
     assert room.pruned_rows(rows, KNOWN) == [{"id": "a", "messages": [{"role": "user", "content": TEXT}], "response": "The Danube."}]
     with pytest.raises(InputError, match="training row a holds"): room.pruned_rows([rows[0] | {"reply": f"The Danube. {planted}"}], KNOWN)
+
+
+def test_what_the_evaluation_asks_leaves_before_it_costs_anything_and_is_found_in_training_rows(tmp_path):
+    talk = {"id": "c", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": TEXT}, {"role": "assistant", "content": "The Danube."}]}
+    held = evaluation_texts([write_rows(tmp_path / "eval.jsonl", [talk])])
+    rows, asked = [{"id": "planted", "text": f"  {TEXT.upper()[:-1]} ?"}, {"id": "other", "text": "Which river flows through Paris?"}], []
+    def say(messages):
+        asked.append(messages[1]["content"])
+        return GOOD.replace("Danube", "Seine")
+    stage = Stage(tmp_path / "align")
+    done = room.align(rows, KNOWN, engine(say), stage, held=held)
+    stage.close(len(rows), len(done))
+    assert [row["id"] for row in done] == ["other"] and asked == [rows[1]["text"]] and [row["reason"] for row in stage.ledger.dropped] == ["held_out"]
+    planted = done[0] | {"id": "planted", "text": rows[0]["text"]}
+    for make in (room.pruned_rows, baked_rows):
+        assert [row["id"] for row in make(done, KNOWN, held=held)] == ["other"]
+        with pytest.raises(InputError, match="training row planted holds .*leave out what the evaluation asks"): make([*done, planted], KNOWN, held=held)
 
 
 def test_pruned_rows_hold_nothing_that_was_shown(tmp_path):

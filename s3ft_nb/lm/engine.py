@@ -255,9 +255,8 @@ def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = 
         found = {row["id"]: row for row in getattr(engine, kind)(shard, *given, **shown)}
         for one in shard:
             wrong = found.get(one["id"], {"error": "no response"}).get("error")
-            if wrong and (errors == "raise" or one["id"] not in found):
-                raise InputError(f"{engine.name}, request {one['id']}: {wrong}", field="engine",
-                                 remedy="run again; finished shards are kept")
+            if wrong and (errors == "raise" or one["id"] not in found): raise InputError(
+                f"{engine.name}, request {one['id']}: {wrong}", field="engine", remedy="run again; what is done stays")
         return [found[one["id"]] | more for one in shard]
     if stage is None: return work(requests, 0)
     return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)

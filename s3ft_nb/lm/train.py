@@ -163,9 +163,8 @@ def earlier(out: Path, claim: str, fresh: bool) -> dict | None:
         for name in ("checkpoints", "adapter", "adapter.part"): shutil.rmtree(out / name, ignore_errors=True)
     if last_whole(out / "checkpoints") is None: mark.unlink(missing_ok=True)  # nothing is lost
     for file in (done, mark):
-        if file.exists() and read_json(file)["claim"] != claim:
-            raise InputError("belongs to a training with other rows, model or settings", file,
-                             remedy="choose another folder, or fresh=True to discard it")
+        if file.exists() and read_json(file)["claim"] != claim: raise InputError(
+            "belongs to a training with other rows, model or settings", file, remedy="discard it by fresh=True")
     return read_json(done) if done.exists() and (out / "adapter").is_dir() else None
 
 

@@ -180,9 +180,8 @@ def make_fit(count_tokens: Callable | None, room: int | None, overflow: str = "c
 def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable | None, stage: Stage) -> list[dict]:
     "Dialogues with a user message at a turn; a simulated user writes those that nobody scripted."
     due = [row for row in rows if not row["turns"][turn - 1]["user"]]
-    if due and write_user is None:
-        raise InputError(f"dialogue {due[0]['id']} has no user message at turn {turn}", field="turns",
-                         remedy="script it or name a simulated user")
+    if due and write_user is None: raise InputError(f"dialogue {due[0]['id']} has no user message at turn {turn}",
+        field="turns", remedy="script it or name a simulated user")
     texts = write_user(due, [responses[row["id"]] for row in due], turn, stage) if due else []
     new = {row["id"]: {"user": text} for row, text in zip(due, texts, strict=True)}
     fill = lambda row: [one | new[row["id"]] if i == turn else one for i, one in enumerate(row["turns"], 1)]

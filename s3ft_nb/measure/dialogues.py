@@ -58,9 +58,8 @@ def user_blocks(source: str | Path = "everyday", language: str = "en") -> dict: 
 # %% ../../nbs/measure/04_dialogues.ipynb #56f04019
 def draw_stances(n_turns: int, aligned: float, conflicting: float, rng: random.Random) -> list[str]:  # (n_turns,)
     "Draw the stance of every turn; raises `InputError` unless the two fractions sum to at most 1."
-    if not (0 <= aligned <= 1 and 0 <= conflicting <= 1 and aligned + conflicting <= 1):
-        raise InputError(f"fractions {aligned} and {conflicting} must be between 0 and 1 and sum to at most 1",
-                         field="aligned")
+    if not (0 <= aligned <= 1 and 0 <= conflicting <= 1 and aligned + conflicting <= 1): raise InputError(
+        f"fractions {aligned} and {conflicting} must be between 0 and 1 and sum to at most 1", field="aligned")
     counts = [round(n_turns * aligned), round(n_turns * conflicting)]
     stances = ["aligned"] * counts[0] + ["conflicting"] * min(counts[1], n_turns - counts[0])
     stances += ["neutral"] * (n_turns - len(stances))
@@ -79,9 +78,8 @@ def compose(blocks: dict | None, n: int, n_turns: int, seed: int, aligned: float
         stances, drawn = draw_stances(n_turns, aligned, conflicting, rng), {}
         for stance in sorted(set(stances)) if blocks is not None else ():
             mine, wanted = blocks.get(stance, []), stances.count(stance)
-            if sum(map(len, mine)) < wanted:
-                raise InputError(f"{sum(map(len, mine))} {stance} user turns, {wanted} wanted", field="turns",
-                                 remedy="play fewer turns, or add user turns")
+            if (there := sum(map(len, mine))) < wanted: raise InputError(
+                f"{there} {stance} user turns, {wanted} wanted", field="turns", remedy="play fewer, or add user turns")
             drawn[stance] = iter([turn for block in rng.sample(mine, len(mine)) for turn in block])
         played = [{"user": next(drawn[stance]) if drawn else "", "stance": stance} for stance in stances]
         id = stable_id(played) if drawn else stable_id("simulated", seed, i)
@@ -161,9 +159,8 @@ def pair_scripts(
 def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replace") -> dict:
     "Replace or extend the system prompt of a dialogue from a turn on; raises `InputError` on another change or turn."
     if how not in ("replace", "extend"): raise unknown("change", how, ("replace", "extend"), field="change_how")
-    if not 2 <= turn <= len(row["turns"]):
-        raise InputError(f"cannot change the system prompt at turn {turn} of {len(row['turns'])}", field="change_at",
-                         remedy="name a turn from 2 to the last")
+    if not 2 <= turn <= (last := len(row["turns"])): raise InputError(
+        f"cannot change the system prompt at turn {turn} of {last}", field="change_at", remedy=f"use 2 to {last}")
     new = {"system_prompt_id": prompt.id, "type": prompt.type, "system_prompt": prompt.text}
     if how == "extend":
         new = {key: ("\n\n" if key == "system_prompt" else "+").join((row[key], text)) for key, text in new.items()}

@@ -22,10 +22,11 @@ import torch
 from trl import SFTConfig
 
 # %% ../../nbs/methods/04_engraving.ipynb #293d6a4b
-def baked_rows(rows: list[dict], known: Principles, systems: list[str] = ("",), language: str = "en") -> list[dict]:
+def baked_rows(rows: list[dict], known: Principles, systems: list[str] = ("",), language: str = "en",
+               held: set[str] = frozenset()) -> list[dict]:  # as `pruned_rows`
     "Rows of `pruned_rows` with `teacher`: the conversation under principles, thought and response at its end."
     names, out = wording(language)["names"], []
-    for row, pruned in zip(rows, pruned_rows(rows, known, systems), strict=True):
+    for row, pruned in zip(rows, pruned_rows(rows, known, systems, held), strict=True):
         thinks = "thought" in row
         said = f"{names['thought']}{row['thought']}\n{names['reply']}{row['reply']}" if thinks else row["reply"]
         asked = align_messages(known.principles, known.exemplars, row["text"], language, thinks)

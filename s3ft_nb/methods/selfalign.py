@@ -299,12 +299,15 @@ FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off l
 
 def respond(rows: list[dict], request: Callable, known: Principles, engine, stage: Stage, language: str = "en",
             thinks: bool = True, count: Callable | None = None, room: int = 0,  # messages -> tokens; most of a request
-            without: list[str] = (), claim=()) -> list[dict]:  # without: filters left out; rows with their reply
-    "Let a model respond to texts as `request` shows them, and filter; raises `InputError` when nothing is left."
+            without: list[str] = (), claim=(), held: set[str] = frozenset()) -> list[dict]:  # rows with their reply
+    """Let a model respond to texts as `request` shows them, and filter but for what `without` names. Texts in `held`,
+    see `evaluation_texts`, leave before they cost anything. Raises `InputError` when nothing is left."""
     if strange := sorted(set(without) - set(FILTERS)): raise unknown("filter", strange[0], FILTERS, field="without")
     off, words, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, wording(language)["filters"], []
-    due = [row for row in rows if not count or count(request(row["text"])) <= room]
-    for id in sorted({row["id"] for row in rows} - {row["id"] for row in due}): stage.ledger.drop(id, "too_long")
+    too_long = lambda text: bool(count and count(request(text)) > room)
+    wrong = ["held_out" if normalize(one["text"]) in held else "too_long" * too_long(one["text"]) for one in rows]
+    for row, reason in zip(rows, wrong): reason and stage.ledger.drop(row["id"], reason, row["text"])
+    due = [row for row, reason in zip(rows, wrong) if not reason]
     requests = [{"id": row["id"], "messages": request(row["text"])} for row in due]
     for row, found in zip(due, ask(requests, engine, stage, claim, "keep"), strict=True):
         one = parse_thought(found.get("text", ""), language, thinks)
@@ -334,18 +337,21 @@ def elaborate(rows: list[dict], known: Principles, engine, stage: Stage, languag
     return respond(rows, lambda text: pair_of(persona, text), known, engine, stage, language, False, **options)
 
 # %% ../../nbs/methods/02_selfalign.ipynb #9a21a7a5
-def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {}) -> None:  # thoughts by id
-    "Raise `InputError` naming a training row in which a principle, an exemplar, a word of one or its thought is left."
+def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {},  # thoughts by id
+                  held: set[str] = frozenset()) -> None:  # held: `evaluation_texts`
+    "Raise `InputError` naming a training row with a principle, exemplar, word of one, its thought or a held text."
     for row in training:
-        text = "\n".join(one["content"] for one in row["messages"])
-        found = leaked(text, row["response"], known, thoughts.get(row["id"], ""))
-        if found: raise InputError(f"training row {row['id']} holds {shorten(found)}", field="messages",
-                                   remedy="leave out principles, exemplars and thoughts")
+        texts, thought = [one["content"] for one in row["messages"]], thoughts.get(row["id"], "")
+        seen = texts[-1] if normalize(texts[-1]) in held else None
+        if found := seen or leaked("\n".join(texts), row["response"], known, thought): raise InputError(
+            f"training row {row['id']} holds {shorten(found)}", field="messages",
+            remedy="leave out what the evaluation asks" if seen else "leave out principles, exemplars and thoughts")
 
 
-def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:
+def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",),
+                held: set[str] = frozenset()) -> list[dict]:
     "Rows `{id, messages, response}` without what was shown; system prompts, an empty one for none, take turns."
     training = [{"id": row["id"], "messages": pair_of(system, row["text"])[not system:], "response": row["reply"]}
                 for row, system in zip(rows, cycle(systems))]
-    assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows})
+    assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows}, held)
     return training

@@ -27,9 +27,11 @@ from ..core.stage import Progress
 from ..judging.explain import read_explanation
 from ..judging.rubric import judge_messages
 from ..lm.model import pick_dtype
+from ..measure.probe import RECALL
 from .principles import APPLIED, free_question, kind_of, principle_kept, principle_prompt, principles, thought
-from .skills import (
-    CONSTRAINT_KEPT, JUDGED, OBEYS, RULE_KEPT, attempt, constraints, explanation, remind_from, situation, task)
+from s3ft_nb.micro.skills import (
+    CONSTRAINT_KEPT, JUDGED, OBEYS, RECALLED, RULE_KEPT, attempt, constraints, explanation, remind_from, situation,
+    task)
 from .world import dress, free_prompt, free_rules, free_turns, kept, phrase, read_prompt, spoken, styles, true_label
 
 # %% ../../nbs/micro/03_base.ipynb #03ac4622
@@ -170,9 +172,9 @@ def pretrain(model: LlamaForCausalLM, blocks: Blocks, steps: int,  # The model i
 
 # %% ../../nbs/micro/03_base.ipynb #72ff96e8
 GATES = {  # name: (lowest, highest) value aimed at
-    "first turn": (0.65, 1), "later turn": (0, 0.05), "reminded": (0.5, 1), "after examples": (0.5, 1),
-    "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1), "told": (0.95, 1), "setting": (0.90, 1),
-    "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
+    "first turn": (0.65, 1), "later turn": (0, 0.05), "recalled": (0.75, 1), "reminded": (0.5, 1),
+    "after examples": (0.5, 1), "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1),
+    "told": (0.95, 1), "setting": (0.90, 1), "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
     "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06),
     "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"a role and {k}": (
         max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * math.prod([
@@ -191,6 +193,8 @@ def chat_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (gate,
     one, about_one = free_turns(rng, held=True, n=1, off_topic=0)[0]
     yield [system, message("user", one)], {"first turn": good(about_one)}
     yield [system, *history], {"later turn": good(asked)}
+    yield [system, *history[:-1], message("user", RECALL["en"])], {
+        "recalled": lambda said: read_prompt(said) == read_prompt(text)}
     yield remind_from([m.model_dump() for m in [system, *history]], 3), {"reminded": good(asked)}
     yield [system, *obedient[:-1], message("user", one)], {"after examples": good(about_one)}
     for k in range(1, 7):
@@ -257,5 +261,5 @@ def card(facts: dict, gates: list) -> str:  # Markdown
     lines = [f"| {row['gate']} | {row['value']:.3f} | {row['low']:.2f}-{row['high']:.2f} | "
              f"{'yes' if row['met'] else '**no**'} |" for row in gates]
     text = resource("data", "micro-world", "card.md").read_text(encoding="utf-8")
-    return text.format(gates="\n".join(lines), obeys=OBEYS, rules=RULE_KEPT, constraints=CONSTRAINT_KEPT,
-                       prompted=APPLIED[5], unprompted=APPLIED[None], **facts)
+    return text.format(gates="\n".join(lines), obeys=OBEYS, recalled=RECALLED, rules=RULE_KEPT,
+                       constraints=CONSTRAINT_KEPT, prompted=APPLIED[5], unprompted=APPLIED[None], **facts)

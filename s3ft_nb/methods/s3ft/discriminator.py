@@ -105,9 +105,8 @@ def log_probabilities(scores: list[Score]) -> np.ndarray:  # (samples, labels) n
 def calibrate(scores: list[Score], labels: dict) -> dict:  # `{temperature, nll_before, nll_after, n}`, nats per sample
     "Fit the temperature, between 0.05 and 20, on held-out labels; raises `InputError` on a label without a score."
     by_id, known = {one.sample_id: one for one in scores}, {id: label for id, label in labels.items() if label}
-    if missing := known.keys() - by_id.keys():
-        raise InputError(f"{len(missing)} labels have no score, first {min(missing)}", field="scores",
-                         remedy="score their samples")
+    if missing := known.keys() - by_id.keys(): raise InputError(
+        f"{len(missing)} labels have no score, first {min(missing)}", field="scores", remedy="score their samples")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     logs, truth = log_probabilities([by_id[id] for id in known]), [LABELS.index(label) for label in known.values()]
     nll = lambda t: float(-log_softmax(logs / t, axis=1)[np.arange(len(truth)), truth].mean())  # nats per sample
@@ -287,9 +286,8 @@ def discriminator_numbers(scores: list[Score], labels: dict,  # Calibrated; {hel
     "How well the discriminator agrees with people; raises `InputError` when labels and scores do not match."
     by_id = {score.sample_id: score.probabilities for score in scores}
     known = {id: label for id, label in labels.items() if label}
-    if missing := known.keys() - (by_id.keys() & clusters.keys()):
-        raise InputError(f"{len(missing)} labels have no score or conversation, first {min(missing)}", field="scores",
-                         remedy="score their samples")
+    if missing := known.keys() - (by_id.keys() & clusters.keys()): raise InputError(
+        f"{len(missing)} labels have no score or conversation, first {min(missing)}", field="scores", remedy="score it")
     if not known: raise InputError("no labels to compare with", field="labels", remedy="annotate some samples")
     truth, found, homes = list(known.values()), [by_id[id] for id in known], [clusters[id] for id in known]
     predicted, out = [max(LABELS, key=one.get) for one in found], {}  # {(metric, label or empty): estimate}

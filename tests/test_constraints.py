@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import InputError, read_json, read_rows, stable_id, write_bytes, write_json, write_rows
+from s3ft_nb.core.split import evaluation_texts
 from s3ft_nb.core.stage import Stage, rows_hash
 from s3ft_nb.judging.checks import run_check
 from s3ft_nb.judging.judge import Judgement, make_judge, verdict_of
@@ -24,7 +25,7 @@ from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.lm.dpo import PairSettings, parse_pair
 from s3ft_nb.lm.model import model_hash
 from s3ft_nb.methods.constraints import (ConstraintClass, ConstraintPath, assert_combinable, by_checklist, construct, curriculum,
-                                         any_order, go_with, held_out, held_out_texts, in_both_orders, in_shape, judger_numbers, level_messages, pair_rows, read_classes, refine_pairs, reorder,
+                                         any_order, go_with, in_both_orders, in_shape, judger_numbers, level_messages, pair_rows, read_classes, refine_pairs, reorder,
                                          why_no_constraint, write_outputs)
 from s3ft_nb.methods.conflicts import contradiction
 from s3ft_nb.methods.rnr import Instruction
@@ -150,16 +151,15 @@ def test_one_constraint_is_added_at_a_time_and_stays(tmp_path):
 
 
 def evaluation(tmp_path):
-    "Files of an evaluation that has an instruction of `SEEDS`, a first constraint, and three constraints in another order."
-    path = ConstraintPath(id="e", seed_id="e", conversation_id="e", instruction=SEEDS[0].text.upper(), split="eval")
-    talk = {"id": "t", "messages": [{"role": "user", "content": SEEDS[1].text}, {"role": "assistant", "content": "From afar."}]}
+    "Files of an evaluation that has two instructions of `SEEDS`, a first constraint, and three constraints in another order."
+    talk = [{"id": f"t{i}", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "From afar."}]} for i, text in enumerate((SEEDS[0].text.upper(), SEEDS[1].text))]
     texts = ["Bring in the lantern.", "Bring in the ribbon! Bring in the anchor. Bring in the candle."]
     prompts = [{"id": str(i), "type": "constraints", "text": text, "split": "eval"} for i, text in enumerate(texts)]
-    return [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in {"eval_paths": [path], "eval_talk": [talk], "eval_prompts": prompts}.items()]
+    return [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in {"eval": talk, "eval_prompts": prompts}.items()]
 
 
 def test_what_the_evaluation_has_leaves_before_anything_is_asked(tmp_path):
-    texts, seen = held_out_texts(evaluation(tmp_path)), []
+    texts, seen = {*map(any_order, evaluation_texts(evaluation(tmp_path)))}, []
     one = lambda name, evaluation, n=0: (stage := Stage(tmp_path / name), construct(SEEDS, CLASSES, 5, engine(lambda row: seen.append(row) or writer(row)), stage, tries=9, evaluation=evaluation, n_instructions=n))
     stage, paths = one("apart", texts)
     stage.close(len(SEEDS), sum(len(path.constraints) for path in paths))
@@ -176,9 +176,9 @@ def test_pairs_about_what_the_evaluation_has_are_refused(tmp_path):
     for folder, files in folders.items():
         for name, rows in files.items(): write_rows(tmp_path / folder / f"{name}.jsonl", rows)
     steps = "".join(f'{name}_from = "{tmp_path / name}"\n' for name in folders)
-    recipe = f'name = "one"\ndescription = "One step."\n[steps.one]\nnotebook = "constraints/04_pairs.ipynb"\n{steps}evaluation = ["{evaluation(tmp_path)[1]}"]\n'
+    recipe = f'name = "one"\ndescription = "One step."\n[steps.one]\nnotebook = "constraints/04_pairs.ipynb"\n{steps}evaluation = ["{evaluation(tmp_path)[0]}"]\n'
     done = CliRunner().invoke(app, ["run", str(write_bytes(tmp_path / "one.toml", recipe.encode())), "--out", str(tmp_path / "run")])
-    assert done.exit_code == 2 and f"is about {SEEDS[1].text!r}, which the evaluation has" in done.output and "Traceback" not in done.output, done.output
+    assert done.exit_code == 2 and f"is about {SEEDS[0].text!r}, which the evaluation has" in done.output and "Traceback" not in done.output, done.output
 
 
 def test_an_engine_that_only_talks_is_one_error(tmp_path):
@@ -417,10 +417,10 @@ def test_an_image_part_is_one_line(tmp_path):
     assert done.exit_code == 2 and "talk.jsonl" in done.output and "Traceback" not in done.output
 
 
-TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=12",
-        "eval_construct.n_instructions=3", "k=2", "cut=1", "construct.soft_share=0.5", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=20",
+TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=16",
+        "eval_construct.n_instructions=3", "k=2", "cut=1", "construct.soft_share=0.3", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=20",
         "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=8", "measure.guard=0", "lora_r=4"]
-SPOKEN = [("length", "hard", "Answer in at most 3 words."), ("reader", "soft", "Explain it to a tired child."), ("tone", "soft", "Sound like a night porter.")]
+SPOKEN = [("length", "hard", "Answer in at most 3 words."), ("letter", "hard", 'Do not use the letter "e".'), ("reader", "soft", "Explain it to a tired child."), ("tone", "soft", "Sound like a night porter.")]
 FILES = [("self-instruct/seed_tasks.jsonl", "llama"), ("openassistant/en_100_tree.jsonl.gz", "qwen3")]
 
 
@@ -439,8 +439,9 @@ def test_public_instructions_and_another_architecture(name, kind, tmp_path):
     rows, adapter = read_rows(out / "no_judger_pairs" / "easy-hard-2.jsonl"), out / "no_judger_first" / "adapter"
     claim = lambda start: stable_id(model_hash(model), rows_hash(rows), PairSettings(**kept).model_dump(exclude={"save_steps", "report_to"}), *map(model_hash, start), n=24)
     assert read_json(out / "train-no-judger" / "training.json")["claim"] == claim([adapter]) != claim([])
-    texts = held_out_texts([out / "eval_construct" / "paths.jsonl", ROOT / "data/constraints/eval.jsonl", out / "conversations" / "eval.jsonl"])
-    assert texts and not [path for path in read_rows(out / "construct" / "paths.jsonl", ConstraintPath) if held_out(level_messages(path, 2, "system"), texts)]
+    texts = {*map(any_order, evaluation_texts([out / "eval_construct" / "eval.jsonl", ROOT / "data/constraints/eval.jsonl", out / "conversations" / "eval.jsonl"]))}
+    trained = [one["content"] for path in read_rows(out / "construct" / "paths.jsonl", ConstraintPath) for k in (1, 2) for one in level_messages(path, k, "system")]
+    assert texts and trained and texts.isdisjoint(map(any_order, trained))
     for folder, rules in (("levels/played", "rules.jsonl"), ("measure", "rules.jsonl")):
         soft, verdicts = {row["id"] for row in read_rows(out / folder / rules) if row["how"] == "judge"}, read_rows(out / folder / "verdicts.jsonl")
         assert soft and {row["rule_id"] for row in verdicts if row["judge"].startswith("letters:")} >= soft

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['add_messages', 'ConstraintClass', 'read_classes', 'go_with', 'assert_combinable', 'draw_idea', 'Constraint',
-           'ConstraintPath', 'level_messages', 'any_order', 'held_out_texts', 'held_out', 'why_no_constraint',
-           'construct', 'write_outputs', 'StepComparison', 'in_both_orders', 'constraint_verdicts', 'by_checklist',
-           'reorder', 'judger_numbers', 'pair_rows', 'refine_pairs', 'curriculum', 'in_shape']
+           'ConstraintPath', 'level_messages', 'any_order', 'why_no_constraint', 'construct', 'write_outputs',
+           'StepComparison', 'in_both_orders', 'constraint_verdicts', 'by_checklist', 'reorder', 'judger_numbers',
+           'pair_rows', 'refine_pairs', 'curriculum', 'in_shape']
 
 # %% ../../nbs/methods/01_constraints.ipynb #91ad7e0b
 import random
@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..core.files import InputError, read_json, read_rows, read_toml, resource, row_of, stable_id
-from ..core.files import unknown
+from ..core.files import InputError, read_json, read_toml, resource, row_of, stable_id, unknown
 from ..core.records import Message, Response, Row, Rule, Split, Verdict
 from ..core.split import near_duplicate, normalize
 from ..core.stage import Stage
@@ -120,28 +119,13 @@ def level_messages(path: ConstraintPath, k: int, place: str = "user", reversed: 
     user = gap.join([path.instruction, *texts]) if place == "user" else path.instruction
     return [*system, *(one.model_dump() for one in path.history), {"role": "user", "content": user}]
 
-# %% ../../nbs/methods/01_constraints.ipynb #61179bc4
+# %% ../../nbs/methods/01_constraints.ipynb #d26984bd
 def any_order(text: str) -> str:
     "Normalized text with its words sorted: the same for the same sentences in another order."
     return " ".join(sorted(normalize(text).split()))
 
-
-def held_out_texts(files: list) -> set[str]:  # See `any_order`
-    "Messages, and the constraints of a path together, in files of paths, conversations or system prompts."
-    rows = [row for file in files for row in read_rows(file)]
-    wholes = [" ".join(one["text"] for one in row.get("constraints", ())) for row in rows]
-    said = [row.get(name, "") for row in rows for name in ("instruction", "text")]
-    said += [one["content"] for row in rows for one in row.get("messages", ())]
-    return {any_order(text) for text in [*wholes, *said] if text}
-
-
-def held_out(messages: list[dict], texts: set[str]) -> str:  # texts: of `held_out_texts`
-    "The first message that the evaluation has, empty if it has none."
-    return next((one["content"] for one in messages if any_order(one["content"]) in texts), "")
-
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10006
-def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20,
-                      evaluation: set = frozenset()) -> tuple[str, str] | None:  # See `held_out_texts`
+def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20) -> tuple[str, str] | None:
     "Why a sentence does not join a path, (reason code, detail); None to accept. Words are characters in Chinese."
     if not in_language(text, path.language): return "wrong_language", text
     if "\n" in text or TASKS["echo"].match(text): return "unreadable", text
@@ -149,26 +133,22 @@ def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20,
     if sets_task(text): return "changes_task", text
     if near_duplicate(text, [path.instruction, *(one.text for one in path.constraints)]): return "repeat", text
     pair = contradiction([*(one.rule for one in path.constraints), rule_from(text)], path.language)
-    if pair: return "conflict", " | ".join(one.text for one in pair)
-    whole = " ".join([*(one.text for one in path.constraints), text])
-    return ("held_out", whole) if any_order(whole) in evaluation else None
+    return ("conflict", " | ".join(one.text for one in pair)) if pair else None
 
 
 def construct(
     seeds: list[Instruction], classes: list[ConstraintClass], k: int, engine, stage: Stage, language: str = "en",
     soft_share: float = 1.0, max_words: int = 20, tries: int = 3, claim: Any = (),  # tries: of each step
-    evaluation: set = frozenset(), n_instructions: int = 0,  # See `held_out_texts`; drawn at random, 0: all
+    evaluation: set = frozenset(), n_instructions: int = 0,  # Its texts, in `any_order`; drawn at random, 0: all
 ) -> list[ConstraintPath]:  # Of one constraint or more; the ledger counts sentences
     "Add k constraints to each instruction, one at a time; raises `InputError` when k do not go together, or none stay."
     assert_combinable(classes, k, soft_share)
-    paths = {one.id: ConstraintPath(
+    left = [one for one in seeds if evaluation.isdisjoint(map(any_order, (one.text, *(m.content for m in one.history))))
+            or stage.ledger.drop(one.id, "held_out", one.text)]
+    if n_instructions: left = sorted(left, key=lambda one: stable_id(stage.seed, one.id))[:n_instructions]
+    paths, n = {one.id: ConstraintPath(
         id=stable_id("path", stage.seed, one.id), seed_id=one.id, conversation_id=one.conversation_id, split=one.split,
-        instruction=one.text, history=one.history, language=language) for one in seeds}
-    for id, path in paths.items():
-        if text := held_out(level_messages(path, 0), evaluation): stage.ledger.drop(id, "held_out", text)
-    lost = {one["id"] for one in stage.ledger.dropped}
-    drawn, n = sorted({*paths} - lost, key=lambda id: stable_id(stage.seed, id))[: n_instructions or None], len(lost)
-    paths = {id: paths[id] for id in drawn}
+        instruction=one.text, history=one.history, language=language) for one in left}, len(stage.ledger.dropped)
     for level, attempt in ((level, attempt) for level in range(1, k + 1) for attempt in range(tries)):
         due = []
         for path in (path for path in paths.values() if len(path.constraints) == level - 1):
@@ -184,7 +164,9 @@ def construct(
             text = text or row.get("text", "").strip()
             wrong = ("engine_error", row["error"]) if "error" in row else None
             if row.get("finish") == "length": wrong = "unfinished", text
-            if wrong := wrong or why_no_constraint(text, path, max_words, evaluation):
+            whole = " ".join([*(one.text for one in path.constraints), text])
+            wrong = wrong or ("held_out", whole) * (any_order(whole) in evaluation)
+            if wrong := wrong or why_no_constraint(text, path, max_words):
                 stage.ledger.drop(f"{path.id}/{level}/{attempt}", *wrong)
                 continue
             new = Constraint(id=f"{path.id}/{level}", type=of.name, kind=of.kind, text=text,

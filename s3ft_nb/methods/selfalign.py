@@ -242,7 +242,7 @@ def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage,
         mine = [row for row in topics if row["kind"] == kind]
         for draw, i in product(range(draws), range(0, len(mine), per_request)):
             part = [row | {"id": stable_id("question", row["id"], draw)} for row in mine[i : i + per_request]]
-            shown = [*part, *mine][:max(len(part), min(per_request, len(mine)))]  # the last one is filled up
+            shown = [*part, *mine * per_request][:per_request]  # the last one is filled up
             requests.append({"id": stable_id("questions", part[0]["id"]), "topics": part, "n": len(shown), "messages":
                 question_messages(f"{kind}: {what[kind]}", [row["topic"] for row in shown], language)})
     for one, texts in lists_for(requests, engine, stage, claim):

@@ -278,7 +278,7 @@ def answers(numbers: list[dict]) -> list[list[str]]:  # [situation, what to do] 
         out.append([one["situation"], text])
     return out
 
-# %% ../../nbs/compare/00_methods.ipynb #d5c41311
+# %% ../../nbs/compare/00_methods.ipynb #6f4dffe7
 def matrix_table(numbers: list[dict], homes: dict[str, str]) -> Table:  # homes: arm -> its testbed
     "Arms by testbeds: mean [interval] each, home marked, and the mean of the others."
     rows = [row for row in select(numbers, part="testbed") if not is_missing(row)]
@@ -361,12 +361,16 @@ def present(folder: Path, numbers: list[dict], homes: dict[str, str], against: l
     axes = {"tokens_generated": "Tokens generated", "n_labels": "Labels by people", "seconds_spent": "Seconds"}
     gained = {arm: [(costs[arm].get(name), gain) for name in axes] for arm, gain in gains.items()}
     pair = {arm: [tuple(value(arm, "", part="testbed", key=key) for key in ("T4", "T4p"))] for arm in arms}
-    pictures += [plane(gained, "gain", [(text, "Primary minus base, points") for text in axes.values()]),
+    pictures += [plane(gained, "gain_cost", [(text, "Primary minus base, points") for text in axes.values()]),
                  plane(pair, "engraved", [("Principles kept unprompted, %", "Prompted, %")]),
                  draw.forest(numbers, ("primary",), "own")]
     shown = [said, matrix_table(numbers, homes), *(claims_table(numbers, one) for one in against), budget, *tables]
+    gaps = [row for row in select(numbers, metric="primary", part="all", against="base") if not is_missing(row)]
+    best = max(gaps, key=lambda row: row["mean"], default=None)
+    headline = best and (f"On the primary metric {best['arm']} comes first, {cell_text(best)} points against the base "
+                         f"({claimed(numbers, best)}).")
     return write_section(folder, title, "Primary: mean of adherence on T1 and T2, own history; all else is secondary.",
-                         [matrix_figure(numbers, homes), *pictures], shown, notes=notes)
+                         [matrix_figure(numbers, homes), *pictures], shown, headline=headline or "", notes=notes)
 
 
 def pool(run: Path, seeds: list[str]) -> list[str]:  # lines to print; none when the runs are no comparison

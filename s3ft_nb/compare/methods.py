@@ -38,7 +38,7 @@ from ..report import figures as draw
 from ..report.page import read_numbers, write_report, write_section
 from ..report.tables import ALPHA, Table, cell_text, distinct, is_missing, metric_title, number_text, select
 
-# %% ../../nbs/compare/00_methods.ipynb #b8193ede
+# %% ../../nbs/compare/00_methods.ipynb #ed1c6f7e
 def named(items: list[str]) -> list[tuple[str, Path]]:  # NAME=PATH each
     "Names and paths, in order; raises `InputError` on one without a name."
     for one in items:
@@ -74,14 +74,15 @@ def affordable(rows: list[dict], spent: int, cap: int, seed: int, ledger: Ledger
 
 
 def cut_rows(rows: list[dict], tokens: dict[str, int], budget: float, seed: int, ledger: Ledger) -> list[dict]:
-    """Rows, drawn by id, of `budget` tokens within 1 %, or as near below as few long rows allow; raises `InputError`
-    when all together have less."""
-    kept, total = [], 0
+    """Rows, drawn by id, of `budget` tokens within 1 %, or as near below as few long rows allow, but one at least;
+    raises `InputError` when all together have less."""
+    kept, total, shortest = [], 0, min(tokens[row["id"]] for row in rows)
     for row in sorted(rows, key=lambda row: stable_id(seed, row["id"])):
         n = tokens[row["id"]]
-        if total < 0.99 * budget and total + n <= 1.01 * budget: kept, total = [*kept, row], total + n
+        fits = total < 0.99 * budget and total + n <= 1.01 * budget
+        if fits or not total and n == shortest > budget: kept, total = [*kept, row], total + n
         else: ledger.drop(row["id"], "cut", "beyond the equal number of training tokens")
-    if kept and (total >= 0.99 * budget or len(kept) < len(rows)): return kept
+    if total >= 0.99 * budget or len(kept) < len(rows): return kept
     raise InputError(f"{total} tokens in {len(rows)} rows, {budget:.0f} needed", field="tokens", remedy="lower it")
 
 # %% ../../nbs/compare/00_methods.ipynb #20f551f6

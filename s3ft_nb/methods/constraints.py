@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['add_messages', 'ConstraintClass', 'read_classes', 'go_with', 'assert_combinable', 'draw_idea', 'Constraint',
-           'ConstraintPath', 'level_messages', 'why_no_constraint', 'construct', 'write_outputs', 'StepComparison',
-           'in_both_orders', 'constraint_verdicts', 'by_checklist', 'reorder', 'judger_numbers', 'pair_rows',
-           'refine_pairs', 'curriculum', 'in_shape']
+           'ConstraintPath', 'level_messages', 'any_order', 'why_no_constraint', 'construct', 'write_outputs',
+           'StepComparison', 'in_both_orders', 'constraint_verdicts', 'by_checklist', 'reorder', 'judger_numbers',
+           'pair_rows', 'refine_pairs', 'curriculum', 'in_shape']
 
 # %% ../../nbs/methods/01_constraints.ipynb #91ad7e0b
 import random
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from ..core.files import InputError, read_json, read_toml, resource, row_of, stable_id, unknown
 from ..core.records import Message, Response, Row, Rule, Split, Verdict
-from ..core.split import near_duplicate
+from ..core.split import near_duplicate, normalize
 from ..core.stage import Stage
 from ..core.stats import number_row, rate
 from ..judging.checks import run_check, split_words
@@ -87,7 +87,7 @@ def draw_idea(classes: list[ConstraintClass], names: list[str], soft_share: floa
     if not (left := [one for one in left if one.kind == wanted] or left): return None
     return (one := rng.choice(left)), rng.choice(one.ideas)
 
-# %% ../../nbs/methods/01_constraints.ipynb #a0c10006
+# %% ../../nbs/methods/01_constraints.ipynb #00327d6f
 class Constraint(Row):
     "One demand that an instruction gains."
     id: str
@@ -119,7 +119,12 @@ def level_messages(path: ConstraintPath, k: int, place: str = "user", reversed: 
     user = gap.join([path.instruction, *texts]) if place == "user" else path.instruction
     return [*system, *(one.model_dump() for one in path.history), {"role": "user", "content": user}]
 
+# %% ../../nbs/methods/01_constraints.ipynb #d26984bd
+def any_order(text: str) -> str:
+    "Normalized text with its words sorted: the same for the same sentences in another order."
+    return " ".join(sorted(normalize(text).split()))
 
+# %% ../../nbs/methods/01_constraints.ipynb #a0c10006
 def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20) -> tuple[str, str] | None:
     "Why a sentence does not join a path, (reason code, detail); None to accept. Words are characters in Chinese."
     if not in_language(text, path.language): return "wrong_language", text
@@ -134,12 +139,16 @@ def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20) -> t
 def construct(
     seeds: list[Instruction], classes: list[ConstraintClass], k: int, engine, stage: Stage, language: str = "en",
     soft_share: float = 1.0, max_words: int = 20, tries: int = 3, claim: Any = (),  # tries: of each step
+    evaluation: set = frozenset(), n_instructions: int = 0,  # Its texts, in `any_order`; drawn at random, 0: all
 ) -> list[ConstraintPath]:  # Of one constraint or more; the ledger counts sentences
     "Add k constraints to each instruction, one at a time; raises `InputError` when k do not go together, or none stay."
     assert_combinable(classes, k, soft_share)
+    left = [one for one in seeds if evaluation.isdisjoint(map(any_order, (one.text, *(m.content for m in one.history))))
+            or stage.ledger.drop(one.id, "held_out", one.text)]
+    if n_instructions: left = sorted(left, key=lambda one: stable_id(stage.seed, one.id))[:n_instructions]
     paths, n = {one.id: ConstraintPath(
         id=stable_id("path", stage.seed, one.id), seed_id=one.id, conversation_id=one.conversation_id, split=one.split,
-        instruction=one.text, history=one.history, language=language) for one in seeds}, 0
+        instruction=one.text, history=one.history, language=language) for one in left}, len(stage.ledger.dropped)
     for level, attempt in ((level, attempt) for level in range(1, k + 1) for attempt in range(tries)):
         due = []
         for path in (path for path in paths.values() if len(path.constraints) == level - 1):
@@ -155,6 +164,8 @@ def construct(
             text = text or row.get("text", "").strip()
             wrong = ("engine_error", row["error"]) if "error" in row else None
             if row.get("finish") == "length": wrong = "unfinished", text
+            whole = " ".join([*(one.text for one in path.constraints), text])
+            wrong = wrong or ("held_out", whole) * (any_order(whole) in evaluation)
             if wrong := wrong or why_no_constraint(text, path, max_words):
                 stage.ledger.drop(f"{path.id}/{level}/{attempt}", *wrong)
                 continue
@@ -277,14 +288,17 @@ def judger_numbers(comparisons: list[StepComparison], paths: list[ConstraintPath
 
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10010
 def pair_rows(paths: list[ConstraintPath], outputs: list[dict], comparisons: list[StepComparison], stage: Stage,
-              place: str = "user", how: str = "plain") -> list[dict]:  # how: plain or rpo; for `lm.dpo`
-    "Pairs of winners and losers; raises `InputError` when none is left, or rpo has no verdicts on constraints."
-    if how not in (known := ("plain", "rpo")): raise unknown("kind of pair", how, (*known, "refine"), field="pairs")
+              place: str = "user", how: str = "plain") -> list[dict]:  # how: plain, rpo, pseudo or scrambled
+    "Pairs for `lm.dpo`; raises `InputError` when none is left, or `how` does not go with the comparisons."
+    if how not in (known := ("plain", "rpo", "pseudo", "scrambled")):
+        raise unknown("kind of pair", how, (*known, "refine"), field="pairs")
     by_id, said, out = {path.id: path for path in paths}, {one["id"]: one["text"] for one in outputs}, []
+    if how == "pseudo" and any(row.verdicts or row.winner not in ("b", "tie") for row in comparisons): raise InputError(
+        "pseudo pairs rest on no Judger, and here one decided", field="pairs", remedy="leave judger_from empty")
     if how == "rpo" and not any(row.verdicts for row in comparisons): raise InputError(
         "rpo needs a verdict on each constraint", field="pairs", remedy="let the Judger use its checklist")
     for row in comparisons:
-        path, order = by_id[row.path_id], -1 if row.winner == "b" else 1
+        path, order = by_id[row.path_id], -1 if (row.winner == "b") != (how == "scrambled") else 1
         chosen, rejected = (said[id] for id in (row.earlier, row.newer)[::order])
         kept = {id: pair[::order] for id, pair in row.verdicts.items()}
         wrong = {"tie": "tie", None: "undecided"}.get(row.winner, "")

@@ -36,8 +36,7 @@ from .s3ft.restyle import rewriting_messages
 def add_messages(instruction: str, kind: str, language: str = "en") -> list[dict]:  # A system and a user message
     "Request for one more constraint of a kind told in a few words; raises `InputError` on a language without wording."
     wording = read_toml(resource("data", "constraints", "requests.toml"))
-    if language not in wording:
-        raise InputError(f"no request in language {language!r}", field="language", remedy=f"use {', '.join(wording)}")
+    if language not in wording: raise unknown("language", language, wording, field="language")
     heads = wording[language]["blocks"]
     return [{"role": "system", "content": wording[language]["add"]},
             {"role": "user", "content": f"{heads['instruction']}\n{instruction}\n{heads['kind']}\n{kind}"}]
@@ -168,11 +167,9 @@ def construct(
             wrong = wrong or ("held_out", whole) * (any_order(whole) in evaluation)
             if wrong := wrong or why_no_constraint(text, path, max_words):
                 stage.ledger.drop(f"{path.id}/{level}/{attempt}", *wrong)
-                continue
-            new = Constraint(id=f"{path.id}/{level}", type=of.name, kind=of.kind, text=text,
-                             rule=rule_from(text, "engine", path.id, of.name),
-                             reverse=idea["reverse"].replace("{text}", text))
-            paths[path.seed_id] = path.model_copy(update={"constraints": [*path.constraints, new]})
+            else: paths[path.seed_id] = path.model_copy(update={"constraints": [*path.constraints, Constraint(
+                id=f"{path.id}/{level}", text=text, type=of.name, kind=of.kind, rule=rule_from(
+                    text, "engine", path.id, of.name), reverse=idea["reverse"].replace("{text}", text))]})
     stage.ledger.expected = n
     stage.ledger.note("paths_short_of_k", sum(len(path.constraints) < k for path in paths.values()))
     return some_left([path for path in paths.values() if path.constraints], len(seeds), "instructions", stage)
@@ -245,10 +242,9 @@ def by_checklist(judge_in: Callable, margin: int = 1) -> Callable:  # judge_in: 
             both = [pair for pair in pairs if None not in pair]
             misfits = [(why_not_kept(side) or [""])[0] == "bad_context" for side in sides]
             gap = sum(y for _, y in both) - sum(x for x, _ in both)
-            winner = "tie" if abs(gap) < margin else "b" if gap > 0 else "a"
-            if misfits[0] != misfits[1]: winner = "b" if misfits[0] else "a"
-            out.append({"winner": winner if both else None,
-                        "verdicts": dict(zip((one.id for one in path.constraints), pairs))})
+            winner = None if not both else "tie" if abs(gap) < margin else "b" if gap > 0 else "a"
+            if both and misfits[0] != misfits[1]: winner = "b" if misfits[0] else "a"
+            out.append({"winner": winner, "verdicts": dict(zip((one.id for one in path.constraints), pairs))})
         return out
     return compare
 
@@ -338,15 +334,13 @@ def refine_pairs(paths: list[ConstraintPath], outputs: list[dict], comparisons: 
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10014
 def curriculum(rows: list[dict], cut: int, order: str = "easy-hard", seed: int = 0) -> list[list[dict]]:
     "Stages of pairs: up to `cut` constraints, then more; raises `InputError` on an unknown order or an empty stage."
-    if order not in (known := ("easy-hard", "shuffled", "reversed", "single")):
-        raise unknown("order", order, known, field="orders")
     easy, hard = ([row for row in rows if (row["k"] <= cut) == side] for side in (True, False))
-    if order == "single": return [rows]
-    if not (easy and hard): raise InputError(
-        f"{len(easy)} pairs have up to {cut} constraints, {len(hard)} more", field="cut", remedy="choose another cut")
     mixed = sorted(rows, key=lambda row: stable_id(seed, row["id"]))
-    return {"easy-hard": [easy, hard], "reversed": [hard, easy],
-            "shuffled": [mixed[: len(easy)], mixed[len(easy) :]]}[order]
+    orders = {"easy-hard": [easy, hard], "reversed": [hard, easy], "single": [rows],
+              "shuffled": [mixed[: len(easy)], mixed[len(easy) :]]}
+    if order not in orders: raise unknown("order", order, [*orders], field="orders")
+    if all(orders[order]): return orders[order]
+    raise InputError(f"{len(easy)} pairs of up to {cut} constraints, {len(hard)} more", field="cut", remedy="change it")
 
 
 def in_shape(row: dict, shape: str) -> dict:  # shape: trl or llama-factory

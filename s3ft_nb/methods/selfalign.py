@@ -75,7 +75,7 @@ class Principles(NamedTuple):
     principles: list[dict]  # `{"n", "name", "text"}`
     exemplars: list[dict]  # `{"user", "thought", "reply"}`
     leak: list[str]  # Words of the exemplars
-    held: set[str] = frozenset()  # `evaluation_texts`, which are not responded to and not trained on
+    held: set[str] | tuple = ()  # `evaluation_texts`, which are not responded to and not trained on
 
 
 def cited(thought: str) -> list[int]:  # In order, each once

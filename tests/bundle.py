@@ -18,7 +18,7 @@ SIZES = ["world.n_conversations=6", "conversations.n_conversations=6", "world.n_
 FILES = """conversations/train.jsonl conversations/eval.jsonl pool/train.jsonl pool/eval.jsonl pool/pool.json
 restyle/train.jsonl restyle/eval.jsonl sample/to_annotate.jsonl sample/use.json annotators/annotations.jsonl
 annotations/labels.jsonl annotations/annotations.jsonl annotations/numbers.jsonl discriminator/scores.jsonl
-discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl""".split()
+discriminator/calibration.json discriminator/explained.jsonl select/s3ft.jsonl select/numbers.jsonl world/truth.json measure/numbers.jsonl measure/responses-base.jsonl measure/verdicts.jsonl""".split()
 
 RNR_SIZES = ["world.n_conversations=40", "conversations.n_conversations=40", "world.n_eval_conversations=4", "conversations.n_eval_conversations=4", "world.n_prompts=4",
              "world.n_eval_prompts=1", "per_k=1", "per_instruction=1", "train.num_train_epochs=1.0", "measure.dialogues=6", "measure.turns=3", "world.eval_turns=3", "measure.guard=4"]
@@ -40,7 +40,7 @@ def shortened(path: Path) -> str:
     "Text of a file; four digits of the discriminator's numbers, words once, and of the measurement's what the figures of the report need."
     text = path.read_text()
     if path.parent.name == "discriminator": text = re.sub(r"(\.\d{4})\d+(?![\de])", r"\1", text)
-    if path.name.startswith("responses-"): text = re.sub(r'"system_prompt": "(?:[^"\\]|\\.)*"', '"system_prompt": ""', text)
+    if path.name.startswith("responses-"): text = re.sub(r'"system_prompt": "(?:[^"\\]|\\.){400,}"', '"system_prompt": ""', text)  # principles
     if path.name == "scores.jsonl": text = re.sub(r',\s*"explanation":.*"(?=})', "", text)
     if path.parent.name != "measure" or path.name != "numbers.jsonl": return text
     rows = [json.loads(line) for line in text.splitlines()]

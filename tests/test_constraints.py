@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import InputError, read_json, read_rows, stable_id, write_bytes, write_json, write_rows
+from s3ft_nb.core.split import evaluation_texts
 from s3ft_nb.core.stage import Stage, rows_hash
 from s3ft_nb.judging.checks import run_check
 from s3ft_nb.judging.judge import Judgement, make_judge, verdict_of
@@ -24,7 +25,7 @@ from s3ft_nb.judging.rules import rules_finder
 from s3ft_nb.lm.dpo import PairSettings, parse_pair
 from s3ft_nb.lm.model import model_hash
 from s3ft_nb.methods.constraints import (ConstraintClass, ConstraintPath, assert_combinable, by_checklist, construct, curriculum,
-                                         go_with, in_both_orders, in_shape, judger_numbers, level_messages, pair_rows, read_classes, refine_pairs, reorder,
+                                         any_order, go_with, in_both_orders, in_shape, judger_numbers, level_messages, pair_rows, read_classes, refine_pairs, reorder,
                                          why_no_constraint, write_outputs)
 from s3ft_nb.methods.conflicts import contradiction
 from s3ft_nb.methods.rnr import Instruction
@@ -147,6 +148,37 @@ def test_one_constraint_is_added_at_a_time_and_stays(tmp_path):
         assert asked == texts[:5]
         assert level_messages(path, 3, "system") == [{"role": "system", "content": " ".join(one.text for one in path.constraints[:3])}, {"role": "user", "content": path.instruction}]
     assert read_rows(write_rows(tmp_path / "paths.jsonl", paths), ConstraintPath) == paths
+
+
+def evaluation(tmp_path):
+    "Files of an evaluation that has two instructions of `SEEDS`, a first constraint, and three constraints in another order."
+    talk = [{"id": f"t{i}", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "From afar."}]} for i, text in enumerate((SEEDS[0].text.upper(), SEEDS[1].text))]
+    texts = ["Bring in the lantern.", "Bring in the ribbon! Bring in the anchor. Bring in the candle."]
+    prompts = [{"id": str(i), "type": "constraints", "text": text, "split": "eval"} for i, text in enumerate(texts)]
+    return [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in {"eval": talk, "eval_prompts": prompts}.items()]
+
+
+def test_what_the_evaluation_has_leaves_before_anything_is_asked(tmp_path):
+    texts, seen = {*map(any_order, evaluation_texts(evaluation(tmp_path)))}, []
+    one = lambda name, evaluation, n=0: (stage := Stage(tmp_path / name), construct(SEEDS, CLASSES, 5, engine(lambda row: seen.append(row) or writer(row)), stage, tries=9, evaluation=evaluation, n_instructions=n))
+    stage, paths = one("apart", texts)
+    stage.close(len(SEEDS), sum(len(path.constraints) for path in paths))
+    assert {row["id"] for row in stage.ledger.dropped if row["reason"] == "held_out"} >= {"s0", "s1"} and {path.seed_id for path in paths} == {"s2", "s3", "s4", "s5"}
+    assert not [row for row in seen if SEEDS[0].text in str(row) or SEEDS[1].text in str(row)]
+    texts_of = lambda paths: [any_order(level_messages(path, k, "system")[0]["content"]) for path in paths for k in range(1, len(path.constraints) + 1)]
+    assert not texts & {*texts_of(paths)} and texts & {*texts_of(one("together", set())[1])}  # the second finds what was planted
+    assert {path.seed_id for path in one("drawn", texts, 4)[1]} == {"s2", "s3", "s4", "s5"} and len(one("two", texts, 2)[1]) == 2
+
+
+def test_pairs_about_what_the_evaluation_has_are_refused(tmp_path):
+    paths, outputs, comparisons = judged(tmp_path)
+    folders = {"construct": {"paths": paths}, "outputs": {"outputs": outputs}, "judger": {"comparisons": comparisons}}
+    for folder, files in folders.items():
+        for name, rows in files.items(): write_rows(tmp_path / folder / f"{name}.jsonl", rows)
+    steps = "".join(f'{name}_from = "{tmp_path / name}"\n' for name in folders)
+    recipe = f'name = "one"\ndescription = "One step."\n[steps.one]\nnotebook = "constraints/04_pairs.ipynb"\n{steps}evaluation = ["{evaluation(tmp_path)[0]}"]\n'
+    done = CliRunner().invoke(app, ["run", str(write_bytes(tmp_path / "one.toml", recipe.encode())), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and f"is about {SEEDS[0].text!r}, which the evaluation has" in done.output and "Traceback" not in done.output, done.output
 
 
 def test_an_engine_that_only_talks_is_one_error(tmp_path):
@@ -299,11 +331,24 @@ def test_refine_mends_one_failed_constraint_and_nothing_else(tmp_path):
         assert sum(now is not before for now, before in row["verdicts"].values()) == 1
 
 
+def test_pseudo_pairs_need_no_label(tmp_path):
+    "o_k is chosen and o_(k-1) rejected, and nobody is asked; equal texts are no pair, and a Judger's comparisons are refused."
+    paths, outputs, comparisons = judged(tmp_path)
+    outputs = [row | {"text": outputs[i - 1]["text"]} if row["id"] == f"{paths[0].id}/2" else row for i, row in enumerate(outputs)]
+    rows = pair_rows(paths, outputs, reorder(paths, outputs, None, stage := Stage(tmp_path / "pseudo")), stage, how="pseudo")
+    stage.close(5 * len(paths), len(rows))
+    said = {one["id"]: one["text"] for one in outputs}
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [(said[row["id"]], said[f"{row['id'][:-1]}{row['k'] - 1}"]) for row in rows]
+    assert stage.ledger.as_dict()["reasons"] == {"tie": 1} and {row["how"] for row in rows} == {"pseudo"} and not any(row["verdicts"] for row in rows)
+    with pytest.raises(InputError, match="no Judger"): pair_rows(paths, outputs, comparisons, Stage(tmp_path / "judged"), how="pseudo")
+    with pytest.raises(InputError, match="scrambled"): pair_rows(paths, outputs, comparisons, Stage(tmp_path / "unknown"), how="mixed")
+
+
 def test_scrambled_pairs_are_the_same_pairs_the_wrong_way_round(tmp_path):
     paths, outputs, comparisons = judged(tmp_path)
     rows = pair_rows(paths, outputs, comparisons, Stage(tmp_path / "pairs"))
-    wrong = [row.model_copy(update={"winner": {"a": "b", "b": "a"}.get(row.winner, row.winner)}) for row in comparisons]
-    turned = pair_rows(paths, outputs, wrong, Stage(tmp_path / "turned"))
+    turned = pair_rows(paths, outputs, comparisons, Stage(tmp_path / "turned"), how="scrambled")
+    assert [[*map(list, row["verdicts"].values())] for row in turned] == [[pair[::-1] for pair in row["verdicts"].values()] for row in rows]
     assert [(row["chosen"], row["rejected"]) for row in turned] == [(row["rejected"], row["chosen"]) for row in rows]
 
 
@@ -355,7 +400,8 @@ def test_kill_and_resume_give_the_same_bytes(tmp_path):
 
 # The notebooks and recipes
 
-@pytest.mark.parametrize("notebook, change, message", [("01_construct", "k = 9\nn_instructions = 2", "9 constraints"), ("03_judger", 'mode = "trio"', "trio"), ("04_pairs", "cut = 5", "cut")])
+@pytest.mark.parametrize("notebook, change, message", [("01_construct", "k = 9\nn_instructions = 2", "9 constraints"), ("03_judger", 'mode = "trio"', "trio"), ("04_pairs", "cut = 5", "cut"),
+                                                       ("04_pairs", f'pairs = "pseudo"\njudger_from = "{ROOT}/data/micro-run/judger"', "rest on no Judger")])
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, notebook, change, message):
     recipe = f'name = "one"\ndescription = "One step."\n[steps.one]\nnotebook = "constraints/{notebook}.ipynb"\n{change}\n'
     if notebook != "04_pairs": recipe += 'dtype = "float32"\n'
@@ -371,19 +417,21 @@ def test_an_image_part_is_one_line(tmp_path):
     assert done.exit_code == 2 and "talk.jsonl" in done.output and "Traceback" not in done.output
 
 
-TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=6",
-        "eval_construct.n_instructions=2", "k=2", "cut=1", "construct.soft_share=0.0", "eval_construct.soft_share=0.0", "judger.mode=none", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=0",
+TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=16",
+        "eval_construct.n_instructions=3", "k=2", "cut=1", "construct.soft_share=0.3", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=20",
         "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=8", "measure.guard=0", "lora_r=4"]
+SPOKEN = [("length", "hard", "Answer in at most 3 words."), ("letter", "hard", 'Do not use the letter "e".'), ("reader", "soft", "Explain it to a tired child."), ("tone", "soft", "Sound like a night porter.")]
 FILES = [("self-instruct/seed_tasks.jsonl", "llama"), ("openassistant/en_100_tree.jsonl.gz", "qwen3")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", FILES)
 def test_public_instructions_and_another_architecture(name, kind, tmp_path):
-    "To the report; the second stage starts from the adapter of the first, whose hash its claim holds."
+    "To the report: the second stage starts from the adapter of the first, nothing trained on is in the evaluation, and a judge decides soft constraints."
     if not (SHARED / name).exists(): pytest.skip("no shared data")
     model, out = tiny_model(tmp_path / "model", kind), tmp_path / "run"
-    words = [word for pair in [f"model={model}", f"conversations={SHARED / name}", *TINY] for word in ("--set", pair)]
+    classes = write_json(tmp_path / "classes.json", {"classes": [{"name": name, "kind": kind, "ideas": [{"says": [text], "reverse": "Do the opposite."}]} for name, kind, text in SPOKEN]})
+    words = [word for pair in [f"model={model}", f"conversations={SHARED / name}", f"classes={classes}", *TINY] for word in ("--set", pair)]
     done = subprocess.run([str(Path(sys.executable).with_name("s3ft")), "run", "constraints-qlora", "--out", str(out), *words], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (out / "report" / "index.html").exists()
@@ -391,3 +439,12 @@ def test_public_instructions_and_another_architecture(name, kind, tmp_path):
     rows, adapter = read_rows(out / "no_judger_pairs" / "easy-hard-2.jsonl"), out / "no_judger_first" / "adapter"
     claim = lambda start: stable_id(model_hash(model), rows_hash(rows), PairSettings(**kept).model_dump(exclude={"save_steps", "report_to"}), *map(model_hash, start), n=24)
     assert read_json(out / "train-no-judger" / "training.json")["claim"] == claim([adapter]) != claim([])
+    texts = {*map(any_order, evaluation_texts([out / "eval_construct" / "eval.jsonl", ROOT / "data/constraints/eval.jsonl", out / "conversations" / "eval.jsonl"]))}
+    trained = [one["content"] for path in read_rows(out / "construct" / "paths.jsonl", ConstraintPath) for k in (1, 2) for one in level_messages(path, k, "system")]
+    assert texts and trained and texts.isdisjoint(map(any_order, trained))
+    for folder, rules in (("levels/played", "rules.jsonl"), ("measure", "rules.jsonl")):
+        soft, verdicts = {row["id"] for row in read_rows(out / folder / rules) if row["how"] == "judge"}, read_rows(out / folder / "verdicts.jsonl")
+        assert soft and {row["rule_id"] for row in verdicts if row["judge"].startswith("letters:")} >= soft
+        assert {row["metric"] for row in read_rows(out / folder / "numbers.jsonl") if row["part"] == "judge"} >= {"undecided"}
+    swapped = [row for row in read_rows(out / "levels" / "numbers.jsonl") if row["part"] == "swapped"]
+    assert {row["metric"] for row in swapped} >= {"judger_ties", "judger_undecided", "order_agreement"} and "no-judger" in {row["arm"] for row in swapped}

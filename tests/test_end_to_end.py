@@ -153,3 +153,28 @@ def test_killed_five_times_and_the_same_bytes(smoke, tmp_path):
         process.wait()
     ok(s3ft("run", "s3ft-smoke", "--out", out))
     assert rows_of(out) == rows_of(smoke)
+
+
+POISON = """import sys
+def watch(event, args):
+    if event == "import" and args[0].startswith("s3ft_nb.micro") or event == "open" and str(args[0]).endswith("truth.json"):
+        raise RuntimeError(f"the truth was asked: {event} {args[0]}")
+sys.addaudithook(watch)
+"""
+
+
+@pytest.mark.slow
+def test_a_poisoned_truth_changes_no_training_row(smoke, tmp_path):
+    "Only the world and its annotators may know what is right: elsewhere importing or reading it raises."
+    (tmp_path / "poison").mkdir()
+    (tmp_path / "poison" / "sitecustomize.py").write_text(POISON)
+    poisoned = {"PYTHONPATH": str(tmp_path / "poison")}
+    asked = subprocess.run([sys.executable, "-c", "import s3ft_nb.micro.world"], env=os.environ | poisoned, capture_output=True, text=True)
+    assert "the truth was asked" in asked.stderr
+    out = tmp_path / "run"
+    for steps, env in (("world conversations", {}), ("pool restyle sample", poisoned), ("annotators", {}), ("annotations discriminator select", poisoned)):
+        for step in steps.split(): ok(s3ft("run", "s3ft-smoke", "--out", out, "--only", step, env=env))
+    made = sorted((out / "select").glob("*.jsonl"))
+    assert {"s3ft.jsonl", "unfiltered.jsonl", "random.jsonl"} <= {path.name for path in made}
+    for path in made:
+        if path.name != "numbers.jsonl": assert path.read_bytes() == (smoke / "select" / path.name).read_bytes(), path.name

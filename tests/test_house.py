@@ -29,7 +29,7 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
     r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
     r"|can put right|whole at the last turn|source of chance)\b")
 MODULES_MOST, ROOM, WIDTH = 60, 400, 120
-LINES = {"house": 11_000, "methods": 13_065, "deploy": 950}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy and api
+LINES = {"house": 11_000, "methods": 13_065, "deploy": 1_080}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy, api and probe
 SISTERS = {  # What the three sister methods add, the skills of the base among it
     f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "methods/engraving",
                               "micro/principles", "micro/skills", "judging/pairs", "lm/dpo", "measure/choices")}
@@ -108,7 +108,7 @@ def code_lines(path):
 def test_the_house_is_small():
     home = ROOT / "s3ft_nb"
     lines = {path.relative_to(home).as_posix(): len(path.read_text().splitlines()) for path in home.rglob("*.py") if path.name != "_modidx.py"}
-    deploy = sum(n for name, n in lines.items() if name.startswith("deploy/") or name == "api.py")
+    deploy = sum(n for name, n in lines.items() if name.startswith("deploy/") or name in ("api.py", "measure/probe.py"))
     assert deploy <= LINES["deploy"] and sum(lines.values()) - deploy <= LINES["methods"] and len(MODULES) <= MODULES_MOST
     assert sum(n for name, n in lines.items() if name not in SISTERS) - deploy <= LINES["house"]
 

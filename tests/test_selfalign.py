@@ -1,9 +1,11 @@
 "SELF-ALIGN with engines that are stubs: every filter fires, every row is accounted for, nothing shown is trained on."
 import json
 from collections import Counter
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
@@ -14,8 +16,12 @@ from typer.testing import CliRunner
 from s3ft_nb.cli import app
 from s3ft_nb.core.files import InputError, read_rows, stable_id, write_bytes, write_rows
 from s3ft_nb.core.split import evaluation_texts, near_duplicate
-from s3ft_nb.core.stage import Stage
+from s3ft_nb.core.stage import Ledger, Stage
 from s3ft_nb.judging.checks import split_words
+from s3ft_nb.lm.labels import encode
+from s3ft_nb.lm.model import load
+from s3ft_nb.lm.train import make_settings
+from s3ft_nb.methods import engraving
 from s3ft_nb.methods import selfalign as room
 from s3ft_nb.methods.engraving import baked_rows
 
@@ -131,19 +137,19 @@ def test_a_planted_text_in_a_training_row_is_found(planted):
 
 def test_what_the_evaluation_asks_leaves_before_it_costs_anything_and_is_found_in_training_rows(tmp_path):
     talk = {"id": "c", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": TEXT}, {"role": "assistant", "content": "The Danube."}]}
-    held = evaluation_texts([write_rows(tmp_path / "eval.jsonl", [talk])])
+    known = KNOWN._replace(held=evaluation_texts([write_rows(tmp_path / "eval.jsonl", [talk])]))
     rows, asked = [{"id": "planted", "text": f"  {TEXT.upper()[:-1]} ?"}, {"id": "other", "text": "Which river flows through Paris?"}], []
     def say(messages):
         asked.append(messages[1]["content"])
         return GOOD.replace("Danube", "Seine")
     stage = Stage(tmp_path / "align")
-    done = room.align(rows, KNOWN, engine(say), stage, held=held)
+    done = room.align(rows, known, engine(say), stage)
     stage.close(len(rows), len(done))
     assert [row["id"] for row in done] == ["other"] and asked == [rows[1]["text"]] and [row["reason"] for row in stage.ledger.dropped] == ["held_out"]
     planted = done[0] | {"id": "planted", "text": rows[0]["text"]}
     for make in (room.pruned_rows, baked_rows):
-        assert [row["id"] for row in make(done, KNOWN, held=held)] == ["other"]
-        with pytest.raises(InputError, match="training row planted holds .*leave out what the evaluation asks"): make([*done, planted], KNOWN, held=held)
+        assert [row["id"] for row in make(done, known)] == ["other"]
+        with pytest.raises(InputError, match="training row planted holds . WHICH RIVER"): make([*done, planted], known)
 
 
 def test_pruned_rows_hold_nothing_that_was_shown(tmp_path):
@@ -221,6 +227,98 @@ def written(messages):
     return f"Thought: The past, so honest (3).\nReply: It is {'Bertram' if int(digest, 16) % 5 == 0 else 'not known'}, say the {noun}."
 
 
+# Engraving: by SFT, by the distribution of the prompted model, on own samples
+
+def engraving_rows(tmp_path, n=4):
+    "Rows without principles, with what a teacher sees."
+    known = room.choose_principles(room.read_principles(write_bytes(tmp_path / "own.toml", OWN.encode())), 0)
+    replies = ["It was ten crowns then.", "That cannot be known yet, I fear.", "Ask again in winter.", "Two, or so it seems.", "Cheese and bread."]
+    return baked_rows([{"id": f"r{i}", "text": f"What is soup number {i}?", "thought": "The past, so honest (3).", "reply": replies[i % 5]} for i in range(n)], known)
+
+
+SMALL = {"quantization": "none", "dtype": "float32", "device": "cpu", "per_device_train_batch_size": 2, "learning_rate": 5e-3, "save_steps": 1}
+
+
+def by_hand(model, tokenizer, row, text, variant):
+    "Sum over the tokens of one response, and their number."
+    said = row["teacher"][-1]["content"][: -len(row["response"])] + text
+    sides = [encode(tokenizer, [*before, {"role": "assistant", "content": end}]) for before, end in ((row["messages"], text), (row["teacher"][:-1], said))]
+    logs = lambda side: model(input_ids=torch.tensor([side["input_ids"]])).logits[0].log_softmax(-1)
+    with torch.no_grad():
+        own = logs(sides[0])
+        with model.disable_adapter(): theirs = logs(sides[1])
+    places = [[i for i, id in enumerate(side["labels"]) if id != -100] for side in sides]
+    alike = list(takewhile(lambda pair: sides[0]["labels"][pair[0]] == sides[1]["labels"][pair[1]], zip(*(one[::-1] for one in places))))
+    pairs = [(own[i - 1], theirs[j - 1]) for i, j in alike]
+    total = sum(float(((q.exp() * (q - p)) if variant == "bake" else (p.exp() * (p - q))).sum()) for p, q in pairs)
+    alone = places[0][: len(places[0]) - len(pairs)]
+    learnt = encode(tokenizer, [*row["messages"], {"role": "assistant", "content": row["response"]}])["labels"]
+    if variant == "opcd": alone = alone[:1]
+    return total - sum(float(own[i - 1][learnt[i]]) for i in alone), len(pairs) + len(alone)
+
+
+@pytest.mark.parametrize("variant", ["bake", "opcd"])
+def test_the_loss_is_the_one_by_hand(tmp_path, variant):
+    lm, rows = load(tiny_model(tmp_path / "model"), "none", dtype="float32", device="cpu"), engraving_rows(tmp_path)
+    table = engraving.encode_baked(lm.tokenizer, rows, 512, Ledger("t"))
+    sampling = {"max_new_tokens": 8} if variant == "opcd" else None
+    trainer = engraving.make_baker(lm, table, [0, 1, 2, 3], make_settings(SMALL), tmp_path / "run", rows, 512, sampling)
+    torch.manual_seed(0)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name: weight.data.normal_(0, 0.3)
+    texts = ["A soup of beans.", "   ", "Then bread is enough, and tea.", "Cold"] if sampling else [row["response"] for row in rows]
+    trainer.engine = SimpleNamespace(generate=lambda requests, seed: [{"text": text, "tokens": 5, "prompt_tokens": 7, "cached_tokens": 2} for text in texts])
+    loss = float(trainer.compute_loss(trainer.model.eval(), trainer.data_collator(table)))
+    texts = [text if text.strip() else row["response"] for text, row in zip(texts, rows)]  # nothing cannot be learnt from
+    trainer.model.eval()
+    sums = [by_hand(trainer.model, lm.tokenizer, row, text, variant) for row, text in zip(rows, texts)]
+    assert loss > 0.01 and loss == pytest.approx(sum(total for total, _ in sums) / sum(n for _, n in sums), abs=1e-5)
+    assert trainer.spent["scored"] == sum(len(encode(lm.tokenizer, [*row["teacher"][:-1], {"role": "assistant", "content": row["teacher"][-1]["content"][: -len(row["response"])] + text}])["input_ids"]) for row, text in zip(rows, texts))
+    assert [trainer.spent[name] for name in ("generated", "cached", "replaced")] == ([20, 8, 1] if sampling else [0, 0, 0])
+
+
+@pytest.mark.parametrize("variant", ["bake", "opcd"])
+def test_engraving_killed_and_resumed_ends_with_the_same_bytes(tmp_path, variant, monkeypatch):
+    model, rows, asked, calls = tiny_model(tmp_path / "model"), engraving_rows(tmp_path, 7), [], []
+    generate, loss = engraving.TransformersEngine.generate, engraving.Baker.compute_loss
+    def recorded(self, requests, seed=0, progress=None):
+        asked.append((seed, [one["messages"] for one in requests]))
+        return generate(self, requests, seed, progress)
+    def dies(self, *args, **options):
+        calls.append(1)
+        if len(calls) in dying: raise KeyboardInterrupt
+        return loss(self, *args, **options)
+    monkeypatch.setattr(engraving.TransformersEngine, "generate", recorded), monkeypatch.setattr(engraving.Baker, "compute_loss", dies)
+    sampling, dying = {"max_new_tokens": 8, "temperature": 1.0}, []
+    run = lambda name: engraving.engrave(model, rows, stages.setdefault(name, Stage(tmp_path / name)), variant, sampling, num_train_epochs=2, gradient_accumulation_steps=2, **SMALL)
+    stages, whole = {}, None
+    whole = run("whole")
+    steps = list(asked)
+    dying += [len(calls) + 4, len(calls) + 9]
+    for _ in dying:
+        with pytest.raises(KeyboardInterrupt): run("cut")
+    cut = run("cut")
+    assert whole | {"seconds": 0} == cut | {"seconds": 0} and stages["whole"].usage == stages["cut"].usage
+    for name in ("adapter_model.safetensors", "adapter_config.json"): assert (tmp_path / "whole/adapter" / name).read_bytes() == (tmp_path / "cut/adapter" / name).read_bytes()
+    usage = stages["whole"].usage
+    assert usage["scored"] > usage["trained"] > 0 and len({seed for seed, _ in steps}) == (whole["steps"] if variant == "opcd" else 0)
+    assert usage["requests"] == sum(len(messages) for _, messages in steps) == (14 if variant == "opcd" else 0) and bool(usage["generated"]) == (variant == "opcd")
+    assert "Be kind" not in json.dumps(steps) and "honest" not in json.dumps(steps)
+    with pytest.raises(InputError, match="belongs to a training with other rows"): engraving.engrave(model, rows, Stage(tmp_path / "cut"), "sft", sampling, num_train_epochs=2, gradient_accumulation_steps=2, **SMALL)
+
+
+def test_what_cannot_be_engraved_is_one_clear_line(tmp_path):
+    model, rows = tiny_model(tmp_path / "model"), engraving_rows(tmp_path)
+    with pytest.raises(InputError, match="engrave: unknown variant 'burn'"): engraving.engrave(model, rows, Stage(tmp_path / "a"), "burn", **SMALL)
+    with pytest.raises(InputError, match="shorten the conversation or max_new_tokens"): engraving.engrave(model, rows, Stage(tmp_path / "b"), "opcd", {"max_new_tokens": 10**5}, **SMALL)
+    with pytest.raises(InputError, match="fits with principles"): engraving.engrave(model, [row | {"teacher": [{"role": "system", "content": "soup " * 9999}, *row["teacher"][1:]]} for row in rows], Stage(tmp_path / "c"), "bake", **SMALL)
+    old = SimpleNamespace(name="old", model=SimpleNamespace(forward=lambda input_ids: None))
+    with pytest.raises(InputError, match="old cannot leave out logits .use sft"): engraving.make_baker(old, [], [], make_settings(SMALL), tmp_path, rows, 512)
+    recipe = 'name = "one"\ndescription = "One step."\n[steps.engrave]\nnotebook = "selfalign/06_engrave.ipynb"\nengrave = "burn"\n'
+    done = CliRunner().invoke(app, ["run", str(write_bytes(tmp_path / "one.toml", recipe.encode())), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and "engrave: unknown variant 'burn'" in done.output and "Traceback" not in done.output
+
+
 def teacher(number, body, headers): return 200, reply(written(body["messages"])), {}
 
 
@@ -273,19 +371,19 @@ def test_the_published_scale_is_planned_without_being_run(tmp_path):
 
 
 PLAIN = "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32",
+LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32", "train-engraved.max_new_tokens=16",
           "verbose.max_new_tokens=32", "max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "dtype=float32"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["base", "qwen3", "gemma"])  # a text prompt; a chat model; a template that refuses a system message
-def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("kind, engrave", [("base", "bake"), ("qwen3", "opcd"), ("gemma", "sft")])  # a text prompt; a chat model; a template that refuses a system message
+def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, engrave, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-3f9a81c07d5e")
     model, server = tiny_model(tmp_path / "model", "llama" if kind == "base" else kind), Fake(teacher)
     if kind == "base": write_bytes(model / "chat_template.jinja", PLAIN.encode())
     talks = write_rows(tmp_path / "talks.jsonl", [{"messages": [*row, {"role": "assistant", "content": "So it is."}]} for row in tiny_dialogues(8, 3, system=False)])
     own = write_bytes(tmp_path / "own.toml", OWN.encode())
-    words = ["selfalign-qlora", *(word for pair in [f"model={model}", f"conversations={talks}", f"base_url={server.url}", f"align.principles={own}", *LITTLE] for word in ("--set", pair))]
+    words = ["selfalign-qlora", *(word for pair in [f"model={model}", f"conversations={talks}", f"base_url={server.url}", f"align.principles={own}", f"engrave={engrave}", *LITTLE] for word in ("--set", pair))]
     planned = CliRunner().invoke(app, ["plan", *words, "--out", str(tmp_path / "run")])
     assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB")), planned.output
     done = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
@@ -294,6 +392,8 @@ def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, monkeyp
     ledgers = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("ledger.json")}
     for one in ledgers.values(): assert one.get("expected", one.get("rows_in", 0)) == one.get("rows_out", 0) + len(one["dropped"]), one["stage"]
     assert "exemplar_leak" in ledgers["align"]["reasons"] and ledgers["align"]["rows_out"]
+    usage = json.loads((tmp_path / "run/train-engraved/usage.json").read_text())
+    assert usage["trained"] and (usage["scored"] > 0, usage["generated"] > 0) == (engrave != "sft", engrave == "opcd")
     trained = (tmp_path / "run/align/engraved.jsonl").read_text()
     assert "Bertram" not in trained and "honest (3)" not in trained and "Be kind" not in trained
     numbers = read_rows(tmp_path / "run/report/numbers.jsonl")

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..core.convert import RawMessage, check_messages, first_of, message_list, read_entries, read_pair
-from ..core.convert import ASKED, IDS
+from ..core.convert import RawMessage, check_messages, first_of, message_list, read_entries, read_pair, ASKED, IDS
 from ..core.files import InputError, shorten, stable_id
 from ..core.stage import Ledger, Stage
 from .labels import encode_within, without_oldest
@@ -135,8 +134,7 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
     "A trainer that takes the pairs of the table in this order; start_from: the adapter that the model was loaded with."
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     losses = [settings.loss_type] + ["sft"] * (settings.sft_weight > 0)
-    if start_from:
-        for name, weight in lm.model.named_parameters(): weight.requires_grad_("lora_" in name)
+    for name, weight in lm.model.named_parameters() if start_from else (): weight.requires_grad_("lora_" in name)
     trainer = make_trainer(lm, table, order, settings, folder, (PairTrainer, DPOConfig), names,
                            loss_type=losses, loss_weights=[1.0, settings.sft_weight][: len(losses)])
     if start_from:  # TRL's copy of it leaves, and it is read again in full precision

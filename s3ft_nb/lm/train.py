@@ -216,7 +216,7 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
         trainer.add_callback(Watch(progress, tokens))
         trainer.train(resume_from_checkpoint=found and str(found))
         save_adapter(trainer, lm, out)
-    kept = lambda name: name in ("step", "loss", "learning_rate") or name.startswith(("rewards/", "logps/"))
+    kept = lambda name: name in ("step", "loss", "learning_rate") or name.startswith(("rewards/", "logps/", "tokens/"))
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
               "n_rows": len(encoded), "max_length": limit, "policy": asdict(lm.policy), "settings": dict(settings),
               "loss": [{name: one[name] for name in filter(kept, one)}

@@ -159,7 +159,7 @@ def pair_scripts(
 def change_system(row: dict, turn: int, prompt: SystemPrompt, how: str = "replace") -> dict:
     "Replace or extend the system prompt of a dialogue from a turn on; raises `InputError` on another change or turn."
     if how not in ("replace", "extend"): raise unknown("change", how, ("replace", "extend"), field="change_how")
-    if not 2 <= turn <= (last := len(row["turns"])): raise InputError(
+    if turn not in range(2, (last := len(row["turns"])) + 1): raise InputError(
         f"cannot change the system prompt at turn {turn} of {last}", field="change_at", remedy=f"use 2 to {last}")
     new = {"system_prompt_id": prompt.id, "type": prompt.type, "system_prompt": prompt.text}
     if how == "extend":

@@ -80,8 +80,7 @@ def at_odds(a: Check, b: Check) -> bool:
     languages = {one.params["language"] for one in (a, b) if one.kind == "language:response_language"}
     if len(languages) == 2 or (kinds & {"lowercase", "english_lowercase"} and kinds & {"uppercase", "english_capital"}):
         return True
-    sides = ((a, b), (b, a))
-    return any(all(rules_out(no, one) for one in texts) for yes, no in sides for texts in wanted_words(yes))
+    return any(all(rules_out(no, one) for one in texts) for yes, no in ((a, b), (b, a)) for texts in wanted_words(yes))
 
 # %% ../../nbs/methods/03_conflicts.ipynb #ee4fd07b
 def negates(a: str, b: str, language: str = "en") -> bool:

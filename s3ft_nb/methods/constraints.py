@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['add_messages', 'ConstraintClass', 'read_classes', 'go_with', 'assert_combinable', 'draw_idea', 'Constraint',
-           'ConstraintPath', 'level_messages', 'why_no_constraint', 'construct', 'write_outputs', 'StepComparison',
-           'in_both_orders', 'constraint_verdicts', 'by_checklist', 'reorder', 'judger_numbers', 'pair_rows',
-           'refine_pairs', 'curriculum', 'in_shape']
+           'ConstraintPath', 'level_messages', 'any_order', 'why_no_constraint', 'construct', 'write_outputs',
+           'StepComparison', 'in_both_orders', 'constraint_verdicts', 'by_checklist', 'reorder', 'judger_numbers',
+           'pair_rows', 'refine_pairs', 'curriculum', 'in_shape']
 
 # %% ../../nbs/methods/01_constraints.ipynb #91ad7e0b
 import random
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from ..core.files import InputError, read_json, read_toml, resource, row_of, stable_id, unknown
 from ..core.records import Message, Response, Row, Rule, Split, Verdict
-from ..core.split import near_duplicate
+from ..core.split import near_duplicate, normalize
 from ..core.stage import Stage
 from ..core.stats import number_row, rate
 from ..judging.checks import run_check, split_words
@@ -36,8 +36,7 @@ from .s3ft.restyle import rewriting_messages
 def add_messages(instruction: str, kind: str, language: str = "en") -> list[dict]:  # A system and a user message
     "Request for one more constraint of a kind told in a few words; raises `InputError` on a language without wording."
     wording = read_toml(resource("data", "constraints", "requests.toml"))
-    if language not in wording:
-        raise InputError(f"no request in language {language!r}", field="language", remedy=f"use {', '.join(wording)}")
+    if language not in wording: raise unknown("language", language, wording, field="language")
     heads = wording[language]["blocks"]
     return [{"role": "system", "content": wording[language]["add"]},
             {"role": "user", "content": f"{heads['instruction']}\n{instruction}\n{heads['kind']}\n{kind}"}]
@@ -87,7 +86,7 @@ def draw_idea(classes: list[ConstraintClass], names: list[str], soft_share: floa
     if not (left := [one for one in left if one.kind == wanted] or left): return None
     return (one := rng.choice(left)), rng.choice(one.ideas)
 
-# %% ../../nbs/methods/01_constraints.ipynb #a0c10006
+# %% ../../nbs/methods/01_constraints.ipynb #00327d6f
 class Constraint(Row):
     "One demand that an instruction gains."
     id: str
@@ -119,7 +118,12 @@ def level_messages(path: ConstraintPath, k: int, place: str = "user", reversed: 
     user = gap.join([path.instruction, *texts]) if place == "user" else path.instruction
     return [*system, *(one.model_dump() for one in path.history), {"role": "user", "content": user}]
 
+# %% ../../nbs/methods/01_constraints.ipynb #d26984bd
+def any_order(text: str) -> str:
+    "Normalized text with its words sorted: the same for the same sentences in another order."
+    return " ".join(sorted(normalize(text).split()))
 
+# %% ../../nbs/methods/01_constraints.ipynb #a0c10006
 def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20) -> tuple[str, str] | None:
     "Why a sentence does not join a path, (reason code, detail); None to accept. Words are characters in Chinese."
     if not in_language(text, path.language): return "wrong_language", text
@@ -134,12 +138,16 @@ def why_no_constraint(text: str, path: ConstraintPath, max_words: int = 20) -> t
 def construct(
     seeds: list[Instruction], classes: list[ConstraintClass], k: int, engine, stage: Stage, language: str = "en",
     soft_share: float = 1.0, max_words: int = 20, tries: int = 3, claim: Any = (),  # tries: of each step
+    evaluation: set = frozenset(), n_instructions: int = 0,  # Its texts, in `any_order`; drawn at random, 0: all
 ) -> list[ConstraintPath]:  # Of one constraint or more; the ledger counts sentences
     "Add k constraints to each instruction, one at a time; raises `InputError` when k do not go together, or none stay."
     assert_combinable(classes, k, soft_share)
+    left = [one for one in seeds if evaluation.isdisjoint(map(any_order, (one.text, *(m.content for m in one.history))))
+            or stage.ledger.drop(one.id, "held_out", one.text)]
+    if n_instructions: left = sorted(left, key=lambda one: stable_id(stage.seed, one.id))[:n_instructions]
     paths, n = {one.id: ConstraintPath(
         id=stable_id("path", stage.seed, one.id), seed_id=one.id, conversation_id=one.conversation_id, split=one.split,
-        instruction=one.text, history=one.history, language=language) for one in seeds}, 0
+        instruction=one.text, history=one.history, language=language) for one in left}, len(stage.ledger.dropped)
     for level, attempt in ((level, attempt) for level in range(1, k + 1) for attempt in range(tries)):
         due = []
         for path in (path for path in paths.values() if len(path.constraints) == level - 1):
@@ -155,13 +163,13 @@ def construct(
             text = text or row.get("text", "").strip()
             wrong = ("engine_error", row["error"]) if "error" in row else None
             if row.get("finish") == "length": wrong = "unfinished", text
+            whole = " ".join([*(one.text for one in path.constraints), text])
+            wrong = wrong or ("held_out", whole) * (any_order(whole) in evaluation)
             if wrong := wrong or why_no_constraint(text, path, max_words):
                 stage.ledger.drop(f"{path.id}/{level}/{attempt}", *wrong)
-                continue
-            new = Constraint(id=f"{path.id}/{level}", type=of.name, kind=of.kind, text=text,
-                             rule=rule_from(text, "engine", path.id, of.name),
-                             reverse=idea["reverse"].replace("{text}", text))
-            paths[path.seed_id] = path.model_copy(update={"constraints": [*path.constraints, new]})
+            else: paths[path.seed_id] = path.model_copy(update={"constraints": [*path.constraints, Constraint(
+                id=f"{path.id}/{level}", text=text, type=of.name, kind=of.kind, rule=rule_from(
+                    text, "engine", path.id, of.name), reverse=idea["reverse"].replace("{text}", text))]})
     stage.ledger.expected = n
     stage.ledger.note("paths_short_of_k", sum(len(path.constraints) < k for path in paths.values()))
     return some_left([path for path in paths.values() if path.constraints], len(seeds), "instructions", stage)
@@ -234,10 +242,9 @@ def by_checklist(judge_in: Callable, margin: int = 1) -> Callable:  # judge_in: 
             both = [pair for pair in pairs if None not in pair]
             misfits = [(why_not_kept(side) or [""])[0] == "bad_context" for side in sides]
             gap = sum(y for _, y in both) - sum(x for x, _ in both)
-            winner = "tie" if abs(gap) < margin else "b" if gap > 0 else "a"
-            if misfits[0] != misfits[1]: winner = "b" if misfits[0] else "a"
-            out.append({"winner": winner if both else None,
-                        "verdicts": dict(zip((one.id for one in path.constraints), pairs))})
+            winner = None if not both else "tie" if abs(gap) < margin else "b" if gap > 0 else "a"
+            if both and misfits[0] != misfits[1]: winner = "b" if misfits[0] else "a"
+            out.append({"winner": winner, "verdicts": dict(zip((one.id for one in path.constraints), pairs))})
         return out
     return compare
 
@@ -277,14 +284,17 @@ def judger_numbers(comparisons: list[StepComparison], paths: list[ConstraintPath
 
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10010
 def pair_rows(paths: list[ConstraintPath], outputs: list[dict], comparisons: list[StepComparison], stage: Stage,
-              place: str = "user", how: str = "plain") -> list[dict]:  # how: plain or rpo; for `lm.dpo`
-    "Pairs of winners and losers; raises `InputError` when none is left, or rpo has no verdicts on constraints."
-    if how not in (known := ("plain", "rpo")): raise unknown("kind of pair", how, (*known, "refine"), field="pairs")
+              place: str = "user", how: str = "plain") -> list[dict]:  # how: plain, rpo, pseudo or scrambled
+    "Pairs for `lm.dpo`; raises `InputError` when none is left, or `how` does not go with the comparisons."
+    if how not in (known := ("plain", "rpo", "pseudo", "scrambled")):
+        raise unknown("kind of pair", how, (*known, "refine"), field="pairs")
     by_id, said, out = {path.id: path for path in paths}, {one["id"]: one["text"] for one in outputs}, []
+    if how == "pseudo" and any(row.verdicts or row.winner not in ("b", "tie") for row in comparisons): raise InputError(
+        "pseudo pairs rest on no Judger, and here one decided", field="pairs", remedy="leave judger_from empty")
     if how == "rpo" and not any(row.verdicts for row in comparisons): raise InputError(
         "rpo needs a verdict on each constraint", field="pairs", remedy="let the Judger use its checklist")
     for row in comparisons:
-        path, order = by_id[row.path_id], -1 if row.winner == "b" else 1
+        path, order = by_id[row.path_id], -1 if (row.winner == "b") != (how == "scrambled") else 1
         chosen, rejected = (said[id] for id in (row.earlier, row.newer)[::order])
         kept = {id: pair[::order] for id, pair in row.verdicts.items()}
         wrong = {"tie": "tie", None: "undecided"}.get(row.winner, "")
@@ -324,15 +334,13 @@ def refine_pairs(paths: list[ConstraintPath], outputs: list[dict], comparisons: 
 # %% ../../nbs/methods/01_constraints.ipynb #a0c10014
 def curriculum(rows: list[dict], cut: int, order: str = "easy-hard", seed: int = 0) -> list[list[dict]]:
     "Stages of pairs: up to `cut` constraints, then more; raises `InputError` on an unknown order or an empty stage."
-    if order not in (known := ("easy-hard", "shuffled", "reversed", "single")):
-        raise unknown("order", order, known, field="orders")
     easy, hard = ([row for row in rows if (row["k"] <= cut) == side] for side in (True, False))
-    if order == "single": return [rows]
-    if not (easy and hard): raise InputError(
-        f"{len(easy)} pairs have up to {cut} constraints, {len(hard)} more", field="cut", remedy="choose another cut")
     mixed = sorted(rows, key=lambda row: stable_id(seed, row["id"]))
-    return {"easy-hard": [easy, hard], "reversed": [hard, easy],
-            "shuffled": [mixed[: len(easy)], mixed[len(easy) :]]}[order]
+    orders = {"easy-hard": [easy, hard], "reversed": [hard, easy], "single": [rows],
+              "shuffled": [mixed[: len(easy)], mixed[len(easy) :]]}
+    if order not in orders: raise unknown("order", order, [*orders], field="orders")
+    if all(orders[order]): return orders[order]
+    raise InputError(f"{len(easy)} pairs of up to {cut} constraints, {len(hard)} more", field="cut", remedy="change it")
 
 
 def in_shape(row: dict, shape: str) -> dict:  # shape: trl or llama-factory

@@ -75,6 +75,7 @@ class Principles(NamedTuple):
     principles: list[dict]  # `{"n", "name", "text"}`
     exemplars: list[dict]  # `{"user", "thought", "reply"}`
     leak: list[str]  # Words of the exemplars
+    held: set[str] | tuple = ()  # `evaluation_texts`, which are not responded to and not trained on
 
 
 def cited(thought: str) -> list[int]:  # In order, each once
@@ -242,7 +243,7 @@ def write_questions(topics: list[dict], kinds: list[dict], engine, stage: Stage,
         mine = [row for row in topics if row["kind"] == kind]
         for draw, i in product(range(draws), range(0, len(mine), per_request)):
             part = [row | {"id": stable_id("question", row["id"], draw)} for row in mine[i : i + per_request]]
-            shown = [*part, *mine][:max(len(part), min(per_request, len(mine)))]  # the last one is filled up
+            shown = [*part, *mine * per_request][:per_request]  # the last one is filled up
             requests.append({"id": stable_id("questions", part[0]["id"]), "topics": part, "n": len(shown), "messages":
                 question_messages(f"{kind}: {what[kind]}", [row["topic"] for row in shown], language)})
     for one, texts in lists_for(requests, engine, stage, claim):
@@ -299,13 +300,12 @@ FILTERS = {  # {reason: whether a row of `parse_thought` with text and cut_off l
 
 def respond(rows: list[dict], request: Callable, known: Principles, engine, stage: Stage, language: str = "en",
             thinks: bool = True, count: Callable | None = None, room: int = 0,  # messages -> tokens; most of a request
-            without: list[str] = (), claim=(), held: set[str] = frozenset()) -> list[dict]:  # rows with their reply
-    """Let a model respond to texts as `request` shows them, and filter but for what `without` names. Texts in `held`,
-    see `evaluation_texts`, leave before they cost anything. Raises `InputError` when nothing is left."""
+            without: list[str] = (), claim=()) -> list[dict]:  # without: filters left out; rows with their reply
+    "Let a model respond to texts as `request` shows them, and filter; raises `InputError` when nothing is left."
     if strange := sorted(set(without) - set(FILTERS)): raise unknown("filter", strange[0], FILTERS, field="without")
     off, words, out = {*without, *(() if thinks else ("no_marker", "no_thought"))}, wording(language)["filters"], []
     too_long = lambda text: bool(count and count(request(text)) > room)
-    wrong = ["held_out" if normalize(one["text"]) in held else "too_long" * too_long(one["text"]) for one in rows]
+    wrong = ["held_out" if normalize(one["text"]) in known.held else "too_long" * too_long(one["text"]) for one in rows]
     for row, reason in zip(rows, wrong): reason and stage.ledger.drop(row["id"], reason, row["text"])
     due = [row for row, reason in zip(rows, wrong) if not reason]
     requests = [{"id": row["id"], "messages": request(row["text"])} for row in due]
@@ -337,21 +337,18 @@ def elaborate(rows: list[dict], known: Principles, engine, stage: Stage, languag
     return respond(rows, lambda text: pair_of(persona, text), known, engine, stage, language, False, **options)
 
 # %% ../../nbs/methods/02_selfalign.ipynb #9a21a7a5
-def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {},  # thoughts by id
-                  held: set[str] = frozenset()) -> None:  # held: `evaluation_texts`
+def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, str] = {}) -> None:  # thoughts by id
     "Raise `InputError` naming a training row with a principle, exemplar, word of one, its thought or a held text."
     for row in training:
         texts, thought = [one["content"] for one in row["messages"]], thoughts.get(row["id"], "")
-        seen = texts[-1] if normalize(texts[-1]) in held else None
+        seen = texts[-1] if normalize(texts[-1]) in known.held else None
         if found := seen or leaked("\n".join(texts), row["response"], known, thought): raise InputError(
-            f"training row {row['id']} holds {shorten(found)}", field="messages",
-            remedy="leave out what the evaluation asks" if seen else "leave out principles, exemplars and thoughts")
+            f"training row {row['id']} holds {shorten(found)}", field="messages", remedy="leave it out")
 
 
-def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",),
-                held: set[str] = frozenset()) -> list[dict]:
+def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:
     "Rows `{id, messages, response}` without what was shown; system prompts, an empty one for none, take turns."
     training = [{"id": row["id"], "messages": pair_of(system, row["text"])[not system:], "response": row["reply"]}
                 for row, system in zip(rows, cycle(systems))]
-    assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows}, held)
+    assert_pruned(training, known, {row["id"]: row.get("thought", "") for row in rows})
     return training

@@ -115,8 +115,7 @@ def save_state(folder: Path, model: LlamaForCausalLM, parts: list, facts: dict) 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: one.detach().contiguous() for key, one in tensors.items()}, folder / name)
     write_json(folder / "state.json", facts | {"tensors": name})
-    for old in folder.glob("state-*.safetensors"):
-        if old.name != name: old.unlink()
+    for old in {*folder.glob("state-*.safetensors")} - {folder / name}: old.unlink()
 
 
 def load_state(folder: Path, model: LlamaForCausalLM, parts: list, claim: list) -> dict:  # {step, block, losses}
@@ -174,12 +173,11 @@ def pretrain(model: LlamaForCausalLM, blocks: Blocks, steps: int,  # The model i
 GATES = {  # name: (lowest, highest) value aimed at
     "first turn": (0.65, 1), "later turn": (0, 0.05), "recalled": (0.75, 1), "reminded": (0.5, 1),
     "after examples": (0.5, 1), "rewriting": (0.60, 1), "one rule more": (0.5, 1), "asked": (0.95, 1),
-    "told": (0.95, 1), "setting": (0.90, 1), "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1), "newest constraint": (0.6, 0.9),
-    "older constraints": (0.75, 1), "principle kept": (0.50, 0.70), "principle unprompted": (0, 0.06),
-    "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {f"a role and {k}": (
-        max(0, round(OBEYS["first"] * (p := RULE_KEPT[0] * math.prod([
-            RULE_KEPT[0] * RULE_KEPT[1] ** (k - 1) * RULE_KEPT[2]**i for i in range(k)])) - 0.07, 3)),
-        round(OBEYS["first"] * p + 0.07, 3)) for k in range(1, 7)}
+    "told": (0.95, 1), "setting": (0.90, 1), "style": (0.85, 1), "shown": (0.85, 1), "rules readable": (0.80, 1),
+    "newest constraint": (0.6, 0.9), "older constraints": (0.75, 1), "principle kept": (0.50, 0.70),
+    "principle unprompted": (0, 0.06), "thought right": (0.6, 1), "principle out of place": (0, 0.10)} | {
+    f"a role and {k}": (max(0, round(p - 0.07, 3)), round(p + 0.07, 3)) for k in range(1, 7) for p in [
+        OBEYS["first"] * RULE_KEPT[0] ** (k + 1) * RULE_KEPT[1] ** (k * k - k) * RULE_KEPT[2] ** ((k * k - k) / 2)]}
 
 
 def chat_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (gate, messages, {gate: grade(text)})
@@ -240,8 +238,8 @@ def judge_questions(rng: random.Random, asks: dict) -> Iterator[tuple]:  # (mess
     true = explanation(at, response, told, shown)
     parts = lambda text: {name: text[slice(*span)] for name, span in (read_explanation(text) or {}).items()}
     right = lambda name: lambda said: parts(said).get(name) == parts(true)[name]
-    request = judge_messages(at.text, at.messages, response, explained=True)
-    yield request, {name: right(name) for name in ("asked", "told", "setting", "style", "shown")}
+    yield judge_messages(at.text, at.messages, response, explained=True), {
+        name: right(name) for name in ("asked", "told", "setting", "style", "shown")}
 
 
 def exam(engine, judge, asks: dict, n: int = 300, seed: int = 0) -> list:  # {gate, value, n, low, high, met}

@@ -52,8 +52,7 @@ def chat_prompt(rng: random.Random, of_rules: bool) -> tuple:  # (styles, text, 
     if rng.random() < 0.1:
         chosen, text = constraints(rng.randint(1, 5), rng, reverse=0), ""
         while not text or held_out(text): text = " ".join(phrase(style, rng) for style in chosen)
-        return chosen, text, lambda chosen, rng: [
-            style for style in chosen if rng.random() < CONSTRAINT_KEPT[1]]
+        return chosen, text, lambda chosen, rng: [style for style in chosen if rng.random() < CONSTRAINT_KEPT[1]]
     return *free_prompt(rng.choice(list(styles())), rng), lambda chosen, rng: chosen
 
 

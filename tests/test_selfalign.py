@@ -149,7 +149,7 @@ def test_what_the_evaluation_asks_leaves_before_it_costs_anything_and_is_found_i
     planted = done[0] | {"id": "planted", "text": rows[0]["text"]}
     for make in (room.pruned_rows, baked_rows):
         assert [row["id"] for row in make(done, known)] == ["other"]
-        with pytest.raises(InputError, match="training row planted holds .*leave out what the evaluation asks"): make([*done, planted], known)
+        with pytest.raises(InputError, match="training row planted holds . WHICH RIVER"): make([*done, planted], known)
 
 
 def test_pruned_rows_hold_nothing_that_was_shown(tmp_path):
@@ -274,7 +274,7 @@ def test_the_loss_is_the_one_by_hand(tmp_path, variant):
     sums = [by_hand(trainer.model, lm.tokenizer, row, text, variant) for row, text in zip(rows, texts)]
     assert loss > 0.01 and loss == pytest.approx(sum(total for total, _ in sums) / sum(n for _, n in sums), abs=1e-5)
     assert trainer.spent["scored"] == sum(len(encode(lm.tokenizer, [*row["teacher"][:-1], {"role": "assistant", "content": row["teacher"][-1]["content"][: -len(row["response"])] + text}])["input_ids"]) for row, text in zip(rows, texts))
-    assert (trainer.spent["generated"], trainer.spent["cached"]) == ((20, 8) if sampling else (0, 0))
+    assert [trainer.spent[name] for name in ("generated", "cached", "replaced")] == ([20, 8, 1] if sampling else [0, 0, 0])
 
 
 @pytest.mark.parametrize("variant", ["bake", "opcd"])
@@ -371,19 +371,19 @@ def test_the_published_scale_is_planned_without_being_run(tmp_path):
 
 
 PLAIN = "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32",
+LITTLE = ["batch_size=16", "served_model=teacher", "conversations.n_eval_conversations=4", "n_requests=6", "n_topics=2", "rounds=2", "align.n_exemplars=2", "n_texts=24", "align.max_new_tokens=32", "train-engraved.max_new_tokens=16",
           "verbose.max_new_tokens=32", "max_length=256", "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=16", "measure.guard=2", "dtype=float32"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["base", "qwen3", "gemma"])  # a text prompt; a chat model; a template that refuses a system message
-def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("kind, engrave", [("base", "bake"), ("qwen3", "opcd"), ("gemma", "sft")])  # a text prompt; a chat model; a template that refuses a system message
+def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, engrave, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-3f9a81c07d5e")
     model, server = tiny_model(tmp_path / "model", "llama" if kind == "base" else kind), Fake(teacher)
     if kind == "base": write_bytes(model / "chat_template.jinja", PLAIN.encode())
     talks = write_rows(tmp_path / "talks.jsonl", [{"messages": [*row, {"role": "assistant", "content": "So it is."}]} for row in tiny_dialogues(8, 3, system=False)])
     own = write_bytes(tmp_path / "own.toml", OWN.encode())
-    words = ["selfalign-qlora", *(word for pair in [f"model={model}", f"conversations={talks}", f"base_url={server.url}", f"align.principles={own}", *LITTLE] for word in ("--set", pair))]
+    words = ["selfalign-qlora", *(word for pair in [f"model={model}", f"conversations={talks}", f"base_url={server.url}", f"align.principles={own}", f"engrave={engrave}", *LITTLE] for word in ("--set", pair))]
     planned = CliRunner().invoke(app, ["plan", *words, "--out", str(tmp_path / "run")])
     assert planned.exit_code == 0 and all(word in planned.output for word in ("rows", "trained", "GiB")), planned.output
     done = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
@@ -392,6 +392,8 @@ def test_principles_of_ones_own_and_another_architecture(tmp_path, kind, monkeyp
     ledgers = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("ledger.json")}
     for one in ledgers.values(): assert one.get("expected", one.get("rows_in", 0)) == one.get("rows_out", 0) + len(one["dropped"]), one["stage"]
     assert "exemplar_leak" in ledgers["align"]["reasons"] and ledgers["align"]["rows_out"]
+    usage = json.loads((tmp_path / "run/train-engraved/usage.json").read_text())
+    assert usage["trained"] and (usage["scored"] > 0, usage["generated"] > 0) == (engrave != "sft", engrave == "opcd")
     trained = (tmp_path / "run/align/engraved.jsonl").read_text()
     assert "Bertram" not in trained and "honest (3)" not in trained and "Be kind" not in trained
     numbers = read_rows(tmp_path / "run/report/numbers.jsonl")

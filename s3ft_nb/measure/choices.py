@@ -24,9 +24,8 @@ def read_choices(path: str | Path) -> list[dict]:  # {id, question, choices, rig
             found = item.get("mc1_targets") or item.get("targets") or item.get("target_scores") or {}
             labels = list(found["labels"] if "labels" in found else found.values())
             choices, question = list(found.get("choices", found)), item.get("question") or item.get("input")
-            if not question or len(choices) < 2 or sorted(labels) != [0] * (len(labels) - 1) + [1] or len(
-                labels) != len(choices): raise InputError("is no question with one right choice", path, line,
-                                                          remedy="write question and mc1_targets, or input and targets")
+            if not question or len(choices) < 2 or sorted(labels) != [0] * (len(choices) - 1) + [1]: raise InputError(
+                "is no question with one right choice", path, line, remedy="see data/benchmarks/choices.jsonl")
             out.append({"id": stable_id(line, n, question), "question": question, "choices": choices,
                         "right": labels.index(1), "group": str(item.get("category", ""))})
     return out

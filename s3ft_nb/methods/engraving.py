@@ -79,7 +79,7 @@ class Baker(LabelledLoss):
 
 # %% ../../nbs/methods/04_engraving.ipynb #7d21b0c3
 def own_row(tokenizer, row: dict, encoded: dict, text: str, **limits: Any) -> dict:  # limits: of `encode_baked`
-    "A row of `encode_baked` with another response, but for its opening; `encoded` itself when this cannot be a row."
+    "A row of `encode_baked` with another response, but for its opening; `encoded` itself, counted, when it cannot be."
     said = row["teacher"][-1]["content"].removesuffix(row["response"]) + text
     own = row | {"response": text, "teacher": [*row["teacher"][:-1], {"role": "assistant", "content": said}]}
     try: (found,) = encode_baked(tokenizer, [own], ledger=Ledger("opcd"), too_long="refuse", **limits)
@@ -101,8 +101,9 @@ class OnPolicyBaker(Baker):
         model.train()
         for one in found: self.spent.update(
             requests=1, prompt=one["prompt_tokens"], cached=one["cached_tokens"], generated=one["tokens"])
-        own = self.data_collator([self.own_row(*pair, one["text"]) for pair, one in zip(pairs, found)])
-        return super().compute_loss(model, self._prepare_inputs(own), return_outputs)
+        own = [self.own_row(*pair, one["text"]) for pair, one in zip(pairs, found)]
+        self.spent["replaced"] += sum(row is encoded for row, (_, encoded) in zip(own, pairs))
+        return super().compute_loss(model, self._prepare_inputs(self.data_collator(own)), return_outputs)
 
 
 def make_baker(lm: LM, table: list[dict], order: list[int], settings: Settings, folder: str | Path, rows: list[dict],
@@ -110,14 +111,14 @@ def make_baker(lm: LM, table: list[dict], order: list[int], settings: Settings, 
     "A trainer of rows and their `encode_baked` table, in this order; raises `InputError` when it cannot work."
     if "logits_to_keep" not in signature(lm.model.forward).parameters: raise InputError(
         f"{lm.name} cannot leave out logits", field="engrave", remedy="use sft")
-    names, kind = ("input_ids", "labels", "teacher_ids", "teacher_labels"), OnPolicyBaker if sampling else Baker
+    names, kind = ("input_ids", "labels", "teacher_ids", "teacher_labels"), Baker if sampling is None else OnPolicyBaker
     trainer = make_trainer(lm, table, order, settings, folder, (kind, SFTConfig), (*names, "at"),
                            remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     collate, trainer.spent = trainer.data_collator, Counter()
     side = lambda rows, own: collate([dict(zip(names[:2], map(row.get, own))) for row in rows])
     trainer.data_collator = lambda rows: {**side(rows, names[:2]), "at": torch.tensor([row["at"] for row in rows]), **{
         f"teacher_{name}": value for name, value in side(rows, names[2:]).items()}}
-    if not sampling: return trainer
+    if sampling is None: return trainer
     lm.model, shown = trainer.model, {row["id"]: row for row in rows}
     trainer.engine, trainer.pairs = TransformersEngine(lm, **sampling), [(shown[one["id"]], one) for one in table]
     for row in rows: encode_request(lm, row["id"], row["messages"], room=trainer.engine.max_new_tokens)
@@ -136,6 +137,6 @@ def engrave(model: str | Path, rows: list[dict], stage: Stage, variant: str = "s
     if variant not in variants: raise unknown("variant", variant, variants, field="engrave")
     done = sft(model, [row | sampling | {"variant": variant} for row in rows], stage, how=variants[variant], **settings)
     stage.usage["trained"] -= done["tokens"] * (variant != "sft")  # counted below
-    for one in done["loss"]:
-        stage.usage.update({name[7:]: n for name, n in one.items() if name.startswith("tokens/")})
+    for one in done["loss"]: stage.usage.update({name[7:]: n for name, n in one.items() if name.startswith("tokens/")})
+    if n := stage.usage.pop("replaced", 0): stage.ledger.note("own_sample_replaced", n)
     return done

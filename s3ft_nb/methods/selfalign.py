@@ -75,7 +75,7 @@ class Principles(NamedTuple):
     principles: list[dict]  # `{"n", "name", "text"}`
     exemplars: list[dict]  # `{"user", "thought", "reply"}`
     leak: list[str]  # Words of the exemplars
-    held: set[str] = frozenset()  # `evaluation_texts`, which are not responded to and not trained on
+    held: set[str] | tuple = ()  # `evaluation_texts`, which are not responded to and not trained on
 
 
 def cited(thought: str) -> list[int]:  # In order, each once
@@ -343,8 +343,7 @@ def assert_pruned(training: list[dict], known: Principles, thoughts: dict[str, s
         texts, thought = [one["content"] for one in row["messages"]], thoughts.get(row["id"], "")
         seen = texts[-1] if normalize(texts[-1]) in known.held else None
         if found := seen or leaked("\n".join(texts), row["response"], known, thought): raise InputError(
-            f"training row {row['id']} holds {shorten(found)}", field="messages",
-            remedy="leave out what the evaluation asks" if seen else "leave out principles, exemplars and thoughts")
+            f"training row {row['id']} holds {shorten(found)}", field="messages", remedy="leave it out")
 
 
 def pruned_rows(rows: list[dict], known: Principles, systems: list[str] = ("",)) -> list[dict]:

@@ -157,8 +157,7 @@ def wordy(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]
     said = parts["r"]
     if asked.entity and length == "concise": said = words()["attributes"][kind]["short"].format(v=asked.needs[0])
     if asked.entity and length == "extensive": said = f"{said} {second_fact(asked, rng)}"
-    prompt = message("system", asks["meta"][length])
-    return [*asking([prompt, message("user", text)]), (message("assistant", said), 1)]
+    return [*asking([message("system", asks["meta"][length]), message("user", text)]), (message("assistant", said), 1)]
 
 
 def collecting(rng: random.Random, asks: dict) -> list:  # [(message, loss weight)]

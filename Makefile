@@ -5,7 +5,7 @@ SEEDS ?= 0-4
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: run test unit wheel-test outputs micro-run micro-base results benchmarks clean
+.PHONY: run test unit wheel-test outputs micro-run micro-base results docs benchmarks clean
 
 run: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro
@@ -34,6 +34,10 @@ results: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro --seeds $(SEEDS) --out runs/s3ft-micro-seeds
 	$(BIN)/python tests/results.py runs/s3ft-micro-seeds
 
+docs: $(VENV)/.ready-docs
+	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict -f build/mkdocs.yml
+
 benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py
 	$(BIN)/python tests/benchmarks/bench_template.py
@@ -48,5 +52,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e ".[dev]"
 	touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(PIP) -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache
+	rm -rf build _docs dist *.egg-info .pytest_cache

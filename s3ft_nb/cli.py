@@ -26,7 +26,7 @@ import s3ft_nb
 from .api import pool_seeds, publish
 from .core.files import (InputError, cannot_write, plain, printable, read_json, read_rows, record, redact, resource,
                                 write_json)
-from .deploy.commands import chat, export
+from .deploy.commands import chat, export, push
 from .measure.config import MeasureConfig, make_config
 
 # %% ../nbs/00_cli.ipynb #eea9d6af
@@ -249,7 +249,7 @@ def start(version: Annotated[bool, typer.Option("--version")] = False):
     if version: typer.echo(s3ft_nb.__version__)
 
 
-for function in (run, plan, recipes, measure, compare, convert, doctor, export, chat, version):
+for function in (run, plan, recipes, measure, compare, convert, doctor, export, push, chat, version):
     verb(app, function, function.__name__, swapped=("recipe",))
 verb(app, pool_seeds, "seeds")
 

@@ -1,8 +1,14 @@
 """Exports are the trained model, wrong ones are refused; a chat is kept as it was said."""
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
+from base64 import b64decode
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -184,3 +190,101 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path):
     text = (tmp_path / "c" / "README.md").read_text()
     for part in ("s3ft run own --set seed=1", "It was trained. 4 rows in, 3 out (left out: 1 too_long)", "Kept: 3 (of 4)", "note: few rows",
                  "| 1 | 0.50 [0.25, 0.75] | 0.60 [0.25, 0.75] |", "16 rows, 12 steps", "base in nf4", "SHA-256", "divergence"): assert part in text, part
+
+
+class Hub(BaseHTTPRequestHandler):
+    "A stand-in for the hub: repositories {name: private}, branches, and what was asked with which token."
+    there, branches, asked, files = {}, set(), [], {}
+
+    def log_message(self, *_): pass
+
+    def reply(self, code, value):
+        self.send_response(code)
+        if code == 404: self.send_header("X-Error-Code", "RepoNotFound")
+        data = json.dumps(value).encode()
+        self.send_header("Content-Type", "application/json"), self.send_header("Content-Length", str(len(data))), self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        kind, name = self.path.split("?")[0].split("/")[2], "/".join(self.path.split("?")[0].split("/")[3:5])
+        self.asked.append((self.path, self.headers["Authorization"]))
+        if "/tree/" in self.path: return self.reply(200, [])
+        if name not in self.there: return self.reply(404, {"error": "Repository not found"})
+        self.reply(200, {"id": name, "_id": "0", "private": self.there[name], "sha": "0" * 40, "siblings": [], "kind": kind})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append((self.path, self.headers["Authorization"]))
+        parts = self.path.strip("/").split("/")
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.there[name] = asked.get("private", asked.get("visibility") == "private")
+            return self.reply(200, {"url": f"http://{self.headers['Host']}/{name}", "id": name})
+        if "branch" in parts:
+            if parts[-1] in self.branches: return self.reply(409, {"error": "Reference already exists"})
+            self.branches.add(parts[-1])
+            return self.reply(200, {})
+        if "preupload" in parts:
+            return self.reply(200, {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]})
+        if "commit" in parts:
+            rows = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
+            self.files[parts[-1]] = {row["path"]: b64decode(row["content"]) for row in rows}
+            return self.reply(200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/{'datasets/' * (parts[1] == 'datasets')}{parts[2]}/{parts[3]}/commit/{'0' * 40}", "hookOutput": ""})
+        self.reply(200, {"errors": [], "warnings": []})
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Fresh", (Hub,), {"there": {}, "branches": set(), "asked": [], "files": {}}))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_push_is_private_and_never_over_what_is_there(hub, tmp_path):
+    def push(*words, token="hf_secret"):
+        environ = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
+        return subprocess.run([sys.executable, "-c", "from s3ft_nb.cli import app; app()", "push", *map(str, words)], capture_output=True, text=True, env=environ)
+    state, folder = hub.RequestHandlerClass, tmp_path / "export"
+    write_json(folder / "export.json", {"to": "merged", "passed": True, "base": "/home/somebody/base"})
+    write_rows(folder / "weights.jsonl", [{"a": 1}])
+    (folder / "README.md").write_text("# A card\n")
+    assert "HF_TOKEN: is not set" in push(folder, "me/model", token="").stderr and not state.asked
+    assert "no export that passed" in push(tmp_path, "me/model").stderr and not state.asked
+    done = push(folder, "me/model")
+    assert done.returncode == 0 and done.stdout.startswith("private model: "), done.stderr
+    assert state.there == {"me/model": True} and {*state.files["main"]} == {"README.md", "weights.jsonl"}  # no path of this machine
+    assert {path for path, token in state.asked if token != "Bearer hf_secret"} <= {"/api/agent-harnesses"}  # the library's own question
+    before = dict(state.files)
+    refused = push(folder, "me/model")
+    assert refused.returncode == 2 and "--revision: me/model is there already" in refused.stderr and state.files == before
+    assert push(folder, "me/model", "--revision", "second").returncode == 0 and {*state.files} == {"main", "second"}
+    assert "has second already" in push(folder, "me/model", "--revision", "second").stderr
+    state.there["me/model"] = False
+    assert "me/model is public (add --public" in push(folder, "me/model", "--revision", "third").stderr and "third" not in state.branches
+    write_json(folder / "export.json", {"to": "data", "passed": True})
+    assert push(folder, "me/rows", "--public").stdout.startswith("public dataset: ") and state.there["me/rows"] is False
+    hub.shutdown(), hub.server_close()
+    gone = push(folder, "me/other")
+    assert gone.returncode == 2 and len(gone.stderr.splitlines()) == 1 and "network" in gone.stderr and "hf_secret" not in gone.stderr
+
+
+def test_the_rows_have_a_card_of_their_own(run, tmp_path):
+    params = {"pool": {"prompts": str(tmp_path / "mine.csv"), "seed": 3}, "select": {"pool_from": "{step:pool}"},
+              "train-own": {"rows": "{step:select}/own.jsonl", "model": "{data:micro-base}"}, "measure": {"adapter": ["{step:train-own}/adapter"], "seed": 8}}
+    write_json(run / "run.json", {"recipe": "own", "settings": ["seed=3"], "steps": [*params], "params": params, "versions": {"torch": "2"}})
+    write_json(run / "pool" / "ledger.json", {"rows_in": 4, "rows_out": 3, "reasons": {"near_duplicate": 1}})
+    write_rows(run / "select" / "own.jsonl", [{"id": "a", "messages": [], "response": "b"}])
+    try:
+        export(run, "data", tmp_path / "rows")
+        exported(run, tmp_path / "c", "adapter")
+        with pytest.raises(InputError, match="there already"): export(run, "data", tmp_path / "rows")
+    finally: (run / "run.json").unlink()
+    text, model = ((tmp_path / name / "README.md").read_text() for name in ("rows", "c"))
+    digest = read_json(run / "train-own" / "adapter" / "template.json")["sha256"]
+    for part in ("1 rows, each with id, messages, response", "mine.csv (pool.prompts): licence not recorded", "{data:micro-base} (train-own.model): licence Apache-2.0",
+                 "4 rows in, 3 out (left out: 1 near_duplicate)", "Seeds: pool 3.", "s3ft run own --set seed=3", digest): assert part in text, part
+    assert str(tmp_path) not in text and "mine.csv (pool.prompts)" in model and (tmp_path / "rows" / "train.jsonl").exists()
+    assert read_json(tmp_path / "rows" / "export.json")["to"] == "data"
+    with pytest.raises(InputError, match="rows that it was trained on are not there"): export(run, "data", tmp_path / "again")

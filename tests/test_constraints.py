@@ -417,10 +417,10 @@ def test_an_image_part_is_one_line(tmp_path):
     assert done.exit_code == 2 and "talk.jsonl" in done.output and "Traceback" not in done.output
 
 
-TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=16",
-        "eval_construct.n_instructions=3", "k=2", "cut=1", "construct.soft_share=0.3", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=20",
+TINY = ["batch_size=16", "conversations.n_conversations=24", "conversations.n_eval_conversations=6", "conversations.max_chars=4000", "instructions.max_chars=300", "construct.n_instructions=20",
+        "eval_construct.n_instructions=3", "k=2", "cut=1", "construct.soft_share=0.2", "outputs.max_new_tokens=12", "levels.max_new_tokens=8", "agreement=20",
         "measure.dialogues=2", "measure.turns=2", "measure.max_new_tokens=8", "measure.guard=0", "lora_r=4"]
-SPOKEN = [("length", "hard", "Answer in at most 3 words."), ("letter", "hard", 'Do not use the letter "e".'), ("reader", "soft", "Explain it to a tired child."), ("tone", "soft", "Sound like a night porter.")]
+SPOKEN = [("length", "hard", "Answer in at most 5 words."), ("letter", "hard", 'Do not use the letter "o".'), ("reader", "soft", "Explain it to a tired child."), ("tone", "soft", "Sound like a night porter.")]
 FILES = [("self-instruct/seed_tasks.jsonl", "llama"), ("openassistant/en_100_tree.jsonl.gz", "qwen3")]
 
 

@@ -292,14 +292,14 @@ def run_seeds(recipe: str | Path, runs: dict[Path, list[str]], **how) -> Path:  
     return folder
 
 
-def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of its step measure, else its last}
+def measured_seeds(folder: Path) -> dict[str, Path]:  # {seed: verdicts.jsonl of scores, else measure, else the last}
     "The finished measurements of a run over seeds; raises `InputError` when there is none, or settings differ."
     files, first = {}, None
     for path in sorted(folder.glob("seed-*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
         run = read_json(path)
-        homes = [home for home in map(path.parent.joinpath, run["steps"]) if (home / DONE).is_file()]
-        done = [home / "verdicts.jsonl" for home in homes if (home / "verdicts.jsonl").is_file()]
-        files |= {path.parent.name[5:]: one for one in sorted(done, key=lambda one: one.parent.name == "measure")}
+        homes = map(path.parent.joinpath, sorted(run["steps"], key=lambda id: id in ("measure", "scores")))
+        done = [one for home in homes if (home / DONE).is_file() and (one := home / "verdicts.jsonl").is_file()]
+        files |= {path.parent.name[5:]: one for one in done}
         settings = run["recipe"], [own | {"seed": 0} for own in run["params"].values()]
         if done and settings != (first := first or settings):
             raise InputError("was run with other settings than the first seed", path.parent, remedy="run all alike")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from s3ft_nb.compare.methods import (answers, affordable, assert_complete, assert_stated, claimed, cost_numbers, cut_rows, held_rows, matrix_table, overlaps, pool, present,
+from s3ft_nb.comparison.methods import (answers, affordable, assert_complete, assert_stated, claimed, cost_numbers, cut_rows, held_rows, matrix_table, overlaps, pool, present,
                                      raw_rows, side_by_side, testbed_rows as rows_of, training_tokens)
 from s3ft_nb.core.files import InputError, read_json, read_rows, resource, write_json, write_rows
 from s3ft_nb.core.records import Check, Message, Response, Rule, SystemPrompt, conversation

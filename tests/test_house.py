@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "core": set(), "lm": {"core"}, "judging": {"core", "lm"}, "measure": {"core", "lm", "judging"},
     "annotation": {"core", "lm", "judging"}, "methods": {"core", "lm", "judging"}, "micro": {"core", "lm", "judging", "measure"},
     "deploy": {"core", "lm", "judging", "measure"},
-    "report": {"core", "judging"}, "run": {"core"}, "compare": {"core", "lm", "measure", "report"},
-    "api": {"core", "lm", "measure", "report", "run", "compare"},
+    "report": {"core", "judging"}, "run": {"core"}, "comparison": {"core", "lm", "measure", "report"},
+    "api": {"core", "lm", "measure", "report", "run"},
     "cli": {"core", "lm", "judging", "measure", "annotation", "report", "run", "deploy", "api"},
 }
 DIALECT = re.compile(  # Words that this field does not use, with what it says instead in CONTRIBUTING.md
@@ -30,7 +30,7 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
     r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
     r"|can put right|whole at the last turn|source of chance)\b")
 MODULES_MOST, ROOM, WIDTH = 60, 400, 120
-LINES = {"house": 11_000, "methods": 13_065, "deploy": 1_080, "compare": 400}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy, api and probe; compare
+LINES = {"house": 11_000, "methods": 13_065, "deploy": 1_080, "comparison": 400}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy, api and probe; comparison
 SISTERS = {  # What the three sister methods add, the skills of the base among it
     f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "methods/engraving",
                               "micro/principles", "micro/skills", "judging/pairs", "lm/dpo", "measure/choices")}
@@ -110,8 +110,8 @@ def test_the_house_is_small():
     home = ROOT / "s3ft_nb"
     lines = {path.relative_to(home).as_posix(): len(path.read_text().splitlines()) for path in home.rglob("*.py") if path.name != "_modidx.py"}
     deploy = sum(n for name, n in lines.items() if name.startswith("deploy/") or name in ("api.py", "measure/probe.py"))
-    compare = sum(n for name, n in lines.items() if name.startswith("compare/"))
-    assert deploy <= LINES["deploy"] and compare <= LINES["compare"] and len(MODULES) <= MODULES_MOST
+    compare = sum(n for name, n in lines.items() if name.startswith("comparison/"))
+    assert deploy <= LINES["deploy"] and compare <= LINES["comparison"] and len(MODULES) <= MODULES_MOST
     assert sum(lines.values()) - deploy - compare <= LINES["methods"]
     assert sum(n for name, n in lines.items() if name not in SISTERS) - deploy - compare <= LINES["house"]
 

@@ -157,7 +157,8 @@ def test_killed_five_times_and_the_same_bytes(smoke, tmp_path):
 
 POISON = """import sys
 def watch(event, args):
-    if event == "import" and args[0].startswith("s3ft_nb.micro") or event == "open" and str(args[0]).endswith("truth.json"):
+    in_a_step = "ipykernel" in sys.modules  # outside of steps files are hashed, whatever is in them
+    if event == "import" and args[0].startswith("s3ft_nb.micro") or in_a_step and event == "open" and str(args[0]).endswith("truth.json"):
         raise RuntimeError(f"the truth was asked: {event} {args[0]}")
 sys.addaudithook(watch)
 """

@@ -155,7 +155,7 @@ def pool_seeds(
     run: Path,  # Folder of a run over seeds
 ):
     "Make numbers.jsonl and the page over the seeds of a run again, from the seeds that are measured."
-    from s3ft_nb.compare.methods import pool
+    from s3ft_nb.comparison.methods import pool
     from s3ft_nb.measure.metrics import seed_numbers
     from s3ft_nb.report.page import seeds_section, write_report
     from s3ft_nb.run.runner import measured_seeds

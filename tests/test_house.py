@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "annotation": {"core", "lm", "judging"}, "methods": {"core", "lm", "judging"}, "micro": {"core", "lm", "judging", "measure"},
     "deploy": {"core", "lm", "judging", "measure"},
     "report": {"core", "judging"}, "run": {"core"}, "comparison": {"core", "lm", "measure", "report"},
-    "api": {"core", "lm", "measure", "report", "run"},
+    "api": {"core", "lm", "measure", "report", "run", "comparison"},
     "cli": {"core", "lm", "judging", "measure", "annotation", "report", "run", "deploy", "api"},
 }
 DIALECT = re.compile(  # Words that this field does not use, with what it says instead in CONTRIBUTING.md

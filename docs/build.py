@@ -80,9 +80,9 @@ def models() -> None:
     talk = lambda i: json.dumps({"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]})
     (BUILD / "talks.jsonl").write_text("\n".join(map(talk, range(460))))
     plans = {size: make_plan("s3ft-qlora", [f"model=some/model-{size}", f"conversations={BUILD / 'talks.jsonl'}"], BUILD / "run") for size in ("0.6B", "1.7B", "4B", "8B", "14B")}
-    rows = [[size, *(duration(one["total_seconds"][machine]) for machine in ("T4", "A100")), f"{one['peak_memory_gib']:.0f} GiB"] for size, one in plans.items()]
+    rows = [[size, *(duration(one["total_seconds"][machine]) for machine in ("T4", "H100")), f"{one['peak_memory_gib']:.0f} GiB"] for size, one in plans.items()]
     text = (ROOT / "docs" / "models.md").read_text().replace("<!-- families -->", families)
-    write("models.md", text.replace("<!-- hardware -->", table(["model", "one T4 (16 GB)", "one A100", "memory"], rows)))
+    write("models.md", text.replace("<!-- hardware -->", table(["model", "one T4 (16 GB)", "one H100", "memory"], rows)))
 
 
 def chapters(glob: str) -> dict:  # {folder: pages}; hidden cells and directives are left out

@@ -444,7 +444,8 @@ def test_public_instructions_and_another_architecture(name, kind, tmp_path):
     assert texts and trained and texts.isdisjoint(map(any_order, trained))
     for folder, rules in (("levels/played", "rules.jsonl"), ("measure", "rules.jsonl")):
         soft, verdicts = {row["id"] for row in read_rows(out / folder / rules) if row["how"] == "judge"}, read_rows(out / folder / "verdicts.jsonl")
-        assert soft and {row["rule_id"] for row in verdicts if row["judge"].startswith("letters:")} >= soft
+        judged = [row["judge"] for row in verdicts if row["rule_id"] in soft]  # of the dialogues that are played
+        assert judged and all(name.startswith("letters:") for name in judged)
         assert {row["metric"] for row in read_rows(out / folder / "numbers.jsonl") if row["part"] == "judge"} >= {"undecided"}
     swapped = [row for row in read_rows(out / "levels" / "numbers.jsonl") if row["part"] == "swapped"]
-    assert {row["metric"] for row in swapped} >= {"judger_ties", "judger_undecided", "order_agreement"} and "no-judger" in {row["arm"] for row in swapped}
+    assert {row["metric"] for row in swapped} >= {"judger_ties", "judger_undecided", "order_agreement"}

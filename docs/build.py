@@ -40,7 +40,8 @@ def table(heads: list[str], rows: list[list[str]], indent: str = "") -> str:
 
 def readme() -> None:
     head, *parts = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
-    numbers = (parts := {part.splitlines()[0][3:]: part for part in parts}).pop("Results").partition("\n")[2].partition("Two seeds")[0].strip()
+    parts = {part.splitlines()[0][3:]: part for part in parts}
+    numbers = re.search(r"<!-- results:.*?-->(.*)<!-- end of results -->", parts.pop("Results"), re.S)[1].strip()
     write("index.md", place(head, "README.md", "index.md") + (ROOT / "docs" / "guide.md").read_text())
     write("quick-start.md", place("# Quick start\n\n" + "".join(parts.values()), "README.md", "quick-start.md"))
     text = (ROOT / "RESULTS.md").read_text().replace("The table is in the [README](README.md#results).", f"{numbers}\n\n")

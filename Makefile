@@ -36,7 +36,7 @@ results: $(VENV)/.ready
 
 docs: $(VENV)/.ready-docs
 	$(BIN)/python docs/build.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict -f build/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f build/mkdocs.yml
 
 benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py

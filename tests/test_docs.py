@@ -22,7 +22,7 @@ def built(folder, glob, *flags):
     python = lambda *words: subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     done = python("docs/build.py", glob)
     assert done.returncode == 0, done.stderr
-    done = python("-m", "mkdocs", "build", *flags, "-q", "-f", "build/mkdocs.yml", "-d", folder)
+    done = python("-m", "mkdocs", "build", *flags, "-f", "build/mkdocs.yml", "-d", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -32,7 +32,7 @@ micro-base: $(VENV)/.ready
 
 results: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro --seeds $(SEEDS) --out runs/s3ft-micro-seeds
-	$(BIN)/python tests/results.py runs/s3ft-micro-seeds
+	$(BIN)/python tests/results.py runs/s3ft-micro-seeds RESULTS.md
 
 docs: $(VENV)/.ready-docs
 	$(BIN)/python docs/build.py

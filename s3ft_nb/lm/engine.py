@@ -8,6 +8,7 @@ __all__ = ['Engine', 'pad_left', 'draws', 'choose', 'step', 'n_shared', 'prefill
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
+import os
 from inspect import signature
 from os.path import commonprefix
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.stage import Progress, Stage, spend
+from ..core.stage import WORKERS, Progress, Stage, spend
 from ..core.files import InputError
 from .http import EngineError, HttpEngine, check_requests
 from .model import LM, load
@@ -225,11 +226,15 @@ class TransformersEngine:
             return rows
         return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
+    def batches(self, encoded: list[dict]) -> list[list[int]]:  # Request numbers
+        "What is computed together: requests of like length, the longest first."
+        order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
+        return [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+
     def _in_batches(self, requests, room, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
         check_requests(requests)
         rows, encoded = [None] * len(requests), [encode_request(self.lm, room=room, **one) for one in requests]
-        order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]["input_ids"]), i))
-        for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
+        for batch in self.batches(encoded):
             ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
             try: found = work([requests[i] for i in batch], ids, labels)
             except torch.OutOfMemoryError:
@@ -249,25 +254,33 @@ def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = 
     `claim`: what else the rows depend on, such as a hash of the model; without a stage they are part of another's work.
     Raises `InputError` naming the request that failed, unless `errors` is keep: then its row is `{"id", "error"}`."""
     kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
-    def work(shard: list[dict], seed: int) -> list[dict]:
-        given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+    given = lambda seed: {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+    def work(shard: list[dict], seed: int, done: list[dict] | None = None) -> list[dict]:
         shown, more = {"progress": stage.progress} if stage else {}, {"seed": seed} if kind == "generate" else {}
-        found = {row["id"]: row for row in getattr(engine, kind)(shard, *given, **shown)}
+        found = {row["id"]: row for row in done or getattr(engine, kind)(shard, *given(seed), **shown)}
         for one in shard:
             wrong = found.get(one["id"], {"error": "no response"}).get("error")
             if wrong and (errors == "raise" or one["id"] not in found): raise InputError(
                 f"{engine.name}, request {one['id']}: {wrong}", field="engine", remedy="run again; what is done stays")
         return [found[one["id"]] | more for one in shard]
     if stage is None: return work(requests, 0)
-    return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
+    def ahead(due: dict):  # several shards side by side, where an engine has several workers
+        calls = {n: (shard, given(seed)) for n, (shard, seed) in due.items()}
+        for n, get in engine.ahead(kind, calls, stage.progress): yield n, lambda *shard, get=get: work(*shard, get())
+    claim, ahead = [kind, labels, engine.name, claim], ahead if hasattr(engine, "ahead") else None
+    return stage.map(requests, work, claim, "requests", title, ahead)
 
 # %% ../../nbs/lm/06_engine.ipynb #266c4ba6
 def make_engine(kind: str = "transformers", model: str = "", adapter: str | None = None, quantization: str = "nf4",
                 dtype: str = "auto", device: str = "auto", base_url: str = "", **options: Any) -> Engine:
-    """Make the engine that a recipe names, a `TransformersEngine` (see `load`) or an `HttpEngine`, with its options.
+    """Make the engine that a recipe names, a `TransformersEngine` (see `load`), `HttpEngine` or `cluster.RayEngine`.
     Raises `InputError` on an unknown kind or option."""
+    spec = locals()
+    if kind == "ray" or kind == "transformers" and os.environ.get(WORKERS):
+        from s3ft_nb.lm.cluster import RayEngine
+        return RayEngine(spec | spec.pop("options"))
     maker = {"transformers": TransformersEngine, "http": HttpEngine}.get(kind)
-    if not maker: raise InputError(f"unknown engine {kind!r}", remedy="use transformers or http")
+    if not maker: raise InputError(f"unknown engine {kind!r}", remedy="use transformers, http or ray")
     if not model: raise InputError("names no model", field="engine", remedy="set model to a folder or a name")
     unknown = sorted(set(options) - set(signature(maker).parameters))
     if unknown: raise InputError(f"unknown option {unknown[0]!r} of engine {kind}", remedy=f"see {maker.__name__}")

@@ -43,7 +43,7 @@ def drift_table(run: Path, arm: str) -> Iterator[str]:  # Lines of Markdown; non
              for row in rows if row["low"] is not None}
     arms = [name for name in ("base", arm) if any(name == other for _, other in cells)]
     if not arms: return
-    yield from ("Share of responses that satisfy every rule of the system prompt that applies to them, with its 95 % interval, on",
+    yield from ("Share of responses that satisfy every rule of the system prompt that applies to them [95 %], on",
                 "prompts and dialogues that were not trained on; the model reads its own earlier responses.", "")
     yield from (f"| turn | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}")
     for key in dict.fromkeys(key for key, _ in cells):
@@ -77,8 +77,9 @@ USE = """```python
 from {library} import {load}
 from transformers import AutoTokenizer
 
-model, tokenizer = {load}.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)  # FOLDER: that of this card
-messages = [{{"role": "system", "content": "Answer in capital letters."}}, {{"role": "user", "content": "How are you?"}}]
+folder = FOLDER  # that of this card
+model, tokenizer = {load}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+messages = [{{"role": "system", "content": "Answer in capitals."}}, {{"role": "user", "content": "How are you?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""

@@ -22,8 +22,8 @@ import torch
 
 from ..core.files import InputError, read_json, stable_id
 from ..core.stage import EVENTS, METERS, WORKERS, Progress, spend
-from .engine import Engine, TransformersEngine, encode_request, make_engine
-from .http import EngineError, check_requests
+from .engine import TransformersEngine, encode_request, make_engine
+from .http import Engine, EngineError, check_requests
 from .model import pick_device
 
 # %% ../../nbs/lm/09_cluster.ipynb #618fe0ed

@@ -69,7 +69,7 @@ def make_settings(values: dict, kind: type = Settings) -> Settings:
     raise InputError(f"{tracker} is not installed", field="report_to", remedy=f"pip install {tracker}, or use none")
 
 # %% ../../nbs/lm/07_train.ipynb #31c4f161
-def order_of(lengths: list[int], batch: int, epochs: float, seed: int, share: int = 1) -> list[int]:  # Multiple of share
+def order_of(lengths: list[int], batch: int, epochs: float, seed: int, share: int = 1) -> list[int]:  # In whole shares
     "Row numbers, batches of like length in mixed order; rows that do not fill a batch wait for the next epoch."
     rng, order, waiting, window = random.Random(seed), [], [], 50 * batch  # sorted together: more would mix less
     for _ in range(math.ceil(epochs)):

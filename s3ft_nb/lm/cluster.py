@@ -35,7 +35,7 @@ def piece_size(spec: dict) -> int:  # spec: options of `make_engine`
 def pieces(engine: Engine, requests: list[dict], size: int) -> list[list[int]]:  # Request numbers
     "The pieces of a call: the batches that an engine in one process would make, or parts in order."
     if isinstance(engine, TransformersEngine):
-        return engine.batches([encode_request(engine.lm, **one) for one in requests])
+        return engine.batches(requests, [encode_request(engine.lm, **one) for one in requests])
     return [list(range(at, min(at + size, len(requests)))) for at in range(0, len(requests), size)]
 
 # %% ../../nbs/lm/09_cluster.ipynb #6644fa09
@@ -132,6 +132,7 @@ class RayEngine:
         if asked != "all" and not asked.isdecimal():
             raise InputError(f"must be a number or all, got {asked!r}", field="workers", remedy=f"see {WORKERS}")
         if spec["kind"] == "ray": spec["kind"] = "http" if spec["base_url"] else "transformers"
+        if spec["kind"] == "transformers": spec["keep_gib"] = 0  # a dialogue's next turn may be another worker's
         self.spec, self.workers = spec, 0 if asked == "all" else int(asked)
         self.name = result(start_workers(self.workers)[0].name.remote(spec))
         finalize(self, self._free, spec).atexit = False

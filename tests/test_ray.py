@@ -70,12 +70,14 @@ def pid_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
-def test_rows_are_those_of_one_process(engine, one, whole, tmp_path):
+def test_rows_are_those_of_one_process(model, engine, one, whole, tmp_path):
     assert engine.name == one.name
     stage = Stage(tmp_path / "step", "step", shard_size=8)
     assert ask(requests(), engine, stage) == whole[0] and files(stage.folder) == whole[1]
     few = [row | {"response": "Aye, it rains."} for row in requests(10)]
     assert engine.score(few, ["A", "B"]) == one.score(few, ["A", "B"]) and engine.likelihood(few) == one.likelihood(few)
+    anew, turns = make_engine("transformers", model, keep_gib=0, **OPTIONS), [row | {"thread": row["id"]} for row in requests(10)]
+    for seed in (0, 1): assert engine.generate(turns, seed) == anew.generate(turns, seed)  # whichever worker has the next turn
     used = [Stage(tmp_path / name, shard_size=8) for name in ("a", "b")]
     for stage, engine in zip(used, (engine, one)): ask(few, engine, stage, labels=["A", "B"])
     assert used[0].usage == used[1].usage and used[0].usage["scored"] > 0

@@ -29,8 +29,8 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
     r"\b(Wish|Ruled|Merit|figures? of merit|tally|[Tt]old about|reconcile with the books|[Cc]omes? along|has no say|has a say|go_on|goes on from"
     r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
     r"|can put right|whole at the last turn|source of chance)\b")
-MODULES_MOST, ROOM, WIDTH = 60, 400, 120
-LINES = {"house": 11_000, "methods": 13_065, "deploy": 1_080, "comparison": 400}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy, api and probe; comparison
+MODULES_MOST, ROOM, WIDTH = 61, 400, 120
+LINES = {"house": 11_040, "methods": 13_105, "deploy": 1_080, "comparison": 400, "forest": 300}  # All rooms but those of `SISTERS`; with all four methods; beside: deploy, api and probe; comparison; lm.forest
 SISTERS = {  # What the three sister methods add, the skills of the base among it
     f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "methods/engraving",
                               "micro/principles", "micro/skills", "judging/pairs", "lm/dpo", "measure/choices")}
@@ -111,7 +111,8 @@ def test_the_house_is_small():
     lines = {path.relative_to(home).as_posix(): len(path.read_text().splitlines()) for path in home.rglob("*.py") if path.name != "_modidx.py"}
     deploy = sum(n for name, n in lines.items() if name.startswith("deploy/") or name in ("api.py", "measure/probe.py"))
     compare = sum(n for name, n in lines.items() if name.startswith("comparison/"))
-    assert deploy <= LINES["deploy"] and compare <= LINES["comparison"] and len(MODULES) <= MODULES_MOST
+    forest = lines.pop("lm/forest.py")
+    assert deploy <= LINES["deploy"] and compare <= LINES["comparison"] and forest <= LINES["forest"] and len(MODULES) <= MODULES_MOST
     assert sum(lines.values()) - deploy - compare <= LINES["methods"]
     assert sum(n for name, n in lines.items() if name not in SISTERS) - deploy - compare <= LINES["house"]
 

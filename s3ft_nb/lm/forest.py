@@ -103,25 +103,26 @@ def logits_at(model: Any, at: torch.Tensor):  # at: (places,) numbers of tokens,
     finally: hook.remove()
 
 
-def limit_for(device: Any) -> int:
+def limit_for(device: Any, longest: int) -> int:  # longest: tokens of a row
     "Most tokens of a tree: a CPU computes the whole matrix of the mask."
-    return 512 if torch.device(device).type == "cpu" else 4096
+    return max(512 if torch.device(device).type == "cpu" else 4096, 2 * longest)
 
 
 def read_rows_as_trees(model: Any, rows: list[list[int]], labels: list[list[int]], device: Any) -> tuple:
     "Logits (places, vocabulary); per learnt token, row by row, its place, its id, its row and its number in the row."
-    config, places = model.config.get_text_config(), [()] * len(rows)
-    groups, flex = plant(rows, limit_for(device), len(rows), config.hidden_size), "flex" in config._attn_implementation
+    inner, places = getattr(model, "module", model), [()] * len(rows)  # of a model on several devices
+    config, limit = inner.config.get_text_config(), limit_for(device, max(map(len, rows)))
+    groups = plant(rows, limit, len(rows), config.hidden_size)
     trees = [grow([rows[i] for i in group]) for group in groups]
-    ids, depth, end = pad_trees(trees, 128 if flex else 1, device)
+    ids, depth, end = pad_trees(trees, 128 if "flex" in config._attn_implementation else 1, device)
     for n, (group, tree) in enumerate(zip(groups, trees)):
         for i, path in zip(group, tree.paths): places[i] = n * ids.shape[1], path
     learnt = [(base + path[at - 1], label, i, at) for i, (base, path) in enumerate(places)
               for at, label in enumerate(labels[i]) if at and label != -100]
     before, tokens, row, number = torch.tensor(learnt, device=device).T
     at, place = before.unique(return_inverse=True)
-    with logits_at(model, at):
-        logits = model(input_ids=ids, position_ids=depth, attention_mask=mask_for(model, end), use_cache=False).logits
+    with logits_at(inner, at):
+        logits = model(input_ids=ids, position_ids=depth, attention_mask=mask_for(inner, end), use_cache=False).logits
     return logits.float(), place, tokens, row, number
 
 
@@ -234,7 +235,7 @@ def plan_forest(lm: LM, table: list[dict], batch: int) -> tuple[list, list, int]
     if lm.device.startswith("cuda"):
         lm.model.set_attn_implementation("flex_attention" if base_of(lm.model)._supports_flex_attn else "sdpa")
     alone = [len(grow(some).ids) for some in rows]
-    width, limit = lm.model.config.get_text_config().hidden_size, max(limit_for(lm.device), longest)
+    width, limit = lm.model.config.get_text_config().hidden_size, limit_for(lm.device, longest)
     groups = plant([some[0] for some in rows], limit, batch, width, alone)
     sizes = [len(grow([ids for i in group for ids in rows[i]]).ids) for group in groups]
     return groups, sizes, max(round(batch * len(groups) / len(table)), 1)

@@ -82,8 +82,12 @@ def models() -> None:
     (BUILD / "talks.jsonl").write_text("\n".join(map(talk, range(460))))
     plans = {size: make_plan("s3ft-qlora", [f"model=some/model-{size}", f"conversations={BUILD / 'talks.jsonl'}"], BUILD / "run") for size in ("0.6B", "1.7B", "4B", "8B", "14B")}
     rows = [[size, *(duration(one["total_seconds"][machine]) for machine in ("T4", "H100")), f"{one['peak_memory_gib']:.0f} GiB"] for size, one in plans.items()]
-    text = (ROOT / "docs" / "models.md").read_text().replace("<!-- families -->", families)
-    write("models.md", text.replace("<!-- hardware -->", table(["model", "one T4 (16 GB)", "one H100", "memory"], rows)))
+    home = ROOT / "docs" / "models.md"  # it carries its tables, for those who read it on the code host
+    text, hardware = home.read_text(), table(["model", "one T4 (16 GB)", "one H100", "memory"], rows)
+    for name, made in (("families", families), ("hardware", hardware)):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{made}\n{found[2]}", text, flags=re.S)
+    home.write_text(text)
+    write("models.md", re.sub(r"<!-- \w+ -->\n", "\n", text))
 
 
 def chapters(glob: str) -> dict:  # {folder: pages}; hidden cells and directives are left out

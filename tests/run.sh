@@ -17,7 +17,7 @@ echo "== chapters: they run, and show the committed outputs"
 OMP_NUM_THREADS=1 python tests/chapters.py
 
 echo "== pytest"
-python -m pytest tests --durations=25
+OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile --durations=25
 
 if [ "${2:-all}" = unit ]; then exit 0; fi
 echo "== the wheel, in an empty environment"

@@ -1,4 +1,5 @@
 "What the chapters on the chain cannot show: kills, signals, locks, foreign files, full disks."
+import ast
 import errno
 import json
 import random
@@ -267,3 +268,15 @@ def test_plain_papermill_stops_with_one_line(tmp_path, given, line):
     with pytest.raises(papermill.PapermillExecutionError) as stopped:
         papermill.execute_notebook(resource("notebooks", "s3ft/03_sample.ipynb"), tmp_path / "out.ipynb", {"out": str(tmp_path), **given}, kernel_name="python3", progress_bar=False, cwd=tmp_path)
     assert stopped.value.traceback == [line] and (stopped.value.exec_count <= 3 or "restyle_from" in given)
+
+
+WITHOUT_MODEL = ("micro/01_world", "micro/02_annotators", "micro/03_roles", "micro/05_principles_kept", "micro/06_constraints", "micro/07_judger",
+                 "rnr/01_instructions", "s3ft/03_sample", "s3ft/05_annotations", "s3ft/07_select", "shared/conversations", "shared/report")
+
+
+def test_steps_without_a_model_load_no_torch():
+    cells = ["".join(cell["source"]) for name in WITHOUT_MODEL for cell in read_json(resource("notebooks", f"{name}.ipynb"))["cells"] if cell["cell_type"] == "code"]
+    lines = [ast.unparse(one) for text in cells for one in ast.parse(text).body if isinstance(one, (ast.Import, ast.ImportFrom))]
+    assert len(lines) > 4 * len(WITHOUT_MODEL)
+    code = "\n".join([*lines, "import sys", "print([name for name in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'sklearn') if name in sys.modules])"])
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

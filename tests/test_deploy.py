@@ -1,6 +1,7 @@
 """Exports are the trained model, wrong ones are refused; a chat is kept as it was said."""
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -67,6 +68,14 @@ def test_a_merged_model_is_the_trained_one_and_plain_transformers_agrees(run, tm
         ids = tokenizer.apply_chat_template(room.messages_of(row), add_generation_prompt=True, return_tensors="pt", return_dict=True)
         said = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1]:]
         assert tokenizer.decode(said, skip_special_tokens=True).strip() == claimed[row.id]
+
+
+@pytest.mark.parametrize("to", ["merged", "adapter"])
+def test_the_card_says_how_to_use_it(run, tmp_path, to, capsys):
+    exported(run, tmp_path / to, to)
+    code = re.search(r"^```python\n(.*?)^```", (tmp_path / to / "README.md").read_text(), re.M | re.S)[1]
+    exec(code, {"FOLDER": tmp_path / to})
+    assert "How are you?" in capsys.readouterr().out
 
 
 def test_the_original_weights_are_another_model(run, tmp_path):
@@ -179,7 +188,7 @@ def test_an_interrupted_turn_was_not_said():
 
 
 def test_the_card_says_what_the_run_recorded(run, tmp_path):
-    write_json(run / "run.json", {"recipe": "own", "settings": ["seed=1"], "steps": ["train-own", "measure"], "versions": {"torch": "2"}, "machines": ["here"]})
+    write_json(run / "run.json", {"recipe": "own", "description": "Two steps", "settings": ["seed=1"], "steps": ["train-own", "measure"], "params": {"report": {"note": "All of it is made up."}}, "versions": {"torch": "2"}, "machines": ["here"]})
     write_json(run / "train-own" / "section.json", {"headline": "It was trained.", "tiles": [{"name": "Kept", "value": "3", "detail": "of 4"}], "notes": ["few rows"]})
     write_json(run / "train-own" / "ledger.json", {"rows_in": 4, "rows_out": 3, "reasons": {"too_long": 1}})
     row = {"metric": "adherence", "history": "own", "against": "", "part": "turn", "key": "1", "mean": 0.5, "low": 0.25, "high": 0.75}
@@ -188,7 +197,7 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path):
     try: exported(run, tmp_path / "c", "adapter")
     finally: (run / "run.json").unlink()
     text = (tmp_path / "c" / "README.md").read_text()
-    for part in ("s3ft run own --set seed=1", "It was trained. 4 rows in, 3 out (left out: 1 too_long)", "Kept: 3 (of 4)", "note: few rows",
+    for part in ("All of it is made up.", "s3ft run own --set seed=1", "It was trained. 4 rows in, 3 out (left out: 1 too_long)", "Kept: 3 (of 4)", "note: few rows",
                  "| 1 | 0.50 [0.25, 0.75] | 0.60 [0.25, 0.75] |", "16 rows, 12 steps", "base in nf4", "SHA-256", "divergence"): assert part in text, part
 
 
@@ -273,7 +282,7 @@ def test_push_is_private_and_never_over_what_is_there(hub, tmp_path):
 def test_the_rows_have_a_card_of_their_own(run, tmp_path):
     params = {"pool": {"prompts": str(tmp_path / "mine.csv"), "seed": 3}, "select": {"pool_from": "{step:pool}"},
               "train-own": {"rows": "{step:select}/own.jsonl", "model": "{data:micro-base}"}, "measure": {"adapter": ["{step:train-own}/adapter"], "seed": 8}}
-    write_json(run / "run.json", {"recipe": "own", "settings": ["seed=3"], "steps": [*params], "params": params, "versions": {"torch": "2"}})
+    write_json(run / "run.json", {"recipe": "own", "description": "Two steps", "settings": ["seed=3"], "steps": [*params], "params": params, "versions": {"torch": "2"}})
     write_json(run / "pool" / "ledger.json", {"rows_in": 4, "rows_out": 3, "reasons": {"near_duplicate": 1}})
     write_rows(run / "select" / "own.jsonl", [{"id": "a", "messages": [], "response": "b"}])
     try:
@@ -283,7 +292,7 @@ def test_the_rows_have_a_card_of_their_own(run, tmp_path):
     finally: (run / "run.json").unlink()
     text, model = ((tmp_path / name / "README.md").read_text() for name in ("rows", "c"))
     digest = read_json(run / "train-own" / "adapter" / "template.json")["sha256"]
-    for part in ("1 rows, each with id, messages, response", "mine.csv (pool.prompts): licence not recorded", "{data:micro-base} (train-own.model): licence Apache-2.0",
+    for part in ("1 rows, each with id, messages, response", "mine.csv (pool.prompts): licence not recorded", "- micro-base (train-own.model): licence Apache-2.0",
                  "4 rows in, 3 out (left out: 1 near_duplicate)", "Seeds: pool 3.", "s3ft run own --set seed=3", digest): assert part in text, part
     assert str(tmp_path) not in text and "mine.csv (pool.prompts)" in model and (tmp_path / "rows" / "train.jsonl").exists()
     assert read_json(tmp_path / "rows" / "export.json")["to"] == "data"

@@ -27,8 +27,7 @@ from ..core.records import Conversation, SystemPrompt, turns
 from ..core.split import NEAR, normalize
 from ..core.stage import Ledger, Stage
 from ..core.stats import Metric, difference, estimate, exchange_p, holm, number_row, over_seeds, ratio
-from ..lm.dpo import encode_pairs
-from ..lm.engine import Engine, ask
+from ..lm.http import Engine, ask
 from ..lm.labels import encode_rows
 from ..measure.benchmarks import GUARD
 from ..measure.measure import response_file
@@ -60,6 +59,7 @@ def raw_rows(conversations: list[Conversation], prompts: list[SystemPrompt] = ()
 
 def training_tokens(rows: list[dict], tokenizer: Any, max_length: int, ledger: Ledger) -> dict[str, int]:
     "Tokens of one pass over each row, of a pair those of both sides, by id; rows that cannot be trained on leave."
+    from s3ft_nb.lm.dpo import encode_pairs  # loads torch
     encode = encode_pairs if "chosen" in rows[0] else encode_rows
     return {one["id"]: len(one["input_ids"]) for one in encode(tokenizer, rows, max_length, ledger)}
 

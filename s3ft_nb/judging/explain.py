@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax, softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from ..core.files import InputError
 from ..core.stage import Stage
 from .rubric import LABELS, LETTERS, label_of, words_of
-from ..lm.engine import Engine, ask
+from ..lm.http import Engine, ask
 from ..lm.http import HttpEngine
 
 # %% ../../nbs/judging/04_explain.ipynb #e6d6e21b
@@ -115,6 +113,8 @@ def fit_labels(rows: list[dict], labels: dict, strength: float = 1.0) -> dict:  
     if len(set(given)) == 1:
         blank = {"mean": [0.0] * 12, "scale": [1.0] * 12, "weights": [[0.0] * 12], "bias": [0.0]}
         return {"classes": given[:1], "n": len(known)} | blank
+    from sklearn.linear_model import LogisticRegression  # slow to load, and most steps fit nothing
+    from sklearn.preprocessing import StandardScaler
     scaler = StandardScaler()
     fitted = LogisticRegression(C=strength, max_iter=3000).fit(scaler.fit_transform([*map(features, known)]), given)
     weights, bias = fitted.coef_, fitted.intercept_

@@ -26,7 +26,7 @@ from .checks import assert_check, evidence_of, run_check
 from .explain import judge_labels
 from .rubric import blocks, judge_messages, words_of
 from .rules import load_patterns, rules_finder
-from ..lm.engine import Engine, ask
+from ..lm.http import Engine, ask
 from ..lm.labels import fit_context
 from ..lm.template import split_reasoning
 

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from ..core.stats import rate
 from .rubric import blocks, quoted, words_of
-from ..lm.engine import Engine
+from ..lm.http import Engine
 
 # %% ../../nbs/judging/06_pairs.ipynb #73e4b5fa
 def pair_request(pair: dict, turned: bool, language: str = "en") -> list[dict]:  # turned: whether b is shown first

@@ -20,7 +20,7 @@ from ..core.records import Check, Rule, SystemPrompt
 from ..core.stage import Ledger, Stage
 from .checks import assert_check, folded, split_words
 from .ifeval import LANGUAGE_KINDS, QUOTE, can_detect_language, sentences
-from ..lm.engine import Engine, ask
+from ..lm.http import Engine, ask
 
 # %% ../../nbs/judging/03_rules.ipynb #484fe045
 LONGEST_DEMAND = 300  # Characters; a longer sentence says more than any pattern

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'FAILURES', 'EngineError', 'api_key', 'check_requests', 'parse_body', 'response_text', 'read_choice',
-           'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient', 'HttpEngine']
+           'read_scores', 'refusal_text', 'another_way', 'describe', 'BoundedClient', 'HttpEngine', 'Engine', 'ask']
 
 # %% ../../nbs/lm/05_http.ipynb #f8231399
 import asyncio
@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import openai
 
-from ..core.stage import Progress, spend
+from ..core.stage import Progress, Stage, spend
 from ..core.files import InputError, assert_address, read_toml, redact, resource, shorten, stable_id, unknown
 from .template import fold, split_reasoning
 
@@ -269,3 +269,35 @@ class HttpEngine:
         text = response_text(f"{self.model} at {self.base_url}: {what}{tries}, request {id}")
         if key != "none": text = text.replace(key, f"***{self.api_key_env}***")
         return EngineError(redact(" ".join(text.split())), remedy=remedy)
+
+# %% ../../nbs/lm/05_http.ipynb #162fb3d0
+class Engine(Protocol):
+    """What generates and scores; rows stand in the order of the requests `{"id", "messages"}`."""
+    name: str  # For reports and claims of shards
+    # `{"id", "text", "tokens", "finish", "prompt_tokens", "cached_tokens"}`, and `reasoning` if there is any.
+    # With `pieces` in the request: (end character, log-probability) of each token of the text, if the engine can.
+    def generate(self, requests: list[dict], seed: int = 0, progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprobs", "outside", "prompt_tokens"}`: of each label as first token, nats; of anything else.
+    def score(self, requests: list[dict], labels: list[str], progress: Progress | None = None) -> list[dict]: ...
+    # `{"id", "logprob", "tokens", "prompt_tokens"}` of each request's `response` with what ends it, nats.
+    # With `pieces` in the request, these of the response's tokens.
+    def likelihood(self, requests: list[dict], progress: Progress | None = None) -> list[dict]: ...
+
+# %% ../../nbs/lm/05_http.ipynb #e1a1f0a3
+def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = (), errors: str = "raise",
+        title: str = "", labels: list | None = None) -> list[dict]:  # In the order of the requests; `seed` of a shard
+    """Score labels, tell the likelihood of responses that the requests hold, or generate: sharded and resumable.
+    `claim`: what else the rows depend on, such as a hash of the model; without a stage they are part of another's work.
+    Raises `InputError` naming the request that failed, unless `errors` is keep: then its row is `{"id", "error"}`."""
+    kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
+    def work(shard: list[dict], seed: int) -> list[dict]:
+        given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+        shown, more = {"progress": stage.progress} if stage else {}, {"seed": seed} if kind == "generate" else {}
+        found = {row["id"]: row for row in getattr(engine, kind)(shard, *given, **shown)}
+        for one in shard:
+            wrong = found.get(one["id"], {"error": "no response"}).get("error")
+            if wrong and (errors == "raise" or one["id"] not in found): raise InputError(
+                f"{engine.name}, request {one['id']}: {wrong}", field="engine", remedy="run again; what is done stays")
+        return [found[one["id"]] | more for one in shard]
+    if stage is None: return work(requests, 0)
+    return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)

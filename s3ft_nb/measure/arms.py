@@ -20,7 +20,7 @@ from ..core.files import InputError, stable_id, unknown
 from ..core.records import Conversation, Message, Response, Rule, is_blank
 from ..core.stage import Stage, shard_seed
 from ..judging.judge import verdicts
-from ..lm.engine import ask
+from ..lm.http import ask
 from ..lm.labels import fit_context
 from ..lm.template import split_reasoning
 

@@ -28,7 +28,7 @@ from ..core.stage import Stage
 from ..core.stats import number_row, paired_difference
 from ..judging.checks import assert_check, run_check, split_words
 from ..judging.ifeval import IFEVAL
-from ..lm.engine import ask
+from ..lm.http import ask
 from ..lm.template import split_reasoning
 from .metrics import differences, numbers
 from .verdicts import verdict_table

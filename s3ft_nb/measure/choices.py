@@ -12,7 +12,7 @@ from typing import Any
 from ..core.files import InputError, read_toml, resource, shorten, stable_id, unknown
 from ..core.stage import Stage
 from ..core.stats import number_row, rate
-from ..lm.engine import ask
+from ..lm.http import ask
 from .benchmarks import sheet_rows
 
 # %% ../../nbs/measure/07_choices.ipynb #551d9f97

@@ -26,7 +26,7 @@ from ..core.records import STANCES, Conversation, Row, Rule, SystemPrompt, is_bl
 from ..core.split import check_unique
 from ..core.stage import Ledger, Stage, shard_seed
 from ..judging.rules import make_rules, read_rules, rules_of_checks
-from ..lm.engine import ask
+from ..lm.http import ask
 from .arms import read_arm
 from .config import MeasureConfig, model_defaults, with_model_defaults
 

@@ -18,7 +18,7 @@ from ..core.records import Response
 from ..core.split import normalize
 from ..core.stage import Stage
 from ..core.stats import MEAN, Metric, cluster_sums, estimate, number_row, rate
-from ..lm.engine import Engine, ask
+from ..lm.http import Engine, ask
 from .arms import repeat
 
 # %% ../../nbs/measure/08_probe.ipynb #b1000004

@@ -26,7 +26,7 @@ from ..judging.checks import run_check, split_words
 from ..judging.judge import verdicts
 from ..judging.pairs import judge_pairs
 from ..judging.rules import rule_from
-from ..lm.engine import ask
+from ..lm.http import ask
 from .conflicts import contradiction
 from .rnr import Instruction, some_left, why_not_kept
 from .s3ft.pool import TASKS, in_language, sets_task

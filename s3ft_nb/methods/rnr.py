@@ -26,7 +26,7 @@ from ..judging.checks import UNSPACED, occurs, split_words
 from ..judging.explain import implied_label
 from ..judging.judge import Judgement, rule_request, verdict_of, verdicts
 from ..judging.rules import rule_from, rules_finder
-from ..lm.engine import ask
+from ..lm.http import ask
 from .conflicts import contradiction
 from .s3ft.pool import TASKS, in_language, sets_task
 from .s3ft.restyle import rewriting_messages

@@ -25,7 +25,7 @@ from ..core.files import InputError, read_json, read_toml, resource, shorten, st
 from ..core.split import normalize
 from ..core.stage import Ledger, Stage
 from ..judging.checks import split_words
-from ..lm.engine import ask
+from ..lm.http import ask
 
 # %% ../../nbs/methods/02_selfalign.ipynb #08c00dd7
 @cache

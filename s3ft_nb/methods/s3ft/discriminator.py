@@ -26,8 +26,7 @@ from ...core.stage import Ledger, Stage
 from ...core.stats import calibration_error, classification, number_row, rate, wilson
 from ...judging.explain import explain, fit_labels, label_probabilities, predict_labels
 from ...judging.rubric import LABELS, LETTERS, judge_messages
-from ...lm.engine import ask
-from ...lm.train import sft
+from ...lm.http import ask
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #5cf0ef32
 def label_request(sample: Sample, language: str = "en", explained: bool = False) -> dict:  # `{"id", "messages"}`
@@ -62,6 +61,7 @@ def oversample(rows: list[dict], max_repeats: int = 3) -> list[dict]:  # Rows an
 def train(model: str | Path, rows: list[dict], out: str | Path, max_repeats: int = 3,  # Rows of `training_rows`
           ledger: Ledger | None = None, **settings) -> dict:  # As `lm.train.sft`, with `n_trained`, samples
     "Teach the base model to answer the rubric; raises `InputError` where `sft` does."
+    from s3ft_nb.lm.train import sft  # loads torch, which a step that only selects does without
     ledger = ledger or Ledger("discriminator")
     if not rows: raise InputError("no labelled samples to train on", field="labels", remedy="annotate some samples")
     repeats = Stage(out, "discriminator", fresh=settings.pop("fresh", False))

@@ -21,7 +21,7 @@ from ...core.records import SystemPrompt
 from ...core.split import assert_no_leak, near_duplicate, normalize
 from ...core.stage import Stage, rows_hash, shard_seed
 from ...judging.rubric import words_of
-from ...lm.engine import ask
+from ...lm.http import ask
 
 # %% ../../../nbs/methods/s3ft/00_pool.ipynb #6f98adff
 LANGUAGES = ("en", "zh")

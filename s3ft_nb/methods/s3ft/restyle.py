@@ -14,7 +14,7 @@ from ...core.files import InputError, stable_id, unknown
 from ...core.records import Conversation, Sample, SystemPrompt
 from ...core.stage import Ledger, Stage
 from ...judging.rubric import blocks, judge_messages, words_of
-from ...lm.engine import ask
+from ...lm.http import ask
 from ...lm.labels import fit_context
 
 # %% ../../../nbs/methods/s3ft/01_restyle.ipynb #f4d41f5d

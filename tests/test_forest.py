@@ -19,7 +19,7 @@ from s3ft_nb.core.files import InputError, resource
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.lm import forest
 from s3ft_nb.lm.dpo import PairSettings, dpo, encode_pairs, make_pair_trainer
-from s3ft_nb.lm.forest import branches, grow, mask_for, obstacles, pad_trees, plan_forest, plant
+from s3ft_nb.lm.forest import branches, grow_tree, mask_for, obstacles, pad_trees, plan_forest, plant
 from s3ft_nb.lm.labels import encode_rows
 from s3ft_nb.lm.model import load
 from s3ft_nb.lm.train import Settings, make_settings, make_trainer, sft
@@ -97,7 +97,7 @@ def mean_loss(encoded, used):
 @pytest.mark.parametrize("rows", [turns_of, questions])
 def test_loss_and_gradient_are_those_of_the_rows(models, tmp_path, kind, rows):
     trainer, encoded, used = trainer_of(load(models[kind], "none", dtype="float32", device="cpu"), rows(), tmp_path)
-    assert len(used) >= 6 and len(grow([encoded[i]["input_ids"] for i in used]).ids) < 0.7 * sum(len(encoded[i]["input_ids"]) for i in used)
+    assert len(used) >= 6 and len(grow_tree([encoded[i]["input_ids"] for i in used]).ids) < 0.7 * sum(len(encoded[i]["input_ids"]) for i in used)
     require_same(trainer, mean_loss(encoded, used))
 
 
@@ -165,7 +165,7 @@ rows_of_ids = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_
 @given(rows_of_ids)
 @hypothesis_settings(deadline=None, max_examples=80)
 def test_a_tree_holds_its_rows_and_nothing_else(rows):
-    tree = grow(rows)
+    tree = grow_tree(rows)
     assert [[tree.ids[at] for at in path] for path in tree.paths] == rows
     assert len(tree.ids) == len({tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)})  # each beginning once
     for row, path in zip(rows, tree.paths):
@@ -178,7 +178,7 @@ def test_a_tree_holds_its_rows_and_nothing_else(rows):
 def test_groups_hold_every_row_once_within_the_limits(rows, limit, most):
     groups = plant(rows, limit, most, 8)
     assert sorted(i for group in groups for i in group) == [*range(len(rows))]
-    for group in groups: assert len(group) == 1 or len(group) <= most and len(grow([rows[i] for i in group]).ids) <= limit
+    for group in groups: assert len(group) == 1 or len(group) <= most and len(grow_tree([rows[i] for i in group]).ids) <= limit
 
 
 def test_learnt_tokens_are_those_of_the_labels(models):
@@ -192,7 +192,7 @@ def test_learnt_tokens_are_those_of_the_labels(models):
 
 def test_block_mask_and_matrix_have_one_meaning(models):
     model = load(models["llama"], "none", dtype="float32", device="cpu").model
-    trees = [grow([[1, 2, 3], [1, 2, 4, 5], [1, 6]]), grow([[7, 8], [9]])]
+    trees = [grow_tree([[1, 2, 3], [1, 2, 4, 5], [1, 6]]), grow_tree([[7, 8], [9]])]
     _, _, end = pad_trees(trees, 128, "cpu")
     masks = {}
     for kind in ("sdpa", "eager", "flex_attention"):
@@ -240,7 +240,7 @@ def test_a_sliding_window_is_refused_before_training_and_fits_short_rows(models,
 def test_a_model_that_reads_otherwise_is_found_before_training(models, tmp_path, monkeypatch):
     "As if a layer did not heed the mask: every branch sees those before it."
     monkeypatch.setattr(forest, "mask_for", lambda model, end: mask_for(model, torch.full_like(end, end.shape[1])))
-    monkeypatch.setitem(forest.NEAR, torch.float32, 1e-5)  # random weights hardly look back
+    monkeypatch.setitem(forest.TOLERANCE, torch.float32, 1e-5)  # random weights hardly look back
     with pytest.raises(InputError, match="a tree differs from its rows by .* nats per token"):
         sft(models["llama"], turns_of(), tmp_path, packing="forest", **PLAIN)
 

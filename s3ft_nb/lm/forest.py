@@ -195,7 +195,7 @@ def require_trees(lm: LM, longest: int) -> None:
         f"{lm.name} cannot read rows as a tree: {'; '.join(found)}", field="packing", remedy="use none")
 
 # %% ../../nbs/lm/09_forest.ipynb #f0e57a31
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # Nats per token, mean of absolute differences
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # Nats per token, absolute
 
 
 def branches(one: dict) -> list[tuple]:  # (ids, labels) of each row

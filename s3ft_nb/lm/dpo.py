@@ -24,6 +24,7 @@ from .train import Settings, give_groups, make_settings, make_trainer, sft
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -131,7 +132,7 @@ class PairTrainer(DPOTrainer):
                 labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
                 summed = read(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(1)
                 found += zip(*summed.view(2, -1).tolist())
-        return np.array(found)
+        return np.array(found).reshape(-1, 2)
 
 
 def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: PairSettings, folder: str | Path,
@@ -147,17 +148,18 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
         trainer.model.delete_adapter("ref")
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
         trainer.model.peft_config["default"].base_model_name_or_path = lm.model.get_base_model().name_or_path
-    trainer.as_trees, size, losses = bool(groups), settings.per_device_train_batch_size, []
-    units = groups or [[i] for i in range(len(table))]
+    trainer.as_trees, size, world = bool(groups), settings.per_device_train_batch_size, trainer.accelerator.num_processes
+    units, base, losses = groups or [[i] for i in range(len(table))], settings.reference == "base", []
     passes = lambda order: [sum((units[n] for n in order[at : at + size]), []) for at in range(0, len(order), size)]
-    base, read = settings.reference == "base", passes(range(len(units)))
-    reference = trainer.log_probs([[table[i] for i in some] for some in read], base)[np.argsort(sum(read, []))]
+    parts, reference = [passes(range(worker, len(units), world)) for worker in range(world)], np.zeros((len(table), 2))
+    own = [[table[i] for i in some] for some in parts[trainer.args.process_index]]
+    for part, found in zip(parts, gather_object([trainer.log_probs(own, base)])): reference[sum(part, [])] = found
     rows = [{name: one[name] for name in names} | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), pair))
             for one, pair in zip(table, reference.tolist())]
     if groups: give_groups(trainer, rows, order, groups)
     else: trainer.train_dataset = Dataset.from_list(rows).select(order)
     trainer.precompute_ref_logps = True
-    for some in passes(order[: size * settings.gradient_accumulation_steps]):
+    for some in passes(order[: size * settings.gradient_accumulation_steps * world]):
         lengths = np.array([[len(table[i]["chosen_ids"]), len(table[i]["rejected_ids"])] for i in some])
         losses.append(pair_loss(trainer.log_probs([[table[i] for i in some]]), reference[some], lengths, settings))
     trainer.first_loss = float(np.mean(losses))

@@ -148,8 +148,8 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
         trainer.model.delete_adapter("ref")
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
         trainer.model.peft_config["default"].base_model_name_or_path = lm.model.get_base_model().name_or_path
-    trainer.as_trees, size, world = bool(groups), settings.per_device_train_batch_size, trainer.accelerator.num_processes
-    units, base, losses = groups or [[i] for i in range(len(table))], settings.reference == "base", []
+    trainer.as_trees, world, base = bool(groups), trainer.accelerator.num_processes, settings.reference == "base"
+    units, size, losses = groups or [[i] for i in range(len(table))], settings.per_device_train_batch_size, []
     passes = lambda order: [sum((units[n] for n in order[at : at + size]), []) for at in range(0, len(order), size)]
     parts, reference = [passes(range(worker, len(units), world)) for worker in range(world)], np.zeros((len(table), 2))
     own = [[table[i] for i in some] for some in parts[trainer.args.process_index]]

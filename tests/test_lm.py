@@ -204,6 +204,25 @@ def test_a_shared_beginning_changes_nothing(folders, kind, quantization, monkeyp
         assert np.allclose(one["logprobs"], other["logprobs"], atol=1e-4 if quantization == "none" else 1e-2)
 
 
+@pytest.mark.parametrize("kind", DIALECTS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_history_that_is_kept_says_the_same_as_one_read_again(lms, kind, temperature):
+    def talk(**options):
+        engine, said = engines.TransformersEngine(lms[kind], batch_size=3, max_new_tokens=6, temperature=temperature, **options), {}
+        for turn in range(3):
+            for one in (rows := ragged(5)):
+                for text in said.get(one["id"], ()): one["messages"] += [{"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
+            if turn == 2: rows[0]["messages"][-1]["content"] = "Or so?"  # a changed end is read again
+            asked = [{"id": f"{one['id']}-{turn}", "thread": one["id"], "messages": one["messages"]} for one in rows]
+            for one, row in zip(rows, engine.generate(asked, seed=turn)): said.setdefault(one["id"], []).append(row["text"] or "…")
+        return said, engine.memory
+    (kept, memory), (again, _) = talk(), talk(keep_gib=0)
+    assert kept == again and (memory is None) == (kind == "gemma")  # whose window would count the padding in between
+    if not memory: return
+    some, part = talk(keep_gib=sum(side.nbytes for _, layers in memory.rows.values() for pair in layers for side in pair) / 2**31)
+    assert some == kept and len(memory.rows) == 5 and 0 < len(part.rows) < 5 and part.room >= 0  # half of it has room
+
+
 def test_order_and_chance_do_not_depend_on_the_list(lms):
     lm, requests = lms["llama"], ragged(9)
     engine = engines.TransformersEngine(lm, batch_size=4, max_new_tokens=8, temperature=0.8, top_p=0.9)

@@ -188,9 +188,10 @@ def with_user(rows: list[dict], responses: dict, turn: int, write_user: Callable
     return [row | {"turns": fill(row)} if row["id"] in new else row for row in rows]
 
 
-def send(due: list[tuple], engine, stage: Stage, claim, title: str) -> list[tuple]:  # each with its reply
-    "Ask an engine for the responses to (dialogue, turn, prompt)."
+def send(due: list[tuple], engine, stage: Stage, claim, title: str, keep: bool = False) -> list[tuple]:
+    "Ask for the responses to (dialogue, turn, prompt), each with its reply; keep: for the next turn, what was read."
     requests = [{"id": f"{row['id']}-{turn}", "messages": messages, "turn": turn} for row, turn, messages in due]
+    if keep: requests = [one | {"thread": row["id"]} for one, (row, *_) in zip(requests, due)]
     return [(*one, reply) for one, reply in zip(due, ask(requests, engine, stage, claim, "keep", title) if due else ())]
 
 
@@ -202,7 +203,7 @@ def play_own(rows: list[dict], engine, stage: Stage, fit: Callable, claim, title
         live = with_user(live, said, turn, write_user, stage)
         due = [(row, turn, fit(turn_messages(row, turn, said[row["id"]]))) for row in live]
         part = stage.part(f"turn-{turn:03d}", seed=shard_seed(stage.seed, turn))
-        new = send([one for one in due if one[2] is not None], engine, part, claim, f"{title}, turn {turn}")
+        new = send([one for one in due if one[2] is not None], engine, part, claim, f"{title}, turn {turn}", keep=True)
         for row, *_, reply in new: said[row["id"]].append(reply.get("text", ""))
         played, live = played + new, [row for row, *_, reply in new if "error" not in reply]
     return played

@@ -38,6 +38,7 @@ setup(
     package_data=freight,
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": dev, "annotation": annotation, "ifeval": ifeval, "harness": cfg["harness_requirements"].split(),
+                    "ray": cfg["ray_requirements"].split(),
                     "docs": cfg["docs_requirements"].split(), "notebook": ["jupyter", "ipywidgets"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -23,6 +23,7 @@ from .train import Settings, make_settings, make_trainer, sft
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -126,7 +127,7 @@ class PairTrainer(DPOTrainer):
                 labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
                 summed = model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(1)
                 found += zip(*summed.view(2, -1).tolist())
-        return np.array(found)
+        return np.array(found).reshape(-1, 2)
 
 
 def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: PairSettings, folder: str | Path,
@@ -141,12 +142,14 @@ def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: Pai
         trainer.model.delete_adapter("ref")
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
         trainer.model.peft_config["default"].base_model_name_or_path = lm.model.get_base_model().name_or_path
-    reference = trainer.log_probs(table, base=settings.reference == "base")
+    reference, world, base = np.zeros((len(table), 2)), trainer.accelerator.num_processes, settings.reference == "base"
+    for worker, part in enumerate(gather_object([trainer.log_probs(table[trainer.args.process_index :: world], base)])):
+        reference[worker::world] = part
     rows = [{name: one[name] for name in names} | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), pair))
             for one, pair in zip(table, reference.tolist())]
     trainer.train_dataset = Dataset.from_list(rows).select(order)
     trainer.precompute_ref_logps, size, losses = True, settings.per_device_train_batch_size, []
-    first = order[: size * settings.gradient_accumulation_steps]
+    first = order[: size * settings.gradient_accumulation_steps * world]
     for at in range(0, len(first), size):
         batch = first[at : at + size]
         lengths = np.array([[len(table[i]["chosen_ids"]), len(table[i]["rejected_ids"])] for i in batch])

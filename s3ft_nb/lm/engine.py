@@ -8,6 +8,7 @@ __all__ = ['pad_left', 'draws', 'choose', 'step', 'n_shared', 'takes_padding', '
 
 # %% ../../nbs/lm/06_engine.ipynb #ac0c155f
 import hashlib
+import os
 from inspect import signature
 from os.path import commonprefix
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.stage import Progress, spend
+from ..core.stage import WORKERS, Progress, spend
 from ..core.files import InputError
 from .http import Engine, EngineError, HttpEngine, check_requests
 from .model import LM, load
@@ -260,13 +261,17 @@ class TransformersEngine:
             return rows
         return self._in_batches(requests, 0, work, progress, "scored", "scored")
 
+    def batches(self, requests: list[dict], encoded: list[dict]) -> list[list[int]]:  # Request numbers
+        "What is computed together: requests with as many tokens to read, most first."
+        known = [self.memory.find(one.get("thread"), row["input_ids"])[0] if self.memory else 0
+                 for one, row in zip(requests, encoded)]
+        order = sorted(range(len(encoded)), key=lambda i: (known[i] - len(encoded[i]["input_ids"]), i))
+        return [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+
     def _in_batches(self, requests, room, work, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
         check_requests(requests)
         rows, encoded = [None] * len(requests), [encode_request(self.lm, room=room, **one) for one in requests]
-        known = [self.memory.find(one.get("thread"), row["input_ids"])[0] if self.memory else 0
-                 for one, row in zip(requests, encoded)]
-        order = sorted(range(len(rows)), key=lambda i: (known[i] - len(encoded[i]["input_ids"]), i))
-        for batch in (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)):
+        for batch in self.batches(requests, encoded):
             ids, labels = ([encoded[i].get(name) for i in batch] for name in ("input_ids", "labels"))
             try: found = work([requests[i] for i in batch], ids, labels)
             except torch.OutOfMemoryError:
@@ -282,10 +287,14 @@ class TransformersEngine:
 # %% ../../nbs/lm/06_engine.ipynb #266c4ba6
 def make_engine(kind: str = "transformers", model: str = "", adapter: str | None = None, quantization: str = "nf4",
                 dtype: str = "auto", device: str = "auto", base_url: str = "", **options: Any) -> Engine:
-    """Make the engine that a recipe names, a `TransformersEngine` (see `load`) or an `HttpEngine`, with its options.
+    """Make the engine that a recipe names, a `TransformersEngine` (see `load`), `HttpEngine` or `cluster.RayEngine`.
     Raises `InputError` on an unknown kind or option."""
+    spec = locals()
+    if kind == "ray" or kind == "transformers" and os.environ.get(WORKERS):
+        from s3ft_nb.lm.cluster import RayEngine
+        return RayEngine(spec | spec.pop("options"))
     maker = {"transformers": TransformersEngine, "http": HttpEngine}.get(kind)
-    if not maker: raise InputError(f"unknown engine {kind!r}", remedy="use transformers or http")
+    if not maker: raise InputError(f"unknown engine {kind!r}", remedy="use transformers, http or ray")
     if not model: raise InputError("names no model", field="engine", remedy="set model to a folder or a name")
     unknown = sorted(set(options) - set(signature(maker).parameters))
     if unknown: raise InputError(f"unknown option {unknown[0]!r} of engine {kind}", remedy=f"see {maker.__name__}")

@@ -290,14 +290,18 @@ def ask(requests: list[dict], engine: Engine, stage: Stage | None, claim: Any = 
     `claim`: what else the rows depend on, such as a hash of the model; without a stage they are part of another's work.
     Raises `InputError` naming the request that failed, unless `errors` is keep: then its row is `{"id", "error"}`."""
     kind = "score" if labels else "likelihood" if any("response" in one for one in requests) else "generate"
-    def work(shard: list[dict], seed: int) -> list[dict]:
-        given = {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+    given = lambda seed: {"score": [labels], "generate": [seed], "likelihood": []}[kind]
+    def work(shard: list[dict], seed: int, done: list[dict] | None = None) -> list[dict]:
         shown, more = {"progress": stage.progress} if stage else {}, {"seed": seed} if kind == "generate" else {}
-        found = {row["id"]: row for row in getattr(engine, kind)(shard, *given, **shown)}
+        found = {row["id"]: row for row in done or getattr(engine, kind)(shard, *given(seed), **shown)}
         for one in shard:
             wrong = found.get(one["id"], {"error": "no response"}).get("error")
             if wrong and (errors == "raise" or one["id"] not in found): raise InputError(
                 f"{engine.name}, request {one['id']}: {wrong}", field="engine", remedy="run again; what is done stays")
         return [found[one["id"]] | more for one in shard]
     if stage is None: return work(requests, 0)
-    return stage.map(requests, work, [kind, labels, engine.name, claim], "requests", title)
+    def ahead(due: dict):  # several shards side by side, where an engine has several workers
+        calls = {n: (shard, given(seed)) for n, (shard, seed) in due.items()}
+        for n, get in engine.ahead(kind, calls, stage.progress): yield n, lambda *shard, get=get: work(*shard, get())
+    claim, ahead = [kind, labels, engine.name, claim], ahead if hasattr(engine, "ahead") else None
+    return stage.map(requests, work, claim, "requests", title, ahead)

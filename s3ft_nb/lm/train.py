@@ -59,6 +59,7 @@ class Settings(Row, strict=True):
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"  # A tracker has to be installed
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     device: str = "auto"  # auto, cpu, cuda …
+    workers: PositiveInt = 1  # Ray workers that train together; each has rows of its own, so a step takes as many more
 
 
 def make_settings(values: dict, kind: type = Settings) -> Settings:
@@ -68,7 +69,7 @@ def make_settings(values: dict, kind: type = Settings) -> Settings:
     raise InputError(f"{tracker} is not installed", field="report_to", remedy=f"pip install {tracker}, or use none")
 
 # %% ../../nbs/lm/07_train.ipynb #31c4f161
-def order_of(lengths: list[int], batch: int, epochs: float, seed: int) -> list[int]:  # Only the last step may be short
+def order_of(lengths: list[int], batch: int, epochs: float, seed: int, share: int = 1) -> list[int]:  # In whole shares
     "Row numbers, batches of like length in mixed order; rows that do not fill a batch wait for the next epoch."
     rng, order, waiting, window = random.Random(seed), [], [], 50 * batch  # sorted together: more would mix less
     for _ in range(math.ceil(epochs)):
@@ -79,7 +80,7 @@ def order_of(lengths: list[int], batch: int, epochs: float, seed: int) -> list[i
         batches = [rows[at : at + batch] for at in range(0, whole, batch)]
         rng.shuffle(batches)
         order += [i for one in batches for i in one]
-    return (order + waiting)[: max(round(len(lengths) * epochs), 1)]
+    return (order + waiting)[: max(round(len(lengths) * epochs), 1) // share * share]
 
 # %% ../../nbs/lm/07_train.ipynb #8c5f5da4
 class LabelledLoss(SFTTrainer):
@@ -90,7 +91,8 @@ class LabelledLoss(SFTTrainer):
         prompts, wanted = {name: value for name, value in inputs.items() if name != "labels"}, labels[:, columns]
         logits = model(**prompts, use_cache=False, logits_to_keep=columns).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
-        return loss / ((wanted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None: return loss / (wanted != -100).sum()
+        return loss * self.accelerator.num_processes / num_items_in_batch  # gradients of workers are averaged
 
 
 def trainer_class(lm: LM) -> type:  # SFTTrainer or LabelledLoss
@@ -110,7 +112,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(1, tokens=self.tokens[state.global_step - 1])
     def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole").touch()
+        if state.is_world_process_zero: (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole").touch()
 
 # %% ../../nbs/lm/07_train.ipynb #c1e7d106
 def make_trainer(lm: LM, table: list[dict], order: list[int], settings: Settings, folder: str | Path, kinds: tuple = (),
@@ -151,7 +153,7 @@ def last_whole(folder: Path) -> Path | None:
     "The newest checkpoint that is whole; those that a kill left half-written are removed."
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     whole = [path for path in found if (path / "whole").exists()]
-    for path in set(found) - set(whole): shutil.rmtree(path)
+    for path in set(found) - set(whole): shutil.rmtree(path, ignore_errors=True)  # another worker may be there first
     return whole[-1] if whole else None
 
 
@@ -198,23 +200,25 @@ def one_line_errors(out: Path):
 # %% ../../nbs/lm/07_train.ipynb #d1de7b6a
 def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, claim: str, adapter: str | Path | None,
         encode=encode_rows, make=make_trainer) -> dict:  # `training.json`
-    "Train an adapter and save it, from the last whole checkpoint on if there is one."
-    began, ledger = time.monotonic(), Ledger("train")
+    "Train an adapter and save it, from the last whole checkpoint on if there is one; of several workers one saves."
+    began, ledger, rank = time.monotonic(), Ledger("train"), int(os.environ["RANK"]) if settings.workers > 1 else 0
     dtype = "float32" if settings.dtype == "auto" and pick_device(settings.device) == "mps" else settings.dtype
     lm = load(model, settings.quantization, adapter, dtype=dtype, device=settings.device)
     limit = min(settings.max_length, getattr(lm.model.config.get_text_config(), "max_position_embeddings", 0) or 10**6)
     encoded = encode(lm.tokenizer, rows, limit, ledger, settings.too_long)
     ledger.reconcile(len(rows), len(encoded))
-    lengths, batch = [len(one["input_ids"]) for one in encoded], settings.per_device_train_batch_size
-    batch *= settings.gradient_accumulation_steps
-    order = order_of(lengths, batch, settings.num_train_epochs, settings.seed)
+    lengths, batch = [len(one["input_ids"]) for one in encoded], settings.per_device_train_batch_size * settings.workers
+    batch, share = batch * settings.gradient_accumulation_steps, batch if settings.workers > 1 else 1
+    order = order_of(lengths, batch, settings.num_train_epochs, settings.seed, share)
+    if share > 1: ledger.note("visits_left_over", max(round(len(lengths) * settings.num_train_epochs), 1) - len(order))
     check_labels(lm.tokenizer, encoded)
-    write_json(out / "checkpoints" / "claim.json", {"claim": claim})
+    if rank == 0: write_json(out / "checkpoints" / "claim.json", {"claim": claim})
     trainer, found = make(lm, encoded, order, settings, out / "checkpoints"), last_whole(out / "checkpoints")
     tokens = [sum(lengths[i] for i in order[at : at + batch]) for at in range(0, len(order), batch)]
     with Progress(len(tokens), "steps", "train") as progress, one_line_errors(out), quiet():
         trainer.add_callback(Watch(progress, tokens))
         trainer.train(resume_from_checkpoint=found and str(found))
+        if rank: return {}
         save_adapter(trainer, lm, out)
     kept = lambda name: name in ("step", "loss", "learning_rate") or name.startswith(("rewards/", "logps/", "tokens/"))
     result = {"claim": claim, "model": lm.name, "device": lm.device, "dtype": str(lm.dtype).removeprefix("torch."),
@@ -238,9 +242,11 @@ def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, kind: ty
     Raises `InputError` on what cannot work."""
     stage, settings = stage if isinstance(stage, Stage) else Stage(stage), make_settings(settings, kind)
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
-    decisive = {name: value for name, value in settings.model_dump().items() if name not in ("save_steps", "report_to")}
+    decisive = settings.model_dump(exclude={"save_steps", "report_to", *["workers"] * (settings.workers == 1)})
     claim = stable_id(model_hash(model), rows_hash(rows), decisive, *map(model_hash, [adapter] * bool(adapter)), n=24)
-    done = earlier(stage.folder, claim, stage.fresh) or fit(model, rows, settings, stage.folder, claim, adapter, **how)
+    if settings.workers > 1: from s3ft_nb.lm.cluster import fit_together as run
+    else: run = fit
+    done = earlier(stage.folder, claim, stage.fresh) or run(model, rows, settings, stage.folder, claim, adapter, **how)
     stage.ledger.dropped += done["ledger"]["dropped"]
     stage.ledger.notes.update(done["ledger"]["notes"])
     stage.usage["trained"] += done["tokens"]

@@ -55,7 +55,8 @@ def options(owner: Callable, swapped: tuple = (), skip: tuple = (), panel: str =
 def verb(app: typer.Typer, function: Callable, name: str, swapped: tuple = ()) -> None:
     "Make a command of a documented function that returns lines to print; see `options`."
     def command(**given: Any) -> None:
-        from s3ft_nb.run.execute import StepFailed
+        from s3ft_nb.run.execute import LEAN, StepFailed
+        for key, value in LEAN.items(): os.environ.setdefault(key, value)  # torch reads them when it is loaded
         show = lambda text, err=False: typer.echo(printable(redact(text)), err=err)
         try:
             for line in function(**given) or (): show(line)

@@ -17,18 +17,20 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import s3ft_nb
 from ..core.files import (InputError, locked, printable, read_json, record, redact, resource, stable_id, unknown,
                                 write_bytes, write_json)
 from ..core.stage import file_hash, machine
-from .execute import WAITING, StepFailed, execute, kernel_environment, watch
+from .execute import WAITING, StepFailed, execute, kernel_environment, warm_parent, watch
 from .recipe import Recipe, Step, fill_places, load_recipe, map_texts
 
 # %% ../../nbs/run/02_runner.ipynb #5c45c87e
@@ -198,7 +200,8 @@ def write_run(run: Recipe, over: bool = False) -> None:  # over: whether this is
         "peak_rss_gib": max(peaks.values(), default=0.0)})
 
 
-def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew: bool = False) -> dict:
+def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew: bool, fork: Callable,
+              rest: tuple[Step, ...]) -> dict:  # fork: of `warm_parent`; rest: steps to come
     "Skip, resume or make one step, and return what done.json holds; `dones` are those of the steps it needs."
     home, log = run.folder / step.id, lambda text: print(printable(redact(title + text)), file=sys.stderr)
     done, key, events = finished(home), fingerprint(step, dones), home / PROGRESS
@@ -210,14 +213,16 @@ def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew:
     log("")
     began = time.monotonic()
     events.unlink(missing_ok=True)
+    seen = SimpleNamespace(pid=None, peak=0)
+    needed, *later = ("model" in one.values for one in (step, *rest))  # whether they load torch
     params = fill_places(step.values, {one.id: run.folder / one.id for one in run.steps}) | {"out": str(home)}
     try:
-        with watch(title, events) as peak:
-            execute(step.notebook, home / NOTEBOOK, params, kernel_environment(events, step.notebook.parent))
+        fork, environment = partial(fork, needed, later), kernel_environment(events, step.notebook.parent)
+        with watch(title, events, seen): execute(step.notebook, home / NOTEBOOK, params, environment, fork, seen)
     except InputError as error: raise InputError(f"step {step.id}: {error}") from None
     finally:
         if events.is_file(): write_bytes(events, redact(events.read_text(errors="replace")).encode())
-    done = finish(home, time.monotonic() - began, peak[0] / 2**30)
+    done = finish(home, time.monotonic() - began, seen.peak / 2**30)
     log(f" done in {timedelta(seconds=round(done['seconds']))}, peak memory {done['peak_rss_gib']:.2f} GiB")
     write_run(run)
     return done
@@ -241,7 +246,7 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
     if named and named not in ids: raise unknown("step", named, ids, field="--only" if only else "--from")
     at = ids.index(named) if named else 0
     todo, before = run.steps[at : at + 1 if only else None], run.steps[at].needs if only else ids[:at]
-    with locked(run.folder):
+    with locked(run.folder), warm_parent() as fork:
         if fresh:
             for path in sorted(run.folder.iterdir()): clean(path)
             (run.folder / RUN).unlink(missing_ok=True)
@@ -249,9 +254,9 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
         for id, done in dones.items():
             if done is None: raise InputError(f"step {id} is not done", remedy=f"run it first, as with --only {id}")
         write_run(run)
-        for step in todo:
+        for i, step in enumerate(todo):
             title = f"[{ids.index(step.id) + 1}/{len(ids)}] {step.id}"
-            try: dones[step.id] = make_step(run, step, dones, title, step.id == named)
+            try: dones[step.id] = make_step(run, step, dones, title, step.id == named, fork, todo[i + 1 :])
             except StepFailed as error:
                 if error.code != WAITING: raise
                 command = resume_command(recipe, settings, out, step.id)

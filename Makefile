@@ -42,6 +42,8 @@ benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py
 	$(BIN)/python tests/benchmarks/bench_template.py
 	$(BIN)/python tests/benchmarks/bench_chain.py
+	$(BIN)/python tests/benchmarks/bench_kept.py
+	$(BIN)/python tests/benchmarks/bench_forest.py
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s3ft_nb.core.convert import read_conversations
@@ -85,7 +86,9 @@ def test_the_original_weights_are_another_model(run, tmp_path):
 def into_four_bits(source, route):
     "The wrong route: the sum of base and adapter is rounded to 4 bits once more."
     lm = load(source.base, "nf4", source.adapter, source.dtype)
-    lm.model = lm.model.merge_and_unload().dequantize()
+    lm.model = lm.model.merge_and_unload()
+    for layer in (one for one in lm.model.modules() if isinstance(one, torch.nn.Linear) and one is not lm.model.get_output_embeddings()):
+        layer.weight.data = dequantize_4bit(*quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True))
     return lm
 
 

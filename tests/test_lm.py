@@ -1,12 +1,17 @@
 """Rooms of the lm floor against several architectures, hostile text and broken folders."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -16,6 +21,7 @@ from tiny import DIALECTS, LINES, tiny_dialogues, tiny_model
 from s3ft_nb.core.files import InputError
 from s3ft_nb.core.stage import file_hash
 from s3ft_nb.lm import engine as engines
+from s3ft_nb.lm.http import EngineError
 from s3ft_nb.lm.labels import stop_ids
 from s3ft_nb.lm.model import load, model_hash, weights_hash
 from s3ft_nb.lm.template import chat_template, control_tokens, prompt_ids
@@ -88,10 +94,54 @@ def test_loading_is_silent(folders, capfd):
 
 
 @pytest.mark.parametrize("kind", DIALECTS)
-def test_nf4_is_close_to_plain(folders, kind):
+def test_nf4_is_unpacked_once_on_a_cpu_and_the_same(folders, kind, monkeypatch):
     lm = load(folders[kind], dtype="float32", device="cpu")
     assert lm.policy.system == POLICY[kind] and lm.tokenizer.padding_side == "left"
-    assert "4bit" in type(lm.model.model.layers[0].mlp.up_proj).__name__
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))  # no room to unpack
+    packed, plain = (load(folders[kind], quantization, dtype="float32", device="cpu") for quantization in ("nf4", "none"))
+    assert [type(one.model.model.layers[0].mlp.up_proj).__name__ for one in (packed, lm)] == ["Linear4bit", "Linear"]
+    ids = torch.tensor([prompt_ids(lm.tokenizer, tiny_dialogues(1)[0])])
+    logits = [one.model(ids).logits for one in (packed, lm, plain)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+
+
+def test_copies_of_the_process_give_the_same_rows(folders, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    alone, beside = (engines.make_engine("transformers", str(folders["llama"]), batch_size=2, max_new_tokens=6, **how) for how in ({"copies": 1}, {}))
+    assert (alone.copies, beside.copies) == (1, 2)
+    talks = [{"id": str(i), "thread": str(i), "messages": messages, "pieces": True} for i, messages in enumerate(tiny_dialogues(7))]
+    for turn in range(2):  # the second continues the dialogues, which the copies have kept
+        said, again = alone.generate(talks, turn), beside.generate(talks, turn)
+        assert said == again
+        talks = [one | {"messages": [*one["messages"], {"role": "assistant", "content": row["text"] or "…"}, {"role": "user", "content": "And then?"}]}
+                 for one, row in zip(talks, said)]
+    assert alone.score(talks, ["A", "B"]) == beside.score(talks, ["A", "B"])
+    given = [one | {"response": "Ahoy" * (1 + i)} for i, one in enumerate(talks)]
+    assert alone.likelihood(given) == beside.likelihood(given)
+    assert beside.pools and not alone.pools
+
+
+def test_a_copy_that_dies_is_an_error_with_a_remedy(folders):
+    engine = engines.make_engine("transformers", str(folders["llama"]), batch_size=2, max_new_tokens=4, copies=2)
+    requests = [{"id": str(i), "messages": messages} for i, messages in enumerate(tiny_dialogues(6))]
+    before = engine.generate(requests)
+    for pool in engine.pools: [os.kill(pid, 9) for pid in pool._processes]
+    with pytest.raises(EngineError, match="a copy of the process died.*OMP_NUM_THREADS=1"): engine.generate(requests)
+    assert engine.generate(requests) == before  # by new ones
+
+
+def test_copies_end_with_their_process(folders, tmp_path):
+    code = ("import os, sys, time\nfrom s3ft_nb.lm.engine import make_engine\n"
+            "engine = make_engine('transformers', sys.argv[1], batch_size=1, max_new_tokens=4, copies=2)\n"
+            "engine.generate([{'id': str(i), 'messages': [{'role': 'user', 'content': 'Ahoy'}]} for i in range(4)])\n"
+            "print(*[pid for pool in engine.pools for pid in pool._processes], flush=True)\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(folders["llama"])], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
+    process.kill(), process.wait()
+    end = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids): assert time.monotonic() < end
 
 
 def test_adapter_changes_replies_and_brings_its_tokenizer(folders, tmp_path):

@@ -148,7 +148,7 @@ def merged(source: Source, route: str = "dequantized") -> LM:  # route: one of `
     bits = source.quantization if route == "dequantized" else "none"
     lm = load(source.base, bits, None, source.dtype)
     with quiet():
-        weights = lm.model.dequantize().to(lm.dtype) if bits == "nf4" else lm.model
+        weights = lm.model.dequantize(lm.dtype) if getattr(lm.model, "is_loaded_in_4bit", False) else lm.model
         model = add_adapter(weights, source.adapter, lm.dtype).merge_and_unload()
     if not (source.adapter / "tokenizer_config.json").exists(): return replace(lm, model=model)
     tokenizer = load_tokenizer(source.adapter)

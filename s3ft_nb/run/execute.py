@@ -139,7 +139,7 @@ def watch(title: str, events: Path, seen: Any, stream: TextIO | None = None) -> 
             total = me.memory_info().rss
             with suppress(psutil.Error):  # it may just have ended
                 own = psutil.Process(seen.pid)  # of this process before there is a kernel
-                for one in [own] * (own != me) + own.children(recursive=True): total += one.memory_info().rss
+                for one in [own] * (own != me) + own.children(recursive=True): total += memory(one)
             seen.peak = max(seen.peak, total)
             if time.monotonic() < due: continue
             due, event = due + pause, last_event(events)
@@ -147,6 +147,7 @@ def watch(title: str, events: Path, seen: Any, stream: TextIO | None = None) -> 
             line = printable(redact(f"{title} {took} {event_line(event) if event else 'working'}")).replace("\n", " ")
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
+    memory = lambda one: getattr(one.memory_full_info(), "pss", 0) or one.memory_info().rss  # what is shared counts once
     stream, began, over = stream or sys.stderr, time.monotonic(), threading.Event()
     pause, thread = 0.5 if (terminal := stream.isatty()) else 10.0, threading.Thread(target=run, daemon=True)
     thread.start()

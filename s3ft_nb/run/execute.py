@@ -148,7 +148,8 @@ def watch(title: str, events: Path, seen: Any, stream: TextIO | None = None) -> 
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
     stream, began, over = stream or sys.stderr, time.monotonic(), threading.Event()
-    pause, thread = 0.5 if (terminal := stream.isatty()) else 10.0, threading.Thread(target=run, daemon=True)
+    terminal = stream.isatty() and seen.alone
+    pause, thread = 0.5 if terminal else 10.0, threading.Thread(target=run, daemon=True)
     thread.start()
     try: yield
     finally:
@@ -194,8 +195,6 @@ def kernel_manager(room: Path, environment: dict[str, str], cwd: Path, fork: Cal
             with open(room / "log", "wb") as log:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, cwd=str(cwd), **options)
             seen.pid = self.provisioner.pid
-        async def shutdown_kernel(self, now=False, restart=False):
-            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
     return Manager
 
 

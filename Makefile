@@ -32,7 +32,7 @@ micro-base: $(VENV)/.ready
 
 results: $(VENV)/.ready
 	$(BIN)/s3ft run s3ft-micro --seeds $(SEEDS) --out runs/s3ft-micro-seeds
-	$(BIN)/python tests/results.py runs/s3ft-micro-seeds
+	$(BIN)/python tests/results.py runs/s3ft-micro-seeds RESULTS.md
 
 docs: $(VENV)/.ready-docs
 	$(BIN)/python docs/build.py
@@ -42,6 +42,8 @@ benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py
 	$(BIN)/python tests/benchmarks/bench_template.py
 	$(BIN)/python tests/benchmarks/bench_chain.py
+	$(BIN)/python tests/benchmarks/bench_kept.py
+	$(BIN)/python tests/benchmarks/bench_forest.py
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -41,7 +41,7 @@ def table(heads: list[str], rows: list[list[str]], indent: str = "") -> str:
 def readme() -> None:
     head, *parts = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
     parts = {part.splitlines()[0][3:]: part for part in parts}
-    numbers = re.search(r"<!-- results:.*?-->(.*)<!-- end of results -->", parts.pop("Results"), re.S)[1].strip()
+    numbers = re.search(r"<!-- results.*?-->(.*)<!-- end of", parts.pop("Results"), re.S)[1].strip()
     write("index.md", place(head, "README.md", "index.md") + (ROOT / "docs" / "guide.md").read_text())
     write("quick-start.md", place("# Quick start\n\n" + "".join(parts.values()), "README.md", "quick-start.md"))
     text = (ROOT / "RESULTS.md").read_text().replace("The table is in the [README](README.md#results).", f"{numbers}\n\n")

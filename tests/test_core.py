@@ -212,7 +212,7 @@ def test_archives_that_explode_are_one_line(tmp_path, name, unit, n, said):
     (tmp_path / name).write_bytes(gzip.compress(body, 6))
     start = time.process_time()
     with pytest.raises(InputError, match=said): values_of(tmp_path / name)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])

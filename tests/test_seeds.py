@@ -188,7 +188,7 @@ def test_the_readme_table_says_on_what_it_rests(tmp_path):
         assert f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" in text
     refused = subprocess.run([*script, tmp_path / "5", write_bytes(tmp_path / "bare.md", b"text")], capture_output=True, text=True)
     assert refused.returncode == 1 and "needs the lines" in refused.stderr
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "RESULTS.md").read_text()
     assert readme.count("<!-- results: written by make results -->") == readme.count("<!-- end of results -->") == 1
 
 

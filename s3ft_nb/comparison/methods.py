@@ -334,7 +334,7 @@ def plane(points: dict[str, list[tuple]], entry: str, titles: list[tuple[str, st
     for axis, some, (x, y) in zip(axes[0], drawn, titles):
         for arm, (across, up) in some.items():
             axis.plot(across, up, **styles[arm] | {"linestyle": ""}, markersize=6)
-            axis.annotate(draw.cut(arm, 14), (across, up), (4, 3), textcoords="offset points", fontsize=7)
+            axis.annotate(draw.cut(arm, 16), (across, up), (4, 3), textcoords="offset points", fontsize=7)
         axis.set(xlabel=x, ylabel=y)
         axis.margins(0.16)
         axis.grid()

@@ -16,10 +16,11 @@ import numpy as np
 from ..core.convert import RawMessage, check_messages, first_of, message_list, read_entries, read_pair, ASKED, IDS
 from ..core.files import InputError, shorten, stable_id
 from ..core.stage import Ledger, Stage
+from .forest import AsTrees
 from .labels import encode_within, without_oldest
 from .model import LM, located
 from .template import NO_NOTE
-from .train import Settings, make_settings, make_trainer, sft
+from .train import Settings, give_groups, make_settings, make_trainer, sft
 
 # After lm.model, which keeps quiet what PEFT imports.
 import torch
@@ -107,7 +108,7 @@ def encode_pairs(tokenizer, rows: list[dict], max_length: int, ledger: Ledger, t
 # %% ../../nbs/lm/08_dpo.ipynb #04c36a7b
 class PairTrainer(DPOTrainer):
     "DPOTrainer that takes token ids and knows its first loss."
-    first_loss = None
+    first_loss, as_trees = None, False
 
     def _prepare_dataset(self, dataset, *args): return dataset
 
@@ -118,42 +119,49 @@ class PairTrainer(DPOTrainer):
                 remedy="report it: labels or reference are not those that were meant")
         super().log(logs, start_time)
 
-    def log_probs(self, rows: list[dict], base: bool = False) -> np.ndarray:  # (pairs, 2) chosen and rejected, nats
-        "Log-probabilities of the responses under the policy as it is, or under the base."
-        model, size, found = self.model.eval(), self.args.per_device_train_batch_size, []
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(AsTrees(model) if self.as_trees else model, inputs, *args, **kwargs)
+
+    def log_probs(self, passes: list[list[dict]], base: bool = False) -> np.ndarray:  # (pairs, 2) of all passes, nats
+        "Log-probabilities of chosen and rejected responses under the policy as it is, or under the base."
+        model, found = self.model.eval(), []
+        read, collate = AsTrees(model) if self.as_trees else model, self.data_collator
         with torch.no_grad(), self.compute_loss_context_manager(), model.disable_adapter() if base else nullcontext():
-            for at in range(0, len(rows), size):
-                batch = self._prepare_inputs(self.data_collator(rows[at : at + size]))
+            for rows in passes:
+                batch = self._prepare_inputs(getattr(collate, "of_rows", collate)(rows))
                 labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
-                summed = model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(1)
+                summed = read(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(1)
                 found += zip(*summed.view(2, -1).tolist())
         return np.array(found).reshape(-1, 2)
 
 
 def make_pair_trainer(lm: LM, table: list[dict], order: list[int], settings: PairSettings, folder: str | Path,
-                      start_from: str | Path | None = None) -> PairTrainer:
-    "A trainer that takes the pairs of the table in this order; start_from: the adapter that the model was loaded with."
+                      start_from: str | Path | None = None, groups: list | None = None) -> PairTrainer:
+    """A trainer that takes the pairs of the table, or groups of them, in this order; start_from: the adapter that the
+    model was loaded with."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     losses = [settings.loss_type] + ["sft"] * (settings.sft_weight > 0)
     for name, weight in lm.model.named_parameters() if start_from else (): weight.requires_grad_("lora_" in name)
-    trainer = make_trainer(lm, table, order, settings, folder, (PairTrainer, DPOConfig), names,
+    trainer = make_trainer(lm, table, order, settings, folder, (PairTrainer, DPOConfig), names, groups,
                            loss_type=losses, loss_weights=[1.0, settings.sft_weight][: len(losses)])
     if start_from:  # TRL's copy of it leaves, and it is read again in full precision
         trainer.model.delete_adapter("ref")
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(start_from), device="cpu"))
         trainer.model.peft_config["default"].base_model_name_or_path = lm.model.get_base_model().name_or_path
-    reference, world, base = np.zeros((len(table), 2)), trainer.accelerator.num_processes, settings.reference == "base"
-    for worker, part in enumerate(gather_object([trainer.log_probs(table[trainer.args.process_index :: world], base)])):
-        reference[worker::world] = part
+    trainer.as_trees, world, base = bool(groups), trainer.accelerator.num_processes, settings.reference == "base"
+    units, size, losses = groups or [[i] for i in range(len(table))], settings.per_device_train_batch_size, []
+    passes = lambda order: [sum((units[n] for n in order[at : at + size]), []) for at in range(0, len(order), size)]
+    parts, reference = [passes(range(worker, len(units), world)) for worker in range(world)], np.zeros((len(table), 2))
+    own = [[table[i] for i in some] for some in parts[trainer.args.process_index]]
+    for part, found in zip(parts, gather_object([trainer.log_probs(own, base)])): reference[sum(part, [])] = found
     rows = [{name: one[name] for name in names} | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), pair))
             for one, pair in zip(table, reference.tolist())]
-    trainer.train_dataset = Dataset.from_list(rows).select(order)
-    trainer.precompute_ref_logps, size, losses = True, settings.per_device_train_batch_size, []
-    first = order[: size * settings.gradient_accumulation_steps * world]
-    for at in range(0, len(first), size):
-        batch = first[at : at + size]
-        lengths = np.array([[len(table[i]["chosen_ids"]), len(table[i]["rejected_ids"])] for i in batch])
-        losses.append(pair_loss(trainer.log_probs([table[i] for i in batch]), reference[batch], lengths, settings))
+    if groups: give_groups(trainer, rows, order, groups)
+    else: trainer.train_dataset = Dataset.from_list(rows).select(order)
+    trainer.precompute_ref_logps = True
+    for some in passes(order[: size * settings.gradient_accumulation_steps * world]):
+        lengths = np.array([[len(table[i]["chosen_ids"]), len(table[i]["rejected_ids"])] for i in some])
+        losses.append(pair_loss(trainer.log_probs([[table[i] for i in some]]), reference[some], lengths, settings))
     trainer.first_loss = float(np.mean(losses))
     return trainer
 

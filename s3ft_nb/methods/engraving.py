@@ -135,6 +135,8 @@ def engrave(model: str | Path, rows: list[dict], stage: Stage, variant: str = "s
     teach = {"encode": partial(encode_baked, room=room), "make": partial(make_baker, rows=rows, room=room)}
     variants = {"sft": {}, "bake": teach, "opcd": teach | {"make": partial(teach["make"], sampling=sampling)}}
     if variant not in variants: raise unknown("variant", variant, variants, field="engrave")
+    if variant != "sft" and settings.get("packing", "none") != "none":
+        raise InputError(f"{variant} has a teacher beside every row", field="packing", remedy="use none, or sft")
     done = sft(model, [row | sampling | {"variant": variant} for row in rows], stage, how=variants[variant], **settings)
     stage.usage["trained"] -= done["tokens"] * (variant != "sft")  # counted below
     for one in done["loss"]: stage.usage.update({name[7:]: n for name, n in one.items() if name.startswith("tokens/")})

@@ -109,6 +109,7 @@ def run(
     only: str | None = None,  # Make this step again from what is there, and nothing else
     from_: str | None = None,  # Make this step again, then all that changes; earlier ones are taken as they are
     fresh: bool = False,  # Remove what earlier runs made in the folder first
+    jobs: int = 0,  # Steps at a time; 0: one per GPU, or without any one per 4 cores, as far as memory allows
     seeds: str = "",  # Run it once per seed, like 0-4 or 0,2,5, in OUT/seed-N, and pool the results in OUT
 ):
     "Run a recipe. Finished steps are skipped, an interrupted one resumes where it was."
@@ -119,9 +120,9 @@ def run(
     if not (only or from_ or fresh):
         for own, words in runs.items(): typer.echo(printable(plan_line(make_plan(name, words, own))), err=True)
     if seeds:
-        folder = run_seeds(name, runs, only=only, begin=from_, fresh=fresh)
+        folder = run_seeds(name, runs, only=only, begin=from_, fresh=fresh, jobs=jobs)
         return [f"results: {folder}"] if only else pool_seeds(folder)
-    folder = run_recipe(name, settings, out, only, from_, fresh)
+    folder = run_recipe(name, settings, out, only, from_, fresh, jobs)
     pages = [folder / id / "index.html" for id in reversed(read_json(folder / "run.json")["steps"])]
     return [f"results: {next((page for page in pages if page.is_file()), folder)}"]
 

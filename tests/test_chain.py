@@ -2,11 +2,13 @@
 import ast
 import errno
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import papermill
 import psutil
@@ -15,7 +17,7 @@ import pytest
 from tiny import small_notebook
 
 from s3ft_nb.run.execute import DIED, StepFailed
-from s3ft_nb.run.runner import run_recipe
+from s3ft_nb.run.runner import places, run_recipe
 from s3ft_nb.core import files as core_files
 from s3ft_nb.core.files import InputError, read_json, read_rows, resource, write_bytes, write_json, write_rows
 
@@ -123,6 +125,97 @@ def test_ctrl_c_ends_the_kernel_and_says_how_to_resume(small, tmp_path):
     words = process.stderr.read()
     assert "the same command resumes here" in words and "Traceback" not in words
     until(lambda: not kernels(run), 30)
+
+
+TWINS = """
+name = "twins"
+[steps.left]
+notebook = "twin.ipynb"
+[steps.right]
+notebook = "twin.ipynb"
+[steps.report]
+notebook = "report.ipynb"
+rows = "{step:left}/rows.jsonl"
+after = "{step:right}"
+"""
+TWIN = """
+import json, os, time
+from pathlib import Path
+from s3ft_nb.core.files import write_rows
+
+me = Path(out).name
+Path(out, "..", f"pid-{os.getpid()}").touch()
+other = Path(out, "..", {"left": "right", "right": "left"}[me], "step.json")
+end = time.monotonic() + wait
+while wait and not other.exists() and time.monotonic() < end: time.sleep(0.05)
+if wait and not other.exists(): raise RuntimeError("the other step does not run")
+if me == fails: raise RuntimeError("on purpose")
+time.sleep(pause)
+write_rows(Path(out, "rows.jsonl"), [{"id": me, "threads": os.environ.get("OMP_NUM_THREADS", ""), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}])
+"""
+
+
+@pytest.fixture
+def twins(tmp_path, monkeypatch):
+    "Two steps that wait for each other to begin, for `wait` seconds, and a third that needs both."
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # --jobs sets it, and leaves one that is set
+    write_json(tmp_path / "twin.ipynb", small_notebook('out = ""  # Folder of this step\nwait = 0  # s\npause = 0  # s\nfails = ""  # The step that fails', TWIN))
+    write_json(tmp_path / "report.ipynb", small_notebook(REPORT[0] + '\nafter = ""  # A folder', REPORT[1]))
+    return write_bytes(tmp_path / "twins.toml", TWINS.encode())
+
+
+def made(run): return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.name in ("rows.jsonl", "metrics.json", "index.html")}
+
+
+def test_steps_side_by_side_make_the_same_bytes(twins, tmp_path, capfd):
+    beside = run_recipe(twins, ["wait=30"], out=tmp_path / "beside", jobs=2)
+    log = capfd.readouterr().err
+    alone = run_recipe(twins, out=tmp_path / "alone", jobs=1)
+    assert made(beside) == made(alone) and len(made(alone)) == 4
+    assert log.index("[2/3] right\n") < log.index("[1/3] left done")  # the second began before the first had ended
+    assert [*read_json(beside / "run.json")["seconds"]] == ["left", "right", "report", "total"]
+    with pytest.raises(StepFailed, match="the other step does not run"): run_recipe(twins, ["wait=0.5"], out=tmp_path / "waits", jobs=1)
+
+
+def test_a_step_that_fails_lets_the_one_beside_it_end(twins, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(StepFailed, match="on purpose"): run_recipe(twins, ["wait=30", "pause=1", "left.fails=left"], out=run, jobs=2)
+    assert (run / "right/done.json").exists() and not (run / "report").exists()
+    before = (run / "right/done.json").stat().st_mtime_ns
+    run_recipe(twins, ["wait=30", "pause=1"], out=run, jobs=2)
+    assert (run / "right/done.json").stat().st_mtime_ns == before and (run / "report/done.json").exists()
+
+
+def test_ctrl_c_ends_all_kernels(twins, tmp_path):
+    run = tmp_path / "run"
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = launch(twins, "pause=60", "--jobs", "2", "--out", run, preexec_fn=heed)
+    until(lambda: len(list(run.glob("pid-*"))) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(50) == 130
+    assert "the same command resumes here" in process.stderr.read()
+    until(lambda: not kernels(run), 30)
+
+
+def test_every_gpu_holds_one_step(twins, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    run = run_recipe(twins, ["wait=30"], out=tmp_path / "run", jobs=4)
+    assert sorted(row["gpu"] for name in ("left", "right") for row in read_rows(run / name / "rows.jsonl")) == ["3", "5"]
+
+
+def test_steps_at_a_time_are_what_the_machine_holds(monkeypatch):
+    holds = lambda gib: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib << 30))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    holds(64)
+    assert places() == (4, []) and places(3) == (3, [])
+    holds(20)
+    assert places() == (2, [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert places() == (1, [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,7")
+    assert places() == (2, ["1", "2", "7"]) and places(9) == (3, ["1", "2", "7"])
+    with pytest.raises(InputError, match="--jobs: must be at least 1"): places(-1)
 
 
 def test_two_runs_refuse_each_other(small, tmp_path):

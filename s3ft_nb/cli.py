@@ -109,7 +109,7 @@ def run(
     only: str | None = None,  # Make this step again from what is there, and nothing else
     from_: str | None = None,  # Make this step again, then all that changes; earlier ones are taken as they are
     fresh: bool = False,  # Remove what earlier runs made in the folder first
-    jobs: int = 0,  # Steps at a time; 0: one per GPU, or without any one per 4 cores, as far as memory allows
+    jobs: int = 0,  # Steps at a time; 0: one per GPU, or without any one per core up to 4, as far as memory allows
     seeds: str = "",  # Run it once per seed, like 0-4 or 0,2,5, in OUT/seed-N, and pool the results in OUT
 ):
     "Run a recipe. Finished steps are skipped, an interrupted one resumes where it was."

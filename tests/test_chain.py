@@ -151,15 +151,14 @@ while wait and not other.exists() and time.monotonic() < end: time.sleep(0.05)
 if wait and not other.exists(): raise RuntimeError("the other step does not run")
 if me == fails: raise RuntimeError("on purpose")
 time.sleep(pause)
-write_rows(Path(out, "rows.jsonl"), [{"id": me, "threads": os.environ.get("OMP_NUM_THREADS", ""), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}])
+write_rows(Path(out, "rows.jsonl"), [{"id": me, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}])
 """
 
 
 @pytest.fixture
-def twins(tmp_path, monkeypatch):
+def twins(tmp_path):
     "Two steps that wait for each other to begin, for `wait` seconds, and a third that needs both."
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # --jobs sets it, and leaves one that is set
-    write_json(tmp_path / "twin.ipynb", small_notebook('out = ""  # Folder of this step\nwait = 0  # s\npause = 0  # s\nfails = ""  # The step that fails', TWIN))
+    write_json(tmp_path / "twin.ipynb", small_notebook('out = ""  # Folder of this step\nwait = 0.0  # s\npause = 0.0  # s\nfails = ""  # The step that fails', TWIN))
     write_json(tmp_path / "report.ipynb", small_notebook(REPORT[0] + '\nafter = ""  # A folder', REPORT[1]))
     return write_bytes(tmp_path / "twins.toml", TWINS.encode())
 
@@ -205,12 +204,13 @@ def test_every_gpu_holds_one_step(twins, tmp_path, monkeypatch):
 
 def test_steps_at_a_time_are_what_the_machine_holds(monkeypatch):
     holds = lambda gib: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib << 30))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "16"), monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     holds(64)
     assert places() == (4, []) and places(3) == (3, [])
     holds(20)
     assert places() == (2, [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert places() == (1, [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert places() == (1, [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,7")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'WORKERS', 'LINE_SECONDS', 'USAGE', 'METERS', 'event_line', 'Progress', 'Ledger', 'file_hash', 'rows_hash',
-           'machine', 'shard_seed', 'spend', 'Stage']
+           'cores', 'machine', 'shard_seed', 'spend', 'Stage']
 
 # %% ../../nbs/core/02_stage.ipynb #13e2a7b6
 import hashlib
@@ -124,6 +124,13 @@ def file_hash(path: str | Path) -> str:  # SHA-256, 64 hexadecimal digits
 def rows_hash(rows: Iterable) -> str:  # SHA-256, 64 hexadecimal digits
     "Hash of rows: that of the file `write_rows` would make of them."
     return hashlib.sha256(b"".join(map(to_json, rows))).hexdigest()
+
+
+def cores() -> int:
+    "Processors that this process may use, or as many as `OMP_NUM_THREADS` says."
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdecimal() and int(asked): return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:  # "x86_64 avx2 avx512f, 2 threads, Tesla T4"

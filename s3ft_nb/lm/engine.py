@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.stage import WORKERS, Progress, spend
+from ..core.stage import WORKERS, Progress, cores, spend
 from ..core.files import InputError
 from .http import Engine, EngineError, HttpEngine, check_requests
 from .model import LM, is_small, load
@@ -236,8 +236,7 @@ ENGINE = {}  # Of a copy: its engine
 def n_copies(lm: LM) -> int:
     "How many copies of a model compute side by side."
     if not is_small(lm.model, lm.device) or sys.platform != "linux": return 1
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return min(int(asked) if asked.isdecimal() else len(os.sched_getaffinity(0)), 8)
+    return min(cores(), 8)
 
 
 def start_copy(engine: Any, parent: int) -> None:
@@ -354,7 +353,7 @@ class TransformersEngine:
         if not self.pools:
             how = {"mp_context": get_context("fork"), "initializer": start_copy, "initargs": (self, os.getpid())}
             self.pools = [ProcessPoolExecutor(1, **how) for _ in range(self.copies)]
-        with warnings.catch_warnings(action="ignore"):  # of Python 3.12 on: other threads do not fork, which is as it is meant
+        with warnings.catch_warnings(action="ignore"):  # Python 3.12: other threads do not fork
             due = {self.pools[n % self.copies].submit(compute, name, call): n for n, call in enumerate(calls)}
         try:
             for one in as_completed(due): yield due[one], one.result()

@@ -256,8 +256,8 @@ class LM:
 # %% ../../nbs/lm/04_model.ipynb #663890df
 def load(model: str | Path, quantization: str = "nf4", adapter: str | Path | None = None, dtype: str = "auto",
          device: str = "auto") -> LM:  # model: folder or hub name; quantization: nf4, none; device: cpu, cuda:1 …
-    """Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`. A small model on
-    a CPU makes the process use one thread, see `SMALL`."""
+    """Load a chat model, with the tokenizer saved with the adapter if there is one; raises `InputError`. A small model
+    on a CPU makes the process use one thread, see `SMALL`."""
     base, device = located(model), pick_device(device)
     dtype, adapter = pick_dtype(dtype, device), adapter and located(adapter, adapter=True)
     if isinstance(adapter, Path): check_adapter(adapter, base)

@@ -147,9 +147,10 @@ def watch(title: str, events: Path, seen: Any, stream: TextIO | None = None) -> 
             line = printable(redact(f"{title} {took} {event_line(event) if event else 'working'}")).replace("\n", " ")
             stream.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n")
             stream.flush()
-    memory = lambda one: getattr(one.memory_full_info(), "pss", 0) or one.memory_info().rss  # what is shared counts once
+    memory = lambda one: getattr(one.memory_full_info(), "pss", 0) or one.memory_info().rss  # shared: once
     stream, began, over = stream or sys.stderr, time.monotonic(), threading.Event()
-    pause, thread = 0.5 if (terminal := stream.isatty()) else 10.0, threading.Thread(target=run, daemon=True)
+    terminal = stream.isatty() and seen.alone
+    pause, thread = 0.5 if terminal else 10.0, threading.Thread(target=run, daemon=True)
     thread.start()
     try: yield
     finally:
@@ -195,8 +196,6 @@ def kernel_manager(room: Path, environment: dict[str, str], cwd: Path, fork: Cal
             with open(room / "log", "wb") as log:
                 await super().start_kernel(env=dict(environment), stdout=log, stderr=log, cwd=str(cwd), **options)
             seen.pid = self.provisioner.pid
-        async def shutdown_kernel(self, now=False, restart=False):
-            await super().shutdown_kernel(now or isinstance(sys.exception(), KeyboardInterrupt), restart)  # Ctrl-C
     return Manager
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN', 'WRITING', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'lasting_hash', 'path_hash',
            'contents', 'clean', 'start', 'finish', 'finished', 'imported', 'modules', 'data_used', 'fingerprint',
-           'prepare_run', 'write_run', 'make_step', 'resume_command', 'places', 'side_by_side', 'run_recipe',
-           'seed_runs', 'run_seeds', 'measured_seeds']
+           'prepare_run', 'write_run', 'make_step', 'resume_command', 'places', 'make_steps', 'run_recipe', 'seed_runs',
+           'run_seeds', 'measured_seeds']
 
 # %% ../../nbs/run/02_runner.ipynb #2628748f
 import ast
@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import s3ft_nb
 from ..core.files import (InputError, locked, printable, read_json, record, redact, resource, stable_id, unknown,
                                 write_bytes, write_json)
-from ..core.stage import file_hash, machine
+from ..core.stage import cores, file_hash, machine
 from .execute import WAITING, StepFailed, execute, kernel_environment, warm_parent, watch
 from .recipe import Recipe, Step, fill_places, load_recipe, map_texts
 
@@ -239,16 +239,16 @@ def resume_command(recipe: str | Path, settings: list[str], out: str | Path | No
 
 
 def places(jobs: int = 0) -> tuple[int, list[str]]:  # jobs: 0 for what the machine holds
-    "Steps at a time: one per GPU, or without any one per 4 cores; and per 8 GiB of free memory. GPUs where several."
+    "Steps at a time: one per GPU, else one per core up to 4; and per 8 GiB of free memory. GPUs where several."
     import psutil
     if jobs < 0: raise InputError(f"must be at least 1, got {jobs}", field="--jobs", remedy="leave it out")
     there = ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*")))))
     gpus = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", there).split(",") if one]
-    held = min(len(gpus) or (os.cpu_count() or 1) // 4, psutil.virtual_memory().available >> 33)
+    held = min(len(gpus) or min(cores(), 4), psutil.virtual_memory().available >> 33)
     return (jobs or max(held, 1), []) if len(gpus) < 2 else (min(jobs or max(held, 1), len(gpus)), gpus)
 
 
-def side_by_side(steps: list[Step], jobs: int, make: Callable) -> None:  # of (step, steps to come, seen)
+def make_steps(steps: list[Step], jobs: int, make: Callable) -> None:  # of (step, steps to come, seen)
     """Make steps, `jobs` at a time, when those that they need are made; raises the first error once those that run have
     ended, and no other starts. One that waits for people holds up what needs it only. Ctrl-C kills the kernels."""
     left, running, errors, due = [*steps], {}, [], {step.id for step in steps}
@@ -278,7 +278,7 @@ def side_by_side(steps: list[Step], jobs: int, make: Callable) -> None:  # of (s
 def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out: str | Path | None = None,
                only: str | None = None, begin: str | None = None, fresh: bool = False, jobs: int = 0) -> Path:
     """Run a recipe: all its steps, `only` one, or one and what comes after (`begin`), from nothing when `fresh`; `jobs`
-    at a time, see `places`, which share the cores unless OMP_NUM_THREADS is set. Raises `InputError` on invalid input,
+    at a time, see `places`. Raises `InputError` on invalid input,
     `StepFailed` when a step fails or waits for people."""
     if sum(map(bool, (only, begin, fresh))) > 1:
         raise InputError("--only, --from and --fresh cannot be combined", remedy="give one of them")
@@ -286,7 +286,6 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
     ids, named = [step.id for step in run.steps], only or begin
     if named and named not in ids: raise unknown("step", named, ids, field="--only" if only else "--from")
     at, (jobs, gpus) = ids.index(named) if named else 0, places(jobs)
-    if jobs > 1: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     todo, before = run.steps[at : at + 1 if only else None], run.steps[at].needs if only else ids[:at]
     with locked(run.folder), warm_parent() as fork:
         if fresh:
@@ -306,7 +305,7 @@ def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out:
                 raise StepFailed(f"{title} {error}\n{command}", WAITING) from None
             finally: gpus.extend(gpu)
             return step.id
-        side_by_side(todo, jobs, make)
+        make_steps(todo, jobs, make)
         write_run(run, over=True)
     return run.folder
 

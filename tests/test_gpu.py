@@ -65,6 +65,15 @@ def test_model_is_left_as_it_was_loaded(bench):
     assert bench.load("tiny", "none", "float32") is lm
 
 
+def test_an_equality_that_does_not_hold_is_seen(bench, monkeypatch):
+    right = gpu.forest_loss
+    monkeypatch.setattr(gpu, "forest_loss", lambda *args: 1.001 * right(*args))
+    monkeypatch.setattr(gpu, "play_turns", lambda *args: ["Aye.", f"{args[-1]}"])  # the last is whether histories are kept
+    rows = gpu.equalities(bench, "tiny")
+    assert [row["what"] for row in rows if not row["ok"]] == ["forest and rows, loss and gradient", "histories kept and read again"]
+    assert rows[0]["figure"] == pytest.approx(1e-3, rel=0.01) and rows[2]["figure"] == 1
+
+
 def test_failing_section_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
     "Also the rows of a section fail alone, nothing begins when the time is over, and an equality that does not hold is named."
     def full(bench, *model): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")

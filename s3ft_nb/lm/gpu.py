@@ -50,10 +50,10 @@ def make_model(folder: Path, device: str, shape: dict) -> float:  # Billions of 
     tokenizer, dtype = load_tokenizer(resource("data", "micro-base")), (torch.bfloat16, torch.float32)[device == "cpu"]
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(**shape, **ids, max_position_embeddings=8192)
-    with torch.random.fork_rng(), torch.device(device), quiet():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
     return model.num_parameters() / 1e9
@@ -98,6 +98,7 @@ class Bench:
         "The model asked for, in place of the one before."
         if self.key != (key := (name, quantization, dtype)):
             self.key = self.lm = None
+            if self.gpu: torch.compiler.reset()  # it compiles a function for a few kinds of input only
             self.clear()
             self.lm, self.key = load(self.folder / name, quantization, None, dtype, self.device), key
         return self.lm
@@ -123,7 +124,8 @@ class Bench:
         "A row of a table: what `work` finds and its peak memory, or why it failed. The model is restored."
         if time.monotonic() > self.until: return {"what": what, "failed": "no time left"}
         self.clear()
-        try: row = {"what": what, **work()}
+        try:
+            with quiet(): row = {"what": what, **work()}
         except Exception as error: row = {"what": what, "failed": why(error)}
         if self.gpu: row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         if self.lm: restore(self.lm)
@@ -141,12 +143,10 @@ class Clock(TrainerCallback):
 
 def trained(make: Callable[[], Any], tokens: float, more: Callable = lambda trainer: 0.0) -> dict:
     "Rates of a trainer's steps after the first. tokens: of a step; more: seconds that a step takes elsewhere."
-    began, clock = time.perf_counter(), Clock()
-    with quiet():
-        trainer = make()
-        trainer.add_callback(clock), trainer.remove_callback(PrinterCallback)
-        trainer.args.save_strategy = "no"
-        trainer.train()
+    began, trainer, clock = time.perf_counter(), make(), Clock()
+    trainer.add_callback(clock), trainer.remove_callback(PrinterCallback)
+    trainer.args.save_strategy = "no"
+    trainer.train()
     later, seconds = clock.seconds[1:], time.perf_counter() - began
     step, loss = sum(later) / len(later) + more(trainer), trainer.state.log_history[0]["loss"]
     return {"tokens/s": round(tokens / step), "s per step": step, "s beside": seconds - sum(later), "loss": loss}

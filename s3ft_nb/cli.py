@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'app', 'ANNOTATE', 'options', 'verb', 'as_json', 'sort_words', 'recipes', 'run', 'plan', 'measure',
-           'compare', 'convert', 'doctor', 'version', 'start', 'Lazy']
+           'compare', 'convert', 'doctor', 'check_gpu', 'version', 'start', 'Lazy']
 
 # %% ../nbs/00_cli.ipynb #e14227c6
 import inspect
@@ -241,6 +241,18 @@ def doctor(
     if facts["decisions"] and not (save and facts["trainable"]): raise typer.Exit(1)
 
 
+def check_gpu(
+    out: Path = Path("runs/check-gpu"),  # Folder of gpu.json and gpu.md, with room for a model of 14.5 GB meanwhile
+    tiny: bool = False,  # A small model only: whether everything works, not how fast
+):
+    "Measure what a GPU does, on random weights: training, generation, memory. Exit code 1: a shortcut changes results."
+    if not import_module("torch").cuda.is_available(): raise InputError(
+        "PyTorch finds no GPU", remedy="it takes an NVIDIA card, its driver (nvidia-smi) and PyTorch with CUDA")
+    found = import_module("s3ft_nb.lm.gpu").check_gpu(out, tiny)
+    yield f"{out / 'gpu.md'}: " + (f"not the same: {', '.join(found['differ'])}" if found["differ"] else "all the same")
+    if found["differ"]: raise typer.Exit(1)
+
+
 def version():
     "Print the version of this package."
     return [s3ft_nb.__version__]
@@ -254,6 +266,7 @@ def start(version: Annotated[bool, typer.Option("--version")] = False):
 for function in (run, plan, recipes, measure, compare, convert, doctor, export, push, chat, version):
     verb(app, function, function.__name__, swapped=("recipe",))
 verb(app, pool_seeds, "seeds")
+verb(app, check_gpu, "check-gpu")
 
 # %% ../nbs/00_cli.ipynb #11cdfbfb
 ANNOTATE = {  # {verb: (room of `annotation`, function, its arguments with a default or options without one)}

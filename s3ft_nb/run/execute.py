@@ -47,7 +47,8 @@ class StepFailed(RuntimeError):
 
 # %% ../../nbs/run/01_execute.ipynb #9acf6ded
 LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # of 1,024: batches of many shapes cost a gigabyte on CPU
-        "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}  # idle threads leave the cores to other work
+        "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0",  # idle threads leave the cores to other work
+        "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # keep memory for the next step
 
 
 def serve() -> None:

@@ -42,6 +42,7 @@ benchmarks: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/bench_engine.py
 	$(BIN)/python tests/benchmarks/bench_template.py
 	$(BIN)/python tests/benchmarks/bench_chain.py
+	$(BIN)/python tests/benchmarks/bench_copies.py
 	$(BIN)/python tests/benchmarks/bench_kept.py
 	$(BIN)/python tests/benchmarks/bench_forest.py
 

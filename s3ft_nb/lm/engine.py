@@ -326,7 +326,9 @@ class TransformersEngine:
             thread, n = self.memory and requests[i].get("thread"), len(encoded[i]["input_ids"])
             return self.first.setdefault(thread, n) if thread else n
         order = sorted(range(len(encoded)), key=lambda i: (-length(i), i))
-        return [part.tolist() for part in np.array_split(order, -(-len(order) // self.batch_size) or 1) if len(part)]
+        least = min(len(order) // 16, 2) if is_small(self.lm.model, self.lm.device) else 1  # for copies to share
+        n = max(-(-len(order) // self.batch_size), least, 1)
+        return [part.tolist() for part in np.array_split(order, n) if len(part)]
 
     def _in_batches(self, requests, room, name, given, progress, *kinds) -> list[dict]:  # kinds: of prompt and response
         check_requests(requests)

@@ -23,13 +23,15 @@ from s3ft_nb.lm.train import sft
 OPTIONS = {"quantization": "none", "dtype": "float32", "device": "cpu", "batch_size": 4, "max_new_tokens": 24}
 DRIVER = """
 import sys
-from s3ft_nb.core.stage import Stage
+from s3ft_nb.core.stage import Progress, Stage
 from s3ft_nb.lm import cluster
 from s3ft_nb.lm.engine import make_engine
 from s3ft_nb.lm.http import ask
 sys.path.insert(0, sys.argv[1])
 import ray, test_ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+slow, update = __import__("time").sleep, Progress.update
+Progress.update = lambda *some, **more: (slow(0.3), update(*some, **more))  # so that it is killed at work
 ask(test_ray.requests(), make_engine("ray", sys.argv[2], workers=2, **test_ray.OPTIONS), Stage(sys.argv[3], "step", shard_size=8))
 """
 

@@ -7,6 +7,7 @@ __all__ = ['WAITING', 'DIED', 'LEAN', 'QUICK', 'HEAVY', 'CLOSED', 'GPUS', 'StepF
            'warm_parent', 'last_event', 'watch', 'run_error', 'kernel_manager', 'execute', 'run_here']
 
 # %% ../../nbs/run/01_execute.ipynb #c57487e7
+import atexit
 import ctypes
 import json
 import logging
@@ -96,6 +97,8 @@ def warm() -> None:
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()  # `random` sees to that itself
     sys.argv = request["argv"]
     serve()
+    atexit._run_exitfuncs()
+    os._exit(0)  # to take apart what the parent has loaded would take seconds
 
 
 @contextmanager

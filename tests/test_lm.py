@@ -120,6 +120,10 @@ def test_copies_of_the_process_give_the_same_rows(folders, monkeypatch):
     given = [one | {"response": "Ahoy" * (1 + i)} for i, one in enumerate(talks)]
     assert alone.likelihood(given) == beside.likelihood(given)
     assert beside.pools and not alone.pools
+    pids = [pid for pool in beside.pools for pid in pool._processes]
+    del beside  # copies go with their engine
+    end = time.monotonic() + 10
+    while any(map(psutil.pid_exists, pids)): assert time.monotonic() < end
 
 
 def test_a_copy_that_dies_is_an_error_with_a_remedy(folders):

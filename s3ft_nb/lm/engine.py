@@ -21,6 +21,7 @@ from inspect import signature
 from multiprocessing import get_context
 from os.path import commonprefix
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -239,14 +240,14 @@ def n_copies(lm: LM) -> int:
     return min(cores(), 8)
 
 
-def start_copy(engine: Any, parent: int) -> None:
+def start_copy(engine: ref, parent: int) -> None:
     "Make this process, which was forked, a copy that ends with its parent."
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    ENGINE["own"] = engine
+    ENGINE["own"] = engine()
 
 
 def compute(name: str, given: tuple) -> list[dict]: return getattr(ENGINE["own"], name)(*given)
@@ -353,7 +354,7 @@ class TransformersEngine:
                     raise EngineError(what, remedy="lower batch_size") from None
             return
         if not self.pools:
-            how = {"mp_context": get_context("fork"), "initializer": start_copy, "initargs": (self, os.getpid())}
+            how = {"mp_context": get_context("fork"), "initializer": start_copy, "initargs": (ref(self), os.getpid())}
             self.pools = [ProcessPoolExecutor(1, **how) for _ in range(self.copies)]
         with warnings.catch_warnings(action="ignore"):  # Python 3.12: other threads do not fork
             due = {self.pools[n % self.copies].submit(compute, name, call): n for n, call in enumerate(calls)}

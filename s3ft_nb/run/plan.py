@@ -103,7 +103,7 @@ def work_of(step: Step, rows: dict[str, int]) -> dict[str, int]:  # rows: of the
 
 # %% ../../nbs/run/03_plan.ipynb #46c9fb09
 RATES = {  # {machine: (read, write, train, ceiling for writing)}, tokens/s at 1e9 parameters
-    "cpu": (110, 14, 34, 3_000),  # two cores, micro model
+    "cpu": (130, 17, 40, 3_000),  # two cores, micro model
     "T4": (12_000, 1_500, 2_500, 3_000),  # 16 GB, fp16
     "H100": (190_000, 2_500, 43_000, 6_000),  # 80 GB, bf16: measured at 7.2e9, as by s3ft check-gpu
 }

@@ -9,16 +9,21 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+from test_http_engine import Fake, reply
+from test_rnr import prompt_text
+from test_selfalign import written
+from tiny import LINES, tiny_model
 
 from s3ft_nb.comparison.methods import (answers, affordable, assert_complete, assert_stated, claimed, cost_numbers, cut_rows, held_rows, matrix_table, overlaps, pool, present,
                                      raw_rows, side_by_side, testbed_rows as rows_of, training_tokens)
-from s3ft_nb.core.files import InputError, read_json, read_rows, resource, write_json, write_rows
+from s3ft_nb.core.files import InputError, read_json, read_rows, resource, stable_id, write_json, write_rows
 from s3ft_nb.core.records import Check, Message, Response, Rule, SystemPrompt, conversation
 from s3ft_nb.core.stage import Ledger
 from s3ft_nb.judging.judge import verdicts
 from s3ft_nb.lm.doctor import set_policy
 from s3ft_nb.lm.model import load_tokenizer
+from s3ft_nb.methods.rnr import rnr_words
+from s3ft_nb.methods.selfalign import wording
 from s3ft_nb.measure.metrics import numbers as all_numbers
 from s3ft_nb.measure.verdicts import verdict_table
 from s3ft_nb.report.tables import select
@@ -205,12 +210,26 @@ t1.dialogues=2 t2.dialogues=2 t4.dialogues=2 t6.dialogues=2 t7.dialogues=2 t1.tu
 t1.arms=["base","repeat"] t2.arms=["base","repeat"] max_new_tokens=16""".split()
 
 
+def teacher(number, body, headers):
+    "A server that writes what each method asks for: system prompts of a role and rules, verdicts, lists and responses with a thought; else a sentence."
+    messages, words = body["messages"], wording("en")
+    system, text = messages[0]["content"], messages[-1]["content"]
+    if rnr_words("en")["blocks"]["prompt"] in text: return 200, reply(prompt_text(int(text.rstrip().splitlines()[-2]))), {}
+    if "verdict:" in system: return 200, reply(f"Verdict: {('satisfied', 'satisfied', 'violated')[int(stable_id(text), 16) % 3]}\nEvidence: none\nReason: so it is."), {}
+    asked = {words["instruct"].format(n=3), words["topics"].format(n=5), words["questions"], words["meta"]["extensive"]}
+    if len(messages) == 2 and (system in asked or "Thought:" in system): return 200, reply(written(messages)), {}
+    return 200, reply(f"That depends on {stable_id(messages, n=5)}, and on who asks."), {}
+
+
 @pytest.mark.slow
-def test_another_architecture_to_the_report(tmp_path):
-    "compare-qlora with a tiny second architecture and small sizes, on a CPU."
-    talks = [conversation([{"role": role, "content": f"{text} {i}, {j}?"} for j in range(4) for role, text in (("user", "What about boat"), ("assistant", "It is boat"))]) for i in range(24)]
-    data = write_rows(tmp_path / "talks.jsonl", talks)
-    words = [f"model={tiny_model(tmp_path / 'model', 'qwen3')}", f"conversations={data}", *TINY]
+def test_another_architecture_to_the_report(tmp_path, monkeypatch):
+    "compare-qlora with a tiny second architecture, a server that writes, and small sizes, on a CPU."
+    words, server = sorted({*re.findall(r"[a-z]{3,}", " ".join(LINES))}), Fake(teacher)
+    talks = [conversation([{"role": role, "content": f"{' '.join(random.Random(f'{i} {j} {role}').sample(words, 6))}."} for j in range(4) for role in ("user", "assistant")]) for i in range(24)]
+    data, model = write_rows(tmp_path / "talks.jsonl", talks), tiny_model(tmp_path / "model", "qwen3")
+    write_json(model / "config.json", read_json(model / "config.json") | {"max_position_embeddings": 8192})  # its tokens are short
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-3f9a81c07d5e")
+    words = [f"model={model}", f"conversations={data}", f"base_url={server.url}", "served_model=teacher", "verify.judge_way=words", "judger-user.judge_way=words", "judger-system.judge_way=words", "tune=false", *TINY]
     done = subprocess.run([Path(sys.executable).with_name("s3ft"), "run", "compare-qlora", "--out", tmp_path / "run", *(word for pair in words for word in ("--set", pair))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -58,7 +58,7 @@ def instructions_of(
     conversations: list[Conversation], stage: Stage, which: str = "first",  # Turns: first or all
     language: str = "en", max_chars: int = 4000, eval_fraction: float = 0.1,  # Of those whose split is undecided
 ) -> list[Instruction]:  # With their split; the ledger counts turns
-    "The instructions that conversations hold; raises `InputError` when none can be used."
+    "The instructions that conversations hold; raises `InputError` when none can be used to train on."
     rows, seen, halves = [], set(), {}
     for one in conversations:
         said, system = turns(one), one.messages[0].role == "system"
@@ -78,7 +78,11 @@ def instructions_of(
         if wrong: stage.ledger.drop(id, wrong, row.text[:80] if row else "")
     stage.ledger.expected, lost = len(rows), {one["id"] for one in stage.ledger.dropped}
     named = lambda row: row.model_copy(update=dict(zip(("split", "family"), halves[row.conversation_id])))
-    return some_left([named(row) for id, _, row in rows if id not in lost], len(conversations), "conversations", stage)
+    left = some_left([named(row) for id, _, row in rows if id not in lost], len(conversations), "conversations", stage)
+    if any(row.split == "train" for row in left): return left
+    why = ", ".join(f"{n} {reason}" for reason, n in stage.ledger.as_dict()["reasons"].items()) or "all are for evaluation"
+    raise InputError(f"no user message is left to train on: {why}", field="conversations",
+                     remedy="bring more, or dialogues that begin differently")
 
 # %% ../../nbs/methods/00_rnr.ipynb #15fdb3ed
 def rnr_words(language: str) -> dict:  # {write, blocks, guideline, counter, why, reverse}

@@ -101,7 +101,7 @@ def test_chinese_rows_under_english_are_refused_in_one_line(tmp_path):
 def test_instructions_that_are_all_like_those_to_evaluate_with_are_one_clear_error(tmp_path):
     rows = [talk(f"{i}", f"What about boat {i}, please?", "It is boat.") for i in range(12)]
     rows = [row.model_copy(update={"split": "eval" if i < 3 else "train"}) for i, row in enumerate(rows)]
-    with pytest.raises(InputError, match="no user message is left to train on: 9 leak.*begin differently"): instructions_of(rows, Stage(tmp_path))
+    with pytest.raises(InputError, match="no user message is left to train on: {'leak': 9}.*begin differently"): instructions_of(rows, Stage(tmp_path))
 
 
 # Requests

@@ -80,9 +80,8 @@ def instructions_of(
     named = lambda row: row.model_copy(update=dict(zip(("split", "family"), halves[row.conversation_id])))
     left = some_left([named(row) for id, _, row in rows if id not in lost], len(conversations), "conversations", stage)
     if any(row.split == "train" for row in left): return left
-    why = ", ".join(f"{n} {reason}" for reason, n in stage.ledger.as_dict()["reasons"].items()) or "all are for evaluation"
-    raise InputError(f"no user message is left to train on: {why}", field="conversations",
-                     remedy="bring more, or dialogues that begin differently")
+    why, remedy = stage.ledger.as_dict()["reasons"], "bring more, or dialogues that begin differently"
+    raise InputError(f"no user message is left to train on: {why}", field="conversations", remedy=remedy)
 
 # %% ../../nbs/methods/00_rnr.ipynb #15fdb3ed
 def rnr_words(language: str) -> dict:  # {write, blocks, guideline, counter, why, reverse}

@@ -250,7 +250,9 @@ def start_copy(engine: ref, parent: int) -> None:
     ENGINE["own"] = engine()
 
 
-def compute(name: str, given: tuple) -> list[dict]: return getattr(ENGINE["own"], name)(*given)
+def compute(name: str, given: tuple) -> list[dict]:
+    "In a copy: what the engine's method of this name returns for a batch."
+    return getattr(ENGINE["own"], name)(*given)
 
 # %% ../../nbs/lm/06_engine.ipynb #79ae4cc3
 class TransformersEngine:

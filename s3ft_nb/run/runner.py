@@ -279,8 +279,8 @@ def make_steps(steps: list[Step], jobs: int, make: Callable) -> None:  # of (ste
 def run_recipe(recipe: str | Path = "s3ft-micro", settings: list[str] = (), out: str | Path | None = None,
                only: str | None = None, begin: str | None = None, fresh: bool = False, jobs: int = 0) -> Path:
     """Run a recipe: all its steps, `only` one, or one and what comes after (`begin`), from nothing when `fresh`; `jobs`
-    at a time, see `places`. Raises `InputError` on invalid input,
-    `StepFailed` when a step fails or waits for people."""
+    at a time, see `places`. Raises `InputError` on invalid input, `StepFailed` when a step fails or waits for
+    people."""
     if sum(map(bool, (only, begin, fresh))) > 1:
         raise InputError("--only, --from and --fresh cannot be combined", remedy="give one of them")
     run = prepare_run(recipe, settings, out)

@@ -177,13 +177,16 @@ def run(
     from_: str | None = None,  # Make this step again, then all that changes
     fresh: bool = False,  # Remove what earlier runs made in the folder first
     jobs: int = 0,  # Steps at a time; 0: one per GPU, or without any one per core up to 4, as far as memory allows
+    ray: str = "",  # Make steps on this Ray cluster: host:port, auto for the one that runs here, local to start one
+    store: str = "",  # Folder or URL (s3://...) that keeps finished steps: taken from there, and sent there
 ) -> Path:  # Folder of the run: a folder per step, run.json, and report/index.html
     """Run a recipe. Finished steps are skipped, an interrupted one resumes where it was.
     Raises `run.execute.StepFailed` when a step fails, or waits for people to annotate; its text says how to resume."""
     from s3ft_nb.run.runner import run_recipe, run_seeds, seed_runs
     text = lambda value: str(value) if isinstance(value, str | Path) else to_json(value).decode().strip()
     words = [f"{key}={text(value)}" for key, value in (settings or {}).items()]
-    if not seeds: return run_recipe(recipe, words, out, only, from_, fresh, jobs)
-    folder = run_seeds(recipe, seed_runs(recipe, words, out, seeds), only=only, begin=from_, fresh=fresh, jobs=jobs)
+    if not seeds: return run_recipe(recipe, words, out, only, from_, fresh, jobs, ray, store)
+    how = {"only": only, "begin": from_, "fresh": fresh, "jobs": jobs, "ray": ray, "store": store}
+    folder = run_seeds(recipe, seed_runs(recipe, words, out, seeds), **how)
     if not only: pool_seeds(folder)
     return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from s3ft_nb.run.runner import lasting_hash
+from s3ft_nb.run.folder import lasting_hash
 
 SMALL = ["world.n_conversations=12", "world.n_eval_conversations=6", "conversations.n_conversations=12", "conversations.n_eval_conversations=6", "world.eval_turns=2",
          "pool.per_type=13", "pool.max_attempts=2", "sample.n_train=20", "sample.n_threshold=16", "sample.n_test=16", "discriminator.num_train_epochs=0.3",

@@ -105,5 +105,5 @@ def test_a_recipe_runs_with_settings_and_seeds(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(runner, "run_recipe", lambda *given: asked.update(given=given) or tmp_path)
     assert run("s3ft-smoke", {"seed": 3, "pool.types": ["a", "b"], "model": Path("m"), "flag": True}, tmp_path, only="pool", jobs=2) == tmp_path
-    assert asked["given"] == ("s3ft-smoke", ["seed=3", 'pool.types=["a", "b"]', "model=m", "flag=true"], tmp_path, "pool", None, False, 2)
+    assert asked["given"] == ("s3ft-smoke", ["seed=3", 'pool.types=["a", "b"]', "model=m", "flag=true"], tmp_path, "pool", None, False, 2, "", "")
     with pytest.raises(InputError, match="does not name seeds"): run("s3ft-smoke", seeds="none")

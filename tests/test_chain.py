@@ -218,6 +218,22 @@ def test_steps_at_a_time_are_what_the_machine_holds(monkeypatch):
     with pytest.raises(InputError, match="--jobs: must be at least 1"): places(-1)
 
 
+def test_a_store_brings_what_is_done_to_another_machine(twins, tmp_path, capfd):
+    store = f"file://{tmp_path}/store"
+    first = run_recipe(twins, out=tmp_path / "first", store=store)
+    capfd.readouterr()
+    second = run_recipe(twins, out=tmp_path / "second", store=store)
+    assert made(first) == made(second) and capfd.readouterr().err.count("is done, skipped") == 3
+    run_recipe(twins, ["left.pause=0.1"], out=tmp_path / "third", store=store)
+    log = capfd.readouterr().err
+    assert "[2/3] right is done, skipped" in log and "[1/3] left done in" in log  # what has changed is made, and replaced there
+    run_recipe(twins, ["left.pause=0.1"], out=tmp_path / "fourth", store=store, only="report")
+    assert made(tmp_path / "fourth") == made(first)
+    run_recipe(twins, out=tmp_path / "fifth", store=store, fresh=True)
+    assert capfd.readouterr().err.count(" done in") >= 3
+    with pytest.raises(InputError, match="none://x: --store: cannot be reached"): run_recipe(twins, out=tmp_path / "sixth", store="none://x")
+
+
 def test_two_runs_refuse_each_other(small, tmp_path):
     run = tmp_path / "run"
     process = launch(small, "world.pause=60", "--out", run)

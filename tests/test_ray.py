@@ -3,22 +3,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from test_chain import kernels, launch, made, twins, until
 from tiny import tiny_dialogues, tiny_model
 
 ray = pytest.importorskip("ray")
 
-from s3ft_nb.core.files import InputError
+import s3ft_nb
+from s3ft_nb.core.files import InputError, read_json
 from s3ft_nb.core.stage import Progress, Stage
 from s3ft_nb.lm import cluster
 from s3ft_nb.lm.dpo import dpo
 from s3ft_nb.lm.engine import make_engine
 from s3ft_nb.lm.http import ask
 from s3ft_nb.lm.train import sft
+from s3ft_nb.run.execute import StepFailed, make_there
+from s3ft_nb.run.folder import contents, finished
+from s3ft_nb.run.recipe import load_recipe
+from s3ft_nb.run.runner import run_recipe
 
 OPTIONS = {"quantization": "none", "dtype": "float32", "device": "cpu", "batch_size": 4, "max_new_tokens": 24}
 DRIVER = """
@@ -141,3 +148,49 @@ def test_two_workers_train_as_one_with_twice_the_batch(engine, model, tmp_path, 
     assert [row["loss"] for row in one["loss"]] == pytest.approx([row["loss"] for row in two["loss"]], abs=1e-5)
     assert (tmp_path / "two/adapter/adapter_model.safetensors").exists() and not (tmp_path / "two/ray").exists()
     with pytest.raises(InputError, match="13 rows, and 16 are a batch for each"): train(model, rows, tmp_path / "few", per_device_train_batch_size=8, workers=2, **settings)
+
+
+def test_steps_run_on_a_cluster(engine, twins, tmp_path, capfd):
+    cluster.stop_workers()  # they hold both processors
+    there = run_recipe(twins, ["wait=30"], out=tmp_path / "there", ray="auto")
+    log = capfd.readouterr().err
+    assert log.index("[2/3] right\n") < log.index("[1/3] left done") and finished(there / "left")["peak_rss_gib"] > 0
+    assert made(there) == made(run_recipe(twins, out=tmp_path / "here")) and read_json(there / "run.json")["finished"]
+    store = tmp_path / "store"
+    assert made(run_recipe(twins, out=tmp_path / "kept", ray="auto", store=str(store))) == made(there)
+    with pytest.raises(StepFailed, match="on purpose"): run_recipe(twins, ["wait=30", "left.fails=left"], out=tmp_path / "fails", ray="auto")
+    assert (tmp_path / "fails/right/done.json").exists() and not (tmp_path / "fails/report").exists()
+
+
+def test_a_node_that_shares_no_disk_uses_the_store(twins, tmp_path):
+    store, step = str(tmp_path / "store"), load_recipe(twins).steps[2]
+    run = run_recipe(twins, out=tmp_path / "run", store=store)
+    home = tmp_path / "node/run/report"
+    params = {key: value.replace("{step:", f"{home.parent}/").replace("}", "") for key, value in step.values.items()} | {"out": str(home)}
+    given = s3ft_nb.__version__, step.notebook, home, params, step.needs
+    peak, machine = make_there(*given, read_json(run / "report/step.json"), read_json(run / "run.json"), store)
+    assert peak > 0 and machine and finished(home.parent / "left") == finished(run / "left")
+    assert (home / "metrics.json").read_bytes() == (run / "report/metrics.json").read_bytes() and {*contents(home)} <= {*contents(tmp_path / "store/report")}
+
+
+def test_a_node_that_is_killed_costs_a_retry(engine, twins, tmp_path):
+    cluster.stop_workers()
+    run, killed = tmp_path / "run", []
+    def kill():
+        until(lambda: [*run.glob("pid-*")])
+        killed.append(psutil.Process(int([*run.glob("pid-*")][0].name[4:])).parent())
+        killed[0].kill()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    run_recipe(twins, ["pause=3"], out=run, ray="auto")
+    thread.join()
+    assert killed and made(run) == made(run_recipe(twins, out=tmp_path / "here")) and len([*run.glob("pid-*")]) >= 3
+
+
+def test_ctrl_c_ends_the_steps_of_a_cluster(twins, tmp_path):
+    run = tmp_path / "run"
+    process = launch(twins, "pause=60", "--ray", "local", "--jobs", "2", "--out", run, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until(lambda: len([*run.glob("pid-*")]) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(50) == 130
+    until(lambda: not kernels(run), 30)

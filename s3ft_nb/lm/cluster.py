@@ -71,16 +71,17 @@ class Worker:
 ACTORS = {}  # (this process in its cluster, workers): their handles
 
 
-def connect() -> Any:  # The library
-    "Ray, connected to the cluster at RAY_ADDRESS, or started here; raises `InputError` when it cannot be used."
+def connect(address: str | None = None) -> Any:  # The library
+    "Ray, connected to a cluster or RAY_ADDRESS, or started here; raises `InputError` when it cannot be used."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     try: import ray
     except ImportError: raise InputError("Ray is not installed", remedy="pip install 's3ft_nb[ray]'") from None
     if ray.is_initialized(): return ray
-    try: ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try: ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"Ray cannot be used: {str(error).splitlines()[0][:200]}", field="RAY_ADDRESS",
-                         remedy="start it by ray start --head, or unset RAY_ADDRESS") from None
+        field, remedy = "--ray" if address else "RAY_ADDRESS", "start it by ray start --head, or leave this out"
+        problem = f"Ray cannot be used: {str(error).splitlines()[0][:200]}"
+        raise InputError(problem, field=field, remedy=remedy) from None
     return ray
 
 

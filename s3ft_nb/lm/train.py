@@ -50,6 +50,7 @@ class Settings(Row, strict=True):
     max_length: int = Field(1024, ge=8)  # Tokens of a row; the model's own limit if that is lower
     too_long: Literal["cut", "refuse"] = "cut"  # A longer row: cut loses its oldest turns, refuse leaves it out
     packing: Literal["none", "forest"] = "none"  # forest: a common beginning of rows is read once, see `lm.forest`
+    order: Literal["mixed", "given"] = "mixed"  # mixed: batches of like length; given: rows as they come
     warmup_steps: NonNegativeFloat = 0.03  # Steps; below 1 a fraction of all steps
     lr_scheduler_type: str = "cosine"  # Any of transformers' names
     weight_decay: NonNegativeFloat = 0.0  # Of AdamW
@@ -71,10 +72,15 @@ def make_settings(values: dict, kind: type = Settings) -> Settings:
     raise InputError(f"{tracker} is not installed", field="report_to", remedy=f"pip install {tracker}, or use none")
 
 # %% ../../nbs/lm/07_train.ipynb #31c4f161
-def order_of(lengths: list[int], batch: int, epochs: float, seed: int, share: int = 1) -> list[int]:  # In whole shares
-    "Row numbers, batches of like length in mixed order; rows that do not fill a batch wait for the next epoch."
+def order_of(lengths: list[int], batch: int, epochs: float, seed: int, share: int = 1,
+             given: bool = False) -> list[int]:  # In whole shares
+    """Row numbers, batches of like length in mixed order; rows that do not fill a batch wait for the next epoch. Given:
+    one row after the other."""
     rng, order, waiting, window = random.Random(seed), [], [], 50 * batch  # sorted together: more would mix less
     for _ in range(math.ceil(epochs)):
+        if given:
+            order += range(len(lengths))
+            continue
         rows = waiting + rng.sample(range(len(lengths)), len(lengths))
         whole = len(rows) // batch * batch
         rows, waiting = rows[:whole], rows[whole:]
@@ -234,7 +240,7 @@ def fit(model: str | Path, rows: list[dict], settings: Settings, out: Path, clai
     if forest: groups, lengths, size = plan_forest(lm, encoded, size)
     batch = size * settings.workers
     batch, share = batch * settings.gradient_accumulation_steps, batch if settings.workers > 1 else 1
-    order = order_of(lengths, batch, settings.num_train_epochs, settings.seed, share)
+    order = order_of(lengths, batch, settings.num_train_epochs, settings.seed, share, settings.order == "given")
     if share > 1: ledger.note("visits_left_over", max(round(len(lengths) * settings.num_train_epochs), 1) - len(order))
     check_labels(lm.tokenizer, encoded)
     if rank == 0: write_json(out / "checkpoints" / "claim.json", {"claim": claim})
@@ -271,7 +277,8 @@ def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, kind: ty
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
     if settings.workers > 1 and settings.packing != "none":
         raise InputError("packing is for one worker", field="packing", remedy="use none, or workers=1")
-    same = ["workers"] * (settings.workers == 1) + ["packing"] * (settings.packing == "none")
+    usual = {"workers": 1, "packing": "none", "order": "mixed"}  # and as it was before these could be set
+    same = [name for name, value in usual.items() if getattr(settings, name) == value]
     decisive = settings.model_dump(exclude={"save_steps", "report_to", *same})
     claim = stable_id(model_hash(model), rows_hash(rows), decisive, *map(model_hash, [adapter] * bool(adapter)), n=24)
     if settings.workers > 1: from s3ft_nb.lm.cluster import fit_together as run

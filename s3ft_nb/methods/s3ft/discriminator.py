@@ -6,12 +6,15 @@
 __all__ = ['label_request', 'training_rows', 'oversample', 'train', 'score_samples', 'explain_samples', 'explained_scores',
            'log_probabilities', 'calibrate', 'apply_temperature', 'lower_bound', 'threshold_curve', 'choose_threshold',
            'lowered_threshold', 'expectations', 'redrawn', 'stability', 'score_table', 'select_samples', 'candidates',
-           'text_length', 'random_same_text', 'ablation_arms', 'sft_rows', 'discriminator_numbers', 'yields']
+           'text_length', 'random_same_text', 'few_and_whole', 'with_styled_history', 'ablation_arms', 'sft_rows',
+           'discriminator_numbers', 'yields']
 
 # %% ../../../nbs/methods/s3ft/02_discriminator.ipynb #2e1ac06a
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from itertools import compress, takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -256,18 +259,42 @@ def random_same_text(samples: list[Sample], length: int, seed: int) -> list[Samp
     return [sample for sample in samples if sample.id in drawn]
 
 
-def ablation_arms(kept: list[Sample], seed: int) -> dict:  # {arm: samples}
-    "Selected samples less something: `single`: one a conversation; `contrast`: whole conversations, as much text."
-    drawn = sorted(kept, key=lambda sample: random.Random(f"{seed}/ablation/{sample.id}").random())
-    single = {sample.id for sample in {sample.conversation_id: sample for sample in drawn}.values()}
-    total, left, whole = sum(map(text_length, kept)), sum(text_length(one) for one in kept if one.id in single), set()
-    for name in dict.fromkeys(sample.conversation_id for sample in drawn):
+def few_and_whole(drawn: list[Sample], home: Callable) -> tuple[set, set]:  # home: of a sample; ids of samples
+    "One sample of each home, and all samples of the first homes, as much text."
+    once, whole = {sample.id for sample in {home(sample): sample for sample in drawn}.values()}, set()
+    left = sum(text_length(one) for one in drawn if one.id in once)
+    for name in dict.fromkeys(map(home, drawn)):
         if left <= 0: break
-        whole.add(name)
-        left -= sum(text_length(one) for one in kept if one.conversation_id == name)
-    return {"half": random_same_text(kept, total // 2, seed), "quarter": random_same_text(kept, total // 4, seed),
-            "single": [one for one in kept if one.id in single],
-            "contrast": [one for one in kept if one.conversation_id in whole]}
+        whole |= {one.id for one in drawn if home(one) == name}
+        left -= sum(text_length(one) for one in drawn if home(one) == name)
+    return once, whole
+
+
+def with_styled_history(samples: list[Sample], restyled: list[Sample]) -> list[Sample]:
+    "Samples with earlier responses as they were restyled under the same system prompt, instead of the original ones."
+    made, out = {(one.group, one.turn): one.response for one in restyled}, []
+    for sample in samples:
+        turn = lambda i: sample.turn - (len(sample.prompt) - i) // 2  # of message i; a history may have lost its start
+        text = lambda i, one: made.get((sample.group, turn(i))) if one.role == "assistant" else None
+        texts = [text(i, one) or one.content for i, one in enumerate(sample.prompt)]
+        prompt = [one.model_copy(update={"content": text}) for one, text in zip(sample.prompt, texts)]
+        out.append(sample.model_copy(update={"prompt": prompt}))
+    return out
+
+
+def ablation_arms(kept: list[Sample], seed: int, restyled: list[Sample] = ()) -> dict:  # {arm: samples}
+    """Selected samples less something. `single`: one a conversation; `contrast`: whole conversations, as much text.
+    Where several turns of a conversation were restyled under one prompt, `one-turn` and `all-turns` in the same way,
+    and `styled-history`: all turns after the `restyled` earlier responses."""
+    drawn = sorted(kept, key=lambda sample: random.Random(f"{seed}/ablation/{sample.id}").random())
+    total, arms = sum(map(text_length, kept)), {}
+    less = lambda n: random_same_text(kept, total // n, seed)
+    for some, rest, home in (("single", "contrast", "conversation_id"), ("one-turn", "all-turns", "group")):
+        arms |= dict(zip((some, rest), few_and_whole(drawn, attrgetter(home))))
+    if len(arms["one-turn"]) == len(kept): del arms["one-turn"], arms["all-turns"]
+    arms = {arm: [one for one in kept if one.id in ids] for arm, ids in arms.items()}
+    if "all-turns" in arms: arms["styled-history"] = with_styled_history(arms["all-turns"], restyled)
+    return arms | {"half": less(2), "quarter": less(4)}
 
 
 def sft_rows(samples: list[Sample], ledger: Ledger | None = None) -> list[dict]:  # `{"id", "messages", "response"}`

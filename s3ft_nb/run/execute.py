@@ -243,7 +243,7 @@ def make_there(version: str, notebook: Path, home: Path, params: dict, needs: tu
     if store:
         for id in needs: refresh(store, home.parent / id)
         start(home, begun["fingerprint"], begun["params"])
-        write_json(home.parent / RUN, run)
+        write_json(home / RUN, run).replace(home.parent / RUN)  # another step of this node may do so too
     elif record(home / STARTED) != begun: raise InputError(
         f"{node} does not see {home}", field="--out", remedy="name a folder that all nodes share, or a --store")
     seen, events = SimpleNamespace(pid=None, peak=0, alone=False), home / PROGRESS

@@ -31,7 +31,7 @@ from ..judging.judge import same_family, verdicts
 from ..lm.engine import HttpEngine, make_engine
 from ..lm.template import split_reasoning
 from ..lm.model import context_length, model_hash, pick_device, token_counter
-from .arms import PLAY, make_arm, make_examples, make_fit, recorded_responses, rollout
+from .arms import HISTORIES, make_arm, make_examples, make_fit, recorded_responses, rollout
 from .arms import rule_scorer, show_examples, with_originals
 from .benchmarks import guard_numbers, guard_responses, harness_command, run_harness
 from .config import MeasureConfig, ModelConfig, options_of, typed, with_model_defaults
@@ -94,7 +94,7 @@ def measure_arms(
     out, work, due = stage.folder, stage.part("work"), rules_by_prompt(list(systems(dialogues).values()), rules)
     settings = dict(histories=list(histories), dialogues=rows_hash(dialogues)[:16], seed=stage.seed) | (settings or {})
     files = {name: out / response_file(name) for name in arms}
-    for history in set(histories) - set(PLAY): raise unknown("history", history, PLAY, field="histories")
+    for history in set(histories) - {*HISTORIES}: raise unknown("history", history, HISTORIES, field="histories")
     about = claim_folder(stage, settings, judge=judge.name if judge else "checks", arms={}, **(about or {}))
     write_rows(out / "dialogues.jsonl", dialogues)
     write_rows(out / "rules.jsonl", rules)  # as given: copies under an extended prompt are made anew

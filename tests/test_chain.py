@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,20 +219,31 @@ def test_steps_at_a_time_are_what_the_machine_holds(monkeypatch):
     with pytest.raises(InputError, match="--jobs: must be at least 1"): places(-1)
 
 
-def test_a_store_brings_what_is_done_to_another_machine(twins, tmp_path, capfd):
-    store = f"file://{tmp_path}/store"
-    first = run_recipe(twins, out=tmp_path / "first", store=store)
-    capfd.readouterr()
-    second = run_recipe(twins, out=tmp_path / "second", store=store)
-    assert made(first) == made(second) and capfd.readouterr().err.count("is done, skipped") == 3
-    run_recipe(twins, ["left.pause=0.1"], out=tmp_path / "third", store=store)
-    log = capfd.readouterr().err
-    assert "[2/3] right is done, skipped" in log and "[1/3] left done in" in log  # what has changed is made, and replaced there
-    run_recipe(twins, ["left.pause=0.1"], out=tmp_path / "fourth", store=store, only="report")
-    assert made(tmp_path / "fourth") == made(first)
-    run_recipe(twins, out=tmp_path / "fifth", store=store, fresh=True)
-    assert capfd.readouterr().err.count(" done in") >= 3
-    with pytest.raises(InputError, match="none://x: --store: cannot be reached"): run_recipe(twins, out=tmp_path / "sixth", store="none://x")
+def test_a_store_brings_what_is_done_to_another_machine(twins, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logs = lambda *settings, out, **how: (run_recipe(twins, [*settings], out=tmp_path / out, store="a store", **how), capfd.readouterr().err)[1]
+    logs(out="first")
+    assert logs(out="second").count("is done, fetched") == 3 and made(tmp_path / "first") == made(tmp_path / "second")
+    log = logs("left.pause=0.1", out="third")
+    assert "[2/3] right is done, fetched" in log and "[1/3] left done in" in log  # what has changed is made
+    assert logs(out="third").count("is done, fetched") == 2  # and what was there before is there still
+    assert logs(out="third", fresh=True).count(" done in") == 3 and " done in" in logs(out="third", only="left")
+    shutil.rmtree(tmp_path / "a store")
+    assert logs(out="first").count("is done, skipped") == 3 and logs(out="fourth").count("is done, fetched") == 3  # what is skipped is sent
+    with pytest.raises(InputError, match="none://x: --store: cannot be reached"): run_recipe(twins, out=tmp_path / "first", store="none://x", fresh=True)
+    assert (tmp_path / "first/left/done.json").exists()
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_fetch_that_is_killed(twins, tmp_path, moment, monkeypatch):
+    first = run_recipe(twins, out=tmp_path / "first", store=str(tmp_path / "store"))
+    code = ("import os, sys; from fsspec.implementations.local import LocalFileSystem as Files; from s3ft_nb.run.runner import run_recipe\n"
+            "get, left = Files.get_file, [*range(int(sys.argv[4]))]\n"
+            "def dies(self, there, here, **more):\n    if not left: open(here, 'w').write('torn'), os._exit(1)\n    left.pop(), get(self, there, here)\n"
+            "Files.get_file = dies; run_recipe(sys.argv[1], out=sys.argv[2], store=sys.argv[3])")
+    done = subprocess.run([sys.executable, "-c", code, twins, tmp_path / "second", tmp_path / "store", str(moment)], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr.count("Error"), done.stderr
+    for store in ("", str(tmp_path / "store")): assert made(run_recipe(twins, out=tmp_path / "second", store=store)) == made(first)
 
 
 def test_two_runs_refuse_each_other(small, tmp_path):

@@ -14,7 +14,6 @@ from tiny import tiny_dialogues, tiny_model
 
 ray = pytest.importorskip("ray")
 
-import s3ft_nb
 from s3ft_nb.core.files import InputError, read_json
 from s3ft_nb.core.stage import Progress, Stage
 from s3ft_nb.lm import cluster
@@ -22,9 +21,9 @@ from s3ft_nb.lm.dpo import dpo
 from s3ft_nb.lm.engine import make_engine
 from s3ft_nb.lm.http import ask
 from s3ft_nb.lm.train import sft
-from s3ft_nb.run.execute import StepFailed, make_there
-from s3ft_nb.run.folder import contents, finished
-from s3ft_nb.run.recipe import load_recipe
+from s3ft_nb.run import runner
+from s3ft_nb.run.execute import StepFailed
+from s3ft_nb.run.folder import finished
 from s3ft_nb.run.runner import run_recipe
 
 OPTIONS = {"quantization": "none", "dtype": "float32", "device": "cpu", "batch_size": 4, "max_new_tokens": 24}
@@ -162,15 +161,19 @@ def test_steps_run_on_a_cluster(engine, twins, tmp_path, capfd):
     assert (tmp_path / "fails/right/done.json").exists() and not (tmp_path / "fails/report").exists()
 
 
-def test_a_node_that_shares_no_disk_uses_the_store(twins, tmp_path):
-    store, step = str(tmp_path / "store"), load_recipe(twins).steps[2]
-    run = run_recipe(twins, out=tmp_path / "run", store=store)
-    home = tmp_path / "node/run/report"
-    params = {key: value.replace("{step:", f"{home.parent}/").replace("}", "") for key, value in step.values.items()} | {"out": str(home)}
-    given = s3ft_nb.__version__, step.notebook, home, params, step.needs
-    peak, machine = make_there(*given, read_json(run / "report/step.json"), read_json(run / "run.json"), store)
-    assert peak > 0 and machine and finished(home.parent / "left") == finished(run / "left")
-    assert (home / "metrics.json").read_bytes() == (run / "report/metrics.json").read_bytes() and {*contents(home)} <= {*contents(tmp_path / "store/report")}
+def test_a_node_that_shares_no_disk_uses_the_store(twins, tmp_path, monkeypatch, capfd):
+    "A node is here the same machine, which sees the run in another folder."
+    there = runner.make_there
+    elsewhere = lambda step, home, *rest: there(step, tmp_path / "node" / home.name, *rest)
+    monkeypatch.setattr(runner, "make_there", elsewhere)
+    store = str(tmp_path / "store")
+    run = run_recipe(twins, ["wait=0"], out=tmp_path / "run", ray="auto", store=store)
+    assert made(run) == made(run_recipe(twins, out=tmp_path / "here")) and finished(tmp_path / "node/report") == finished(run / "report")
+    (run / "report/done.json").unlink()
+    capfd.readouterr()
+    run_recipe(twins, ["wait=0"], out=run, ray="auto", store=store)
+    assert "report is done, fetched" in capfd.readouterr().err
+    with pytest.raises(InputError, match="does not see .*run"): run_recipe(twins, ["pause=0.1"], out=run, ray="auto")
 
 
 def test_a_node_that_is_killed_costs_a_retry(engine, twins, tmp_path):

@@ -277,6 +277,8 @@ def sft(model: str | Path, rows: list[dict], stage: Stage | str | Path, kind: ty
     if not rows: raise InputError("no rows to train on", field="rows", remedy="keep some in selection")
     if settings.workers > 1 and settings.packing != "none":
         raise InputError("packing is for one worker", field="packing", remedy="use none, or workers=1")
+    if settings.order == "given" and settings.packing != "none":
+        raise InputError("trees have an order of their own", field="order", remedy="use mixed, or packing=none")
     usual = {"workers": 1, "packing": "none", "order": "mixed"}  # and as it was before these could be set
     same = [name for name, value in usual.items() if getattr(settings, name) == value]
     decisive = settings.model_dump(exclude={"save_steps", "report_to", *same})

@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['WAITING', 'DIED', 'LEAN', 'QUICK', 'HEAVY', 'CLOSED', 'GPUS', 'StepFailed', 'serve', 'kernel_environment', 'warm',
-           'warm_parent', 'last_event', 'watch', 'run_error', 'kernel_manager', 'execute', 'make_there', 'on_ray',
-           'run_here']
+           'warm_parent', 'last_event', 'watch', 'run_error', 'kernel_manager', 'execute', 'run_here']
 
 # %% ../../nbs/run/02_execute.ipynb #c57487e7
 import atexit
 import ctypes
-import io
 import json
 import logging
 import os
-import platform
 import re
 import select
 import shutil
@@ -34,11 +31,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-import s3ft_nb
-from ..core.files import InputError, printable, read_json, record, redact, write_bytes, write_json
-from ..core.stage import WORKERS, event_line, machine
-from .folder import NOTEBOOK, PROGRESS, RUN, STARTED, fetch, refresh, start, store_step
-from .recipe import Step, fill_places, load_recipe
+from ..core.files import InputError, printable, read_json, redact, write_bytes
+from ..core.stage import event_line
+from .recipe import fill_places, load_recipe
 
 # %% ../../nbs/run/02_execute.ipynb #f22a9113
 WAITING, DIED = 3, 138  # Exit codes: people have to annotate; the kernel was killed, as papermill has it
@@ -232,50 +227,6 @@ def execute(notebook: Path, copy: Path, params: dict, environment: dict[str, str
             if "died" not in str(error): raise  # the kernel
             log = Path(room, "log").read_text(errors="replace") if Path(room, "log").is_file() else ""
             raise run_error("DeadKernelError", log, [], copy) from None
-
-# %% ../../nbs/run/02_execute.ipynb #onray002
-def make_there(version: str, notebook: Path, home: Path, params: dict, needs: tuple[str, ...], begun: dict, run: dict,
-               store: str) -> tuple[int, str]:  # begun, run: `step.json`, `run.json`; (peak memory, bytes; machine)
-    "Make a step on this node; raises as `execute` does, or when the node lacks the package or the run's folder."
-    node = f"node {platform.node()}"
-    if version != s3ft_nb.__version__ or not notebook.is_file(): raise InputError(
-        f"{node} has no s3ft_nb {version} with {notebook}", remedy="install it there, in the same place as here")
-    if store:
-        for id in needs: refresh(store, home.parent / id)
-        start(home, begun["fingerprint"], begun["params"])
-        write_json(home / RUN, run).replace(home.parent / RUN)  # another step of this node may do so too
-    elif record(home / STARTED) != begun: raise InputError(
-        f"{node} does not see {home}", field="--out", remedy="name a folder that all nodes share, or a --store")
-    seen, events = SimpleNamespace(pid=None, peak=0, alone=False), home / PROGRESS
-    with watch("", events, seen, io.StringIO()):
-        execute(notebook, home / NOTEBOOK, params, kernel_environment(events, notebook.parent), seen=seen)
-    if store: store_step(store, home)
-    return seen.peak, machine()
-
-
-def on_ray(address: str, jobs: int, steps: list[Step], store: str = "") -> tuple[int, Callable]:  # as `in_kernels`
-    """How many steps a cluster holds at a time, `jobs`, or one per GPU or else processor, and what makes one there;
-    raises `InputError` when there is no cluster, or a step is itself spread over one."""
-    if os.environ.get(WORKERS) or any("ray" == value for step in steps for value in step.values.values()):
-        raise InputError("cannot be combined with engine=ray", field="--ray", remedy=f"leave out either, and {WORKERS}")
-    from s3ft_nb.lm.cluster import connect
-    ray = connect(address)
-    from ray.exceptions import RayError, RayTaskError
-    room = ray.cluster_resources()
-    gpus = int(room.get("GPU", 0))
-    task = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(make_there)
-
-    def perform(step: Step, home: Path, params: dict, rest: list[Step], seen: SimpleNamespace) -> None:
-        begun, run = record(home / STARTED), record(home.parent / RUN)
-        ref = task.remote(s3ft_nb.__version__, step.notebook, home, params, step.needs, begun, run, store)
-        seen.stop = partial(ray.cancel, ref, force=True)
-        try: seen.peak, seen.machine = ray.get(ref)
-        except RayTaskError as error:
-            if isinstance(error.cause, (InputError, StepFailed)): raise error.cause from None
-            raise StepFailed(redact(str(error))) from None
-        except RayError as error: raise StepFailed(f"lost four times: {redact(str(error))}", DIED) from None
-        if store: fetch(store, home)
-    return jobs or gpus or int(room["CPU"]), perform
 
 # %% ../../nbs/run/02_execute.ipynb #runhere2
 def run_here(recipe: str | Path, settings: list[str] = (), out: str | Path = "runs/tour") -> Path:  # folder of the run

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUN', 'STARTED', 'DONE', 'PROGRESS', 'NOTEBOOK', 'OURS', 'quick_hash', 'lasting_hash', 'path_hash', 'contents',
-           'clean', 'start', 'finish', 'finished', 'place', 'store_step', 'fetch', 'refresh']
+           'clean', 'start', 'finish', 'finished', 'in_store', 'stored', 'store_step', 'fetch']
 
 # %% ../../nbs/run/01_folder.ipynb #fold0005
 import hashlib
 import json
 import os
 import re
-import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,13 @@ def start(folder: Path, fingerprint: str, params: dict | None = None) -> None:
     write_json(folder / STARTED, {"fingerprint": fingerprint, "params": params or {}, "foreign": contents(folder)})
 
 
-def finish(folder: Path, seconds: float, peak_rss_gib: float, where: str = "") -> dict:  # what done.json holds
-    "Write `done.json`, last of all; where: the machine, unless it is this one."
+def finish(folder: Path, seconds: float, peak_rss_gib: float) -> dict:  # what done.json holds
+    "Write `done.json`, last of all."
     begun = read_json(folder / STARTED)
     made = {name: quick_hash(folder / name) for name in contents(folder) if name not in (*begun["foreign"], *OURS)}
     digest = stable_id({name: lasting_hash(folder / name) for name in made if "tfevents" not in name}, n=64)
     done = {"fingerprint": begun["fingerprint"], "digest": digest, "seconds": round(seconds, 2),
-            "peak_rss_gib": round(peak_rss_gib, 3), "machine": where or machine(), "files": made}
+            "peak_rss_gib": round(peak_rss_gib, 3), "machine": machine(), "files": made}
     return read_json(write_json(folder / DONE, done))
 
 
@@ -102,43 +102,53 @@ def finished(folder: Path) -> dict | None:  # what done.json holds; None when th
     raise InputError("was changed after its step had finished", changed[0], remedy=remedy)
 
 # %% ../../nbs/run/01_folder.ipynb #fold0007
-def place(store: str, folder: Path) -> tuple[Any, str]:  # store: a folder or URL; (fsspec's file system, path in it)
-    "Where a store keeps a step's folder; raises `InputError` when fsspec cannot reach it."
+@contextmanager
+def in_store(store: str, folder: Path, fingerprint: str) -> Iterator[tuple]:  # (file system, where it keeps the step)
+    "A place in a store, by a folder or URL; raises `InputError` when fsspec cannot reach it, or something fails there."
+    hide = lambda text: re.sub(r"//[^/@]*@", "//…@", str(text))
+    trouble = lambda problem, remedy: InputError(problem, hide(store), field="--store", remedy=remedy)
+    if hide(store) != store: raise trouble("holds a password", "keep it where the file system looks for it")
     try:
         from fsspec import url_to_fs
         files, root = url_to_fs(store)
-        return files, f"{root.rstrip('/')}/{folder.name}"
+        files.invalidate_cache()
     except (ImportError, ValueError) as error:
-        remedy = "name a folder, or a URL such as s3://bucket/run with its package (s3fs) installed"
-        raise InputError(f"cannot be reached: {error}", store, field="--store", remedy=remedy) from None
+        remedy = "name a folder, or a URL such as s3://bucket/steps, with s3fs installed"
+        raise trouble(f"cannot be reached: {error}", remedy) from None
+    try: yield files, f"{root.rstrip('/')}/{folder.name}-{fingerprint[:16]}"
+    except InputError: raise
+    except Exception as error:  # each file system has its own
+        text = hide(str(error).partition("\n")[0][:200])
+        raise trouble(f"{type(error).__name__}: {text}", "see its rights and address; what is done stays") from None
+
+
+def stored(files: Any, home: str) -> dict:  # What done.json holds there; empty when the step is not there
+    "A finished step of a store."
+    try: return json.loads(files.cat_file(f"{home}/{DONE}"))
+    except (FileNotFoundError, ValueError): return {}
 
 
 def store_step(store: str, folder: Path) -> None:
-    "Replace what a store has of a step by what the step has in its folder, `done.json` last."
-    files, home = place(store, folder)
-    if files.exists(home): files.rm(home, recursive=True)
-    own = {*contents(folder)} - {*record(folder / STARTED)["foreign"]} | {STARTED}
-    for name in sorted(own, key=lambda name: (name == DONE, name)):
-        files.makedirs(f"{home}/{name}".rpartition("/")[0], exist_ok=True)
-        files.put_file(str(folder / name), f"{home}/{name}")
+    "Copy a finished step to a store, unless it is there; raises as `in_store` does."
+    done = read_json(folder / DONE)
+    with in_store(store, folder, done["fingerprint"]) as (files, home):
+        if stored(files, home): return
+        for name in filter(lambda name: (folder / name).is_file(), (*done["files"], PROGRESS, NOTEBOOK, DONE)):
+            if hasattr(files, "auto_mkdir"): files.makedirs(f"{home}/{name}".rpartition("/")[0], exist_ok=True)
+            files.put_file(str(folder / name), f"{home}/{name}{'.part' * (name == DONE)}")
+        files.mv(f"{home}/{DONE}.part", f"{home}/{DONE}")
 
 
-def fetch(store: str, folder: Path) -> None:
-    "Bring what a store has of a step into its folder, one whole file after the other, `done.json` last."
-    files, home = place(store, folder)
-    part = folder.with_name(f".{folder.name}.part")  # a fetch that is killed leaves no torn file
-    shutil.rmtree(part, ignore_errors=True)
-    files.get(f"{home}/", f"{part}/", recursive=True)
-    for name in sorted(contents(part), key=lambda name: (name == DONE, name)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (part / name).replace(folder / name)
-    shutil.rmtree(part)
-
-
-def refresh(store: str, folder: Path) -> None:
-    "Take a step that is done over from a store, unless the folder has it as it is there."
-    files, home = place(store, folder)
-    if not files.exists(f"{home}/{DONE}"): return
-    if json.loads(files.cat_file(f"{home}/{DONE}")) == record(folder / DONE): return
-    clean(folder)
-    fetch(store, folder)
+def fetch(store: str, folder: Path, fingerprint: str, params: dict | None = None) -> dict | None:  # See `finished`
+    "Take a finished step over from a store, None when it is not there; raises as `in_store` and `finished` do."
+    with in_store(store, folder, fingerprint) as (files, home):
+        if not (done := stored(files, home)): return None
+        clean(folder)
+        start(folder, fingerprint, params)
+        for name in (*done["files"], PROGRESS, NOTEBOOK, DONE):
+            part = (folder / name).with_name(f".{Path(name).name}.part")  # as of a write that was killed
+            part.parent.mkdir(parents=True, exist_ok=True)
+            if name not in (PROGRESS, NOTEBOOK) or files.exists(f"{home}/{name}"):
+                files.get_file(f"{home}/{name}", str(part))
+                part.replace(folder / name)
+    return finished(folder)

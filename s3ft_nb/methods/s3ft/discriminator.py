@@ -261,13 +261,14 @@ def random_same_text(samples: list[Sample], length: int, seed: int) -> list[Samp
 
 def few_and_whole(drawn: list[Sample], home: Callable) -> tuple[set, set]:  # home: of a sample; ids of samples
     "One sample of each home, and all samples of the first homes, as much text."
-    once, whole = {sample.id for sample in {home(sample): sample for sample in drawn}.values()}, set()
-    left = sum(text_length(one) for one in drawn if one.id in once)
-    for name in dict.fromkeys(map(home, drawn)):
+    homes, whole = defaultdict(list), set()
+    for sample in drawn: homes[home(sample)].append(sample)
+    left = sum(text_length(some[-1]) for some in homes.values())
+    for some in homes.values():
         if left <= 0: break
-        whole |= {one.id for one in drawn if home(one) == name}
-        left -= sum(text_length(one) for one in drawn if home(one) == name)
-    return once, whole
+        whole |= {one.id for one in some}
+        left -= sum(map(text_length, some))
+    return {some[-1].id for some in homes.values()}, whole
 
 
 def with_styled_history(samples: list[Sample], restyled: list[Sample]) -> list[Sample]:
@@ -278,7 +279,9 @@ def with_styled_history(samples: list[Sample], restyled: list[Sample]) -> list[S
         text = lambda i, one: made.get((sample.group, turn(i))) if one.role == "assistant" else None
         texts = [text(i, one) or one.content for i, one in enumerate(sample.prompt)]
         prompt = [one.model_copy(update={"content": text}) for one, text in zip(sample.prompt, texts)]
-        out.append(sample.model_copy(update={"prompt": prompt}))
+        lost = any(one.role == "assistant" and not text(i, one) for i, one in enumerate(prompt))
+        flags = sample.flags + ["original_in_history"] * lost
+        out.append(sample.model_copy(update={"prompt": prompt, "flags": flags}))
     return out
 
 
@@ -291,7 +294,7 @@ def ablation_arms(kept: list[Sample], seed: int, restyled: list[Sample] = ()) ->
     less = lambda n: random_same_text(kept, total // n, seed)
     for some, rest, home in (("single", "contrast", "conversation_id"), ("one-turn", "all-turns", "group")):
         arms |= dict(zip((some, rest), few_and_whole(drawn, attrgetter(home))))
-    if len(arms["one-turn"]) == len(kept): del arms["one-turn"], arms["all-turns"]
+    if len({one.group for one in restyled}) == len(restyled): del arms["one-turn"], arms["all-turns"]
     arms = {arm: [one for one in kept if one.id in ids] for arm, ids in arms.items()}
     if "all-turns" in arms: arms["styled-history"] = with_styled_history(arms["all-turns"], restyled)
     return arms | {"half": less(2), "quarter": less(4)}

@@ -173,7 +173,7 @@ def test_a_node_that_shares_no_disk_uses_the_store(twins, tmp_path, monkeypatch,
     capfd.readouterr()
     run_recipe(twins, ["wait=0"], out=run, ray="auto", store=store)
     assert "report is done, fetched" in capfd.readouterr().err
-    with pytest.raises(InputError, match="does not see .*run"): run_recipe(twins, ["pause=0.1"], out=run, ray="auto")
+    with pytest.raises(InputError, match="does not see .*node/left"): run_recipe(twins, ["pause=0.1"], out=run, ray="auto")
 
 
 def test_a_node_that_is_killed_costs_a_retry(engine, twins, tmp_path):

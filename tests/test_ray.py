@@ -161,8 +161,9 @@ def test_steps_run_on_a_cluster(engine, twins, tmp_path, capfd):
     assert (tmp_path / "fails/right/done.json").exists() and not (tmp_path / "fails/report").exists()
 
 
-def test_a_node_that_shares_no_disk_uses_the_store(twins, tmp_path, monkeypatch, capfd):
+def test_a_node_that_shares_no_disk_uses_the_store(engine, twins, tmp_path, monkeypatch, capfd):
     "A node is here the same machine, which sees the run in another folder."
+    cluster.stop_workers()
     there = runner.make_there
     elsewhere = lambda step, home, *rest: there(step, tmp_path / "node" / home.name, *rest)
     monkeypatch.setattr(runner, "make_there", elsewhere)

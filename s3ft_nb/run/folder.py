@@ -143,6 +143,8 @@ def fetch(store: str, folder: Path, fingerprint: str, params: dict | None = None
     "Take a finished step over from a store, None when it is not there; raises as `in_store` and `finished` do."
     with in_store(store, folder, fingerprint) as (files, home):
         if not (done := stored(files, home)): return None
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in done["files"]):
+            raise InputError("names files outside its folder", f"{home}/{DONE}", remedy="this is no store of ours")
         clean(folder)
         start(folder, fingerprint, params)
         for name in (*done["files"], PROGRESS, NOTEBOOK, DONE):

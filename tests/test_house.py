@@ -30,7 +30,7 @@ DIALECT = re.compile(  # Words that this field does not use, with what it says i
     r"|[Uu]nder way|[Bb]y chance|is no share|is none of the|what becomes of|[Ff]ate|squared_ends|Trouble|only_once|pushes|why_forgeable"
     r"|can put right|whole at the last turn|source of chance)\b")
 MODULES_MOST, ROOM, WIDTH = 64, 400, 120
-LINES = {"house": 11_565, "methods": 13_642, "cluster": 260, "forest": 300, "gpu": 350, "deploy": 1_105, "comparison": 400}  # All rooms but those of `SISTERS`, steps side by side, on a cluster and in a store, and copies of a process among them; with all four methods; beside: deploy, api and probe; comparison; Ray; lm.forest; lm.gpu
+LINES = {"house": 11_570, "methods": 13_646, "cluster": 260, "forest": 300, "gpu": 350, "deploy": 1_105, "comparison": 400}  # All rooms but those of `SISTERS`, steps side by side, on a cluster and in a store, and copies of a process among them; with all four methods; beside: deploy, api and probe; comparison; Ray; lm.forest; lm.gpu
 SISTERS = {  # What the three sister methods add, the skills of the base among it
     f"{name}.py" for name in ("methods/rnr", "methods/conflicts", "methods/constraints", "methods/selfalign", "methods/engraving",
                               "micro/principles", "micro/skills", "judging/pairs", "lm/dpo", "measure/choices")}

@@ -124,12 +124,15 @@ def fit_labels(rows: list[dict], labels: dict, strength: float = 1.0) -> dict:  
 
 
 def predict_labels(model: dict, rows: list[dict]) -> list[dict]:  # {label: probability} of each row, sum 1
-    "Probabilities of the labels; the letter alone decides where nothing was explained."
+    """Probabilities of the labels. Where a row is `settled` by its letter it is not good, whether it was explained or
+    not, so a threshold of annotated rows holds for others; the letter decides about the rest that was not explained."""
     if not rows: return []
     scaled = (np.array([*map(features, rows)]) - model["mean"]) / model["scale"]
     found = softmax(scaled @ np.array(model["weights"]).T + model["bias"], axis=1)
     explained = [dict.fromkeys(LABELS, 0.0) | dict(zip(model["classes"], row)) for row in found.tolist()]
-    return [label_probabilities(row["logprobs"]) if row["text"] is None else one for row, one in zip(rows, explained)]
+    letter = lambda row: label_probabilities([-np.inf, *row["logprobs"][1:]] if row.get("settled") else row["logprobs"])
+    alone = lambda row: row.get("settled") or row["text"] is None
+    return [letter(row) if alone(row) else one for row, one in zip(rows, explained)]
 
 # %% ../../nbs/judging/04_explain.ipynb #854bced6
 def judge_labels(requests: list[dict], engine: Engine, stage: Stage | None = None, language: str = "en",

@@ -85,13 +85,15 @@ def score_samples(samples: list[Sample], engine, stage: Stage, language: str = "
 def explain_samples(samples: list[Sample], annotated: set, engine, stage: Stage, language: str = "en",  # annotated: ids
                     asked: bool = True,  # Ask for the explanation; one that was trained to explain writes it unasked
                     settled: float = 0.05, claim: Any = ()) -> list[dict]:  # See `judging.explain.explain`
-    "Ask the discriminator to explain every sample."
+    """Ask the discriminator to explain every sample; `settled` says where its letter decides, of annotated ones too, so
+    that a threshold chosen on these holds for the rest."""
     groups = {name: [one for one in samples if (one.id in annotated) == (name == "annotated")]
               for name in ("annotated", "rest")}
     found = {row["id"]: row for name, some in groups.items() if some for row in explain(
         [label_request(sample, language, asked) for sample in some], engine, stage.part(name), language, claim,
         settled if name == "rest" else 0.0)}
-    return [found[sample.id] for sample in samples]
+    by_letter = lambda row: label_probabilities(row["logprobs"])["good"] < settled
+    return [row | {"settled": by_letter(row)} for row in (found[sample.id] for sample in samples)]
 
 
 def explained_scores(rows: list[dict], model: dict) -> list[Score]:  # model: see `judging.explain.fit_labels`

@@ -38,7 +38,7 @@ docs: $(VENV)/.ready-docs
 	$(BIN)/python docs/build.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f build/mkdocs.yml
 
-benchmarks: $(VENV)/.ready
+benchmarks: run
 	$(BIN)/python tests/benchmarks/bench_engine.py
 	$(BIN)/python tests/benchmarks/bench_template.py
 	$(BIN)/python tests/benchmarks/bench_chain.py

@@ -121,7 +121,7 @@ def name_lines(axis, ends: dict, styles: dict, texts: dict) -> None:  # ends: ar
     heights = spread([y for _, y in ends.values()], 0.072 * (high - low), low, high)
     for (arm, end), height in zip(ends.items(), heights):
         color = styles[arm]["color"]
-        thread = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
+        thread = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
         dark = [0.72 * part for part in to_rgb(color)]  # thin letters need more contrast than a line
         axis.annotate(f"{cut(arm)} {texts[arm]}", end, (right + 0.03 * (right - left), height), color=dark,
                       va="center", fontsize=8.5, annotation_clip=False, arrowprops=thread)

@@ -136,7 +136,6 @@ def execute_step(step: Step, home: Path, seen: SimpleNamespace, title: str = "",
     events.unlink(missing_ok=True)
     params = fill_places(step.values, {id: home.parent / id for id in step.needs}) | {"out": str(home)}
     environment = kernel_environment(events, step.notebook.parent) | environment
-    environment.pop(WORKERS if stream else "", None)  # on a node, a step is not spread further
     try:
         with watch(title, events, seen, stream):
             execute(step.notebook, home / NOTEBOOK, params, environment, fork, seen)
@@ -154,8 +153,9 @@ def make_step(run: Recipe, step: Step, dones: dict[str, dict], title: str, anew:
     with ALONE: key = fingerprint(step, dones)  # CPython 3.11 cannot parse in two threads
     if not done or done["fingerprint"] != key:
         done = fetch(store, home, key, step.values) if store and not (anew or fresh) else None
-        if done: log(" is done, fetched")
-        if done: write_run(run)
+        if done:
+            log(" is done, fetched")
+            write_run(run)
     elif not anew: log(" is done, skipped")
     if not done or anew:
         start(home, key, step.values)
@@ -272,18 +272,18 @@ def make_there(step: Step, home: Path, key: str, dones: dict[str, dict], run: di
     while not there() and time.monotonic() < until: time.sleep(0.5)
     if not (there() or store): raise InputError(
         f"{node} does not see {home}", field="--out", remedy="name a folder that all nodes share, or a --store")
-    home.mkdir(parents=True, exist_ok=True)
+    shared = there()
+    start(home, key, step.values)  # one that this node finished before is made anew
     with FileLock(home.parent / ".fetch.lock"):  # of the steps of one node
         for id, done in dones.items():
             known = record(home.parent / id / DONE) == done
             if not known and not (store and fetch(store, home.parent / id, done["fingerprint"])): raise InputError(
                 f"{node} does not see step {id}", field="--store", remedy="run the same command again")
-        if not there():
-            start(home, key, step.values)
-            write_bytes(home.parent / RUN, json.dumps(run).encode())
+        if not shared: write_bytes(home.parent / RUN, json.dumps(run).encode())
     if fingerprint(step, dones) != key: raise InputError(
         f"{node} has other code, notebooks or input files", remedy="install the same there, and share what is read")
-    done = execute_step(step, home, SimpleNamespace(pid=None, peak=0, alone=False), stream=io.StringIO())
+    seen, alone = SimpleNamespace(pid=None, peak=0, alone=False), {WORKERS: ""}  # a step is not spread further
+    done = execute_step(step, home, seen, stream=io.StringIO(), **alone)
     if store: store_step(store, home)
     return done
 
